@@ -1,0 +1,427 @@
+"""HunyuanVideo-1.5's VAE decoder, run forward in time.
+
+The function is that of `AutoencoderKLHunyuanVideo15.decoder` in diffusers (models/autoencoders/
+autoencoder_kl_hunyuanvideo15.py), computed a few frames at a time. What makes that exact:
+
+- A causal convolution of 3 frames needs the last two frames of its input. They stay in the `Windows` of its level.
+- The attention needs the keys and values of earlier frames. They stay in `KeyValues`.
+- An upsampling in time gives two frames for one, but one for the video's first.
+
+The order of events, for one chunk of latent frames [n, H, W, 32]:
+
+    trunk   conv_in, mid block (resnet, attention, resnet), resnets of the first up block     latent resolution
+    tail    upsampler of the first up block; then level after level: resnets, upsampler       doubling each time
+            norm_out, conv_out -> pixels, float32, black 0, white 1, not clamped
+
+The tail goes depth first: a level hands its few output frames on before it takes more input, so what is alive at any
+moment is a few frames of each level, whatever the length of the video.
+
+Between convolutions everything element-wise is one pass (`kernels.fill_window`): it adds the bias and the residual,
+normalises, activates, and writes with a border of one into the place that the next convolution reads. The sum of a
+residual block is therefore carried as two tensors, `Pending`, until the next pass adds them.
+
+Where the picture is divided between ranks, `edges` overwrites the border with the neighbours' pixels before each
+convolution; `edges` None means that the whole picture is here.
+"""
+
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import kernels
+from .attention import KeyValues
+
+RGB = 3
+LANES = 2
+"""Steps in flight in the tail when borders travel: one computes while the other's borders are under way."""
+
+
+class Edges(Protocol):
+    """What a region needs from its neighbours. See `halo.Mesh`."""
+
+    def start(self, window: Tensor) -> "Exchange":
+        """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], from the neighbours."""
+
+    def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, [n, positions, C], of all regions side by side."""
+
+    @property
+    def positions(self) -> int:
+        """Latent positions of all regions together."""
+
+
+class Exchange(Protocol):
+    def finish(self) -> None:
+        """Return when the border is in place for whatever is computed next."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Frames that each part takes at a time: latent frames in the trunk, then one number for each level of the tail.
+
+    Levels from the last upsampling in time on share one number, the last.
+    """
+
+    trunk: int
+    tail: tuple[int, ...]
+
+
+class Conv(NamedTuple):
+    weight: Tensor
+    """[out, in, 3, 3, 3], channels last."""
+    bias: Tensor
+    """[out], float32."""
+
+
+class Resnet(NamedTuple):
+    norm1: Tensor
+    conv1: Conv
+    norm2: Tensor
+    conv2: Conv
+
+
+class Upsampler(NamedTuple):
+    conv: Conv
+    temporal: bool
+
+
+class Attention(NamedTuple):
+    norm: Tensor
+    query: tuple[Tensor, Tensor]
+    key: tuple[Tensor, Tensor]
+    value: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor]
+
+
+class Pending(NamedTuple):
+    """A sum not yet formed: x + add + bias. See `kernels.fill_window`."""
+
+    x: Tensor
+    add: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Weights:
+    """The decoder's weights on a device, in the order in which they are used.
+
+    `tensors` has diffusers' names without the leading "decoder."; widths, depth and which upsamplers double time are
+    read off the shapes.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        def vector(name: str) -> Tensor:
+            return tensors[name].flatten().to(device=device, dtype=torch.float32)
+
+        def matrix(name: str) -> tuple[Tensor, Tensor]:
+            weight = tensors[f"{name}.weight"].flatten(1).to(device=device, dtype=dtype)
+            return weight, vector(f"{name}.bias").to(dtype)
+
+        def conv(name: str) -> Conv:
+            weight = tensors[f"{name}.conv.weight"].to(device=device, dtype=dtype)
+            return Conv(weight.contiguous(memory_format=torch.channels_last_3d), vector(f"{name}.conv.bias"))
+
+        def resnet(name: str) -> Resnet:
+            return Resnet(
+                vector(f"{name}.norm1.gamma"),
+                conv(f"{name}.conv1"),
+                vector(f"{name}.norm2.gamma"),
+                conv(f"{name}.conv2"),
+            )
+
+        def count(prefix: str) -> int:
+            return len(
+                {name[len(prefix) + 1 :].split(".")[0] for name in tensors if name.startswith(f"{prefix}.")}
+            )
+
+        self.device, self.dtype = device, dtype
+        self.conv_in = conv("conv_in")
+        self.mid = tuple(resnet(f"mid_block.resnets.{i}") for i in range(2))
+        name = "mid_block.attentions.0"
+        self.attention = Attention(
+            vector(f"{name}.norm.gamma"),
+            *(matrix(f"{name}.{part}") for part in ("to_q", "to_k", "to_v", "proj_out")),
+        )
+        self.blocks: list[tuple[Resnet, ...]] = []
+        self.upsamplers: list[Upsampler] = []
+        for i in range(count("up_blocks")):
+            block = f"up_blocks.{i}"
+            self.blocks.append(
+                tuple(resnet(f"{block}.resnets.{j}") for j in range(count(f"{block}.resnets")))
+            )
+            if f"{block}.upsamplers.0.conv.conv.weight" in tensors:
+                up = conv(f"{block}.upsamplers.0.conv")
+                following = tensors[f"up_blocks.{i + 1}.resnets.0.conv1.conv.weight"].shape[1]
+                self.upsamplers.append(Upsampler(up, temporal=up.weight.shape[0] == 8 * following))
+        self.norm_out = vector("norm_out.gamma")
+        self.conv_out = conv("conv_out")
+        channels = self.conv_out.weight.shape[1]
+        # [colour, C, t, y, x] -> one row for each (t, y, x, colour), padded to a multiple of 16 rows
+        taps = self.conv_out.weight.permute(2, 3, 4, 0, 1).reshape(-1, channels)
+        self.taps = F.pad(taps, (0, 0, 0, -len(taps) % 16)).contiguous()
+        self.widths = tuple(block[0].conv1.weight.shape[1] for block in self.blocks)
+        self.latent_channels = self.conv_in.weight.shape[1]
+
+    @property
+    def flat(self) -> int:
+        """The first level of the tail that runs at the video's own frame rate. Levels are numbered from 1."""
+        return 1 + max((i for i, up in enumerate(self.upsamplers) if up.temporal), default=-1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weights take on the device."""
+        total = 0
+        stack: list = [v for v in vars(self).values()]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, Tensor):
+                total += item.nbytes
+            elif isinstance(item, tuple | list):
+                stack.extend(item)
+        return total
+
+
+class Windows:
+    """What the convolutions of one level read: for each of them its last two input frames, and room for new ones.
+
+    All of them share one ring of frames, so that nothing is moved from step to step. A convolution owns two frames,
+    its past; in the ring the first one's past lies foremost, the others follow behind it. In a step the first writes
+    n new frames in front of its past into the free room and reads past and new together; its n oldest frames are then
+    free, and just there the second one writes. After the last one the room is free at the end of the ring, which is
+    the front again.
+
+    A read must not break at the end of the ring: the buffer repeats the first frames of the ring behind its end, and
+    what is written to one place is written to the other.
+    """
+
+    def __init__(
+        self, convs: int, step: int, lanes: int, height: int, width: int, channels: int, like: Tensor
+    ) -> None:
+        self.ring = 2 * convs + step * lanes
+        self.repeated = step + 1
+        self.frames = like.new_empty(self.ring + self.repeated, height + 2, width + 2, channels)
+        self.past = [2 * (convs - 1 - i) for i in range(convs)]
+        self.fresh = [True] * convs
+
+    def write(self, index: int, pending: Pending, gamma: Tensor | None = None) -> Tensor:
+        """Write the input of convolution `index`; returns its new frames, [n, H + 2, W + 2, C], to be `settle`d."""
+        start = self.past[index] % self.ring + 2
+        room = self.frames[start : start + len(pending.x)]
+        kernels.fill_window(pending.x, room, bias=pending.bias, add=pending.add, gamma=gamma)
+        return room
+
+    def settle(self, index: int, n: int) -> Tensor:
+        """After the borders are in place: returns what convolution `index` reads, [n + 2, H + 2, W + 2, C]."""
+        start = self.past[index] % self.ring
+        if self.fresh[index]:  # the video begins: its past is its first frame
+            self.frames[start : start + 2] = self.frames[start + 2]
+            self._repeat(start, start + 2 + n)
+        else:
+            self._repeat(start + 2, start + 2 + n)
+        self.fresh[index] = False
+        self.past[index] += n
+        return self.frames[start : start + 2 + n]
+
+    def _repeat(self, start: int, stop: int) -> None:
+        low, high = start, min(stop, self.repeated)
+        if low < high:
+            self.frames[low + self.ring : high + self.ring] = self.frames[low:high]
+        low, high = max(start, self.ring), stop
+        if low < high:
+            self.frames[low - self.ring : high - self.ring] = self.frames[low:high]
+
+
+def convolve(window: Tensor, weight: Tensor) -> Tensor:
+    """[n + 2, H + 2, W + 2, C] -> [n, H, W, out], without the bias."""
+    out = F.conv3d(window.permute(3, 0, 1, 2)[None], weight)
+    return out[0].permute(1, 2, 3, 0).contiguous()
+
+
+Step = Generator[None, None, Tensor]
+"""Work that yields whenever borders are under way, and returns a tensor."""
+
+
+def run(step: Generator):
+    """Run work to its end, waiting wherever it yields."""
+    while True:
+        try:
+            next(step)
+        except StopIteration as end:
+            return end.value
+
+
+class Stream:
+    """One video, or one part of its picture, on its way through the decoder.
+
+    Feed consecutive chunks [n, H, W, 32] of latent frames to `trunk`, and what it returns to `tail`, which yields
+    pixels [frames, 16H, 16W, 3] in order, float32, black 0 and white 1, not clamped.
+    """
+
+    def __init__(
+        self, weights: Weights, height: int, width: int, time: int, steps: Steps, edges: Edges | None = None
+    ) -> None:
+        self.weights, self.steps, self.edges = weights, steps, edges
+        w, like = weights, weights.conv_in.weight
+        base = 2 * len(w.mid) + 2 * len(w.blocks[0])
+        self.entry = Windows(1, steps.trunk, 1, height, width, w.latent_channels, like)
+        self.base = Windows(base, steps.trunk, 1, height, width, w.widths[0], like)
+        positions = edges.positions if edges else height * width
+        self.memory = KeyValues(time, positions, w.widths[0], w.dtype, w.device)
+        self.levels: list[Windows] = [Windows(1, steps.trunk, 1, height, width, w.widths[0], like)]
+        for i in range(1, len(w.blocks)):
+            convs = 2 * len(w.blocks[i]) + (i < len(w.upsamplers))
+            lanes = LANES if edges and i >= w.flat else 1
+            scale = 2**i
+            self.levels.append(
+                Windows(convs, steps.tail[i - 1], lanes, scale * height, scale * width, w.widths[i], like)
+            )
+        self.begun = [False] * len(w.upsamplers)
+        self.late: tuple[Tensor, Tensor] | None = None
+
+    def trunk(self, latent: Tensor) -> Tensor:
+        """[n, H, W, latent channels] -> [n, H, W, C], float sums formed."""
+        return run(self._trunk(latent))
+
+    def _trunk(self, latent: Tensor) -> Step:
+        w = self.weights
+        out = yield from self._conv(self.entry, 0, Pending(latent.clone()), w.conv_in)
+        repeats = w.widths[0] // w.latent_channels
+        x = Pending(latent.repeat_interleave(repeats, dim=-1), out, w.conv_in.bias)
+        x = yield from self._resnet(self.base, 0, x, w.mid[0])
+        x = Pending(self._attention(form(x)))
+        x = yield from self._resnet(self.base, 2, x, w.mid[1])
+        for i, resnet in enumerate(w.blocks[0]):
+            x = yield from self._resnet(self.base, 4 + 2 * i, x, resnet)
+        return form(x)
+
+    def tail(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Trunk outputs, chunk by chunk -> pixels, a few frames at a time."""
+        flat = self.weights.flat
+        pieces = self._descend(0, chunks) if flat else chunks
+        lanes = LANES if self.edges else 1
+        yield from self._in_lanes((self._finish(flat, piece) for piece in pieces), lanes)
+
+    def _descend(self, level: int, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Levels that double time, depth first, down to the first flat one."""
+        if level == self.weights.flat:
+            for chunk in chunks:
+                yield from chunk.split(self.steps.tail[level - 1])
+            return
+
+        def outputs() -> Iterator[Tensor]:
+            for chunk in chunks:
+                for piece in chunk.split(self.steps.tail[level - 1] if level else self.steps.trunk):
+                    yield run(self._level(level, piece))
+
+        yield from self._descend(level + 1, outputs())
+
+    def _finish(self, level: int, x: Tensor) -> Step:
+        """The flat levels, one after the other, to pixels."""
+        for i in range(level, len(self.weights.blocks)):
+            x = yield from self._level(i, x)
+        return x
+
+    @staticmethod
+    def _in_lanes(steps: Iterator[Step], lanes: int) -> Iterator[Tensor]:
+        """Run steps in order, `lanes` at a time: whenever one waits for borders, the other goes on.
+
+        They take turns, and a step begins only when the one before it is well ahead, so no step ever overtakes
+        another, which the windows rely on.
+        """
+        running: list[Step] = []
+        turns = 0
+        lead = 0
+        while True:
+            if len(running) < lanes and (not running or turns >= lead):
+                step = next(steps, None)
+                if step is not None:
+                    running.append(step)
+                    turns = 0
+            if not running:
+                return
+            for step in tuple(running):
+                try:
+                    next(step)
+                except StopIteration as end:
+                    running.remove(step)
+                    yield end.value
+            turns += 1
+            lead = lead or (2 if lanes > 1 else 0)
+
+    def _level(self, level: int, x: Tensor) -> Step:
+        w = self.weights
+        windows, pending = self.levels[level], Pending(x)
+        blocks = w.blocks[level] if level else ()
+        for i, resnet in enumerate(blocks):
+            pending = yield from self._resnet(windows, 2 * i, pending, resnet)
+        last = 2 * len(blocks)
+        if level < len(w.upsamplers):
+            up = w.upsamplers[level]
+            packed = yield from self._conv(windows, last, pending, up.conv)
+            first = not self.begun[level]
+            self.begun[level] = True
+            return kernels.upsample(packed, up.conv.bias, pending.x, temporal=up.temporal, first=first)
+        return (yield from self._pixels(pending))
+
+    def _resnet(self, windows: Windows, index: int, x: Pending, resnet: Resnet):
+        hidden = yield from self._conv(windows, index, x, resnet.conv1, resnet.norm1)
+        inner = Pending(hidden, None, resnet.conv1.bias)
+        out = yield from self._conv(windows, index + 1, inner, resnet.conv2, resnet.norm2)
+        return Pending(x.x, out, resnet.conv2.bias)
+
+    def _pixels(self, x: Pending) -> Step:
+        """norm_out and conv_out, the sum over time last: then two small maps are all there is to keep of the past."""
+        w = self.weights
+        n, height, width, channels = x.x.shape
+        window = x.x.new_empty(n, height + 2, width + 2, channels)
+        kernels.fill_window(x.x, window, bias=x.bias, add=x.add, gamma=w.norm_out)
+        yield from self._borders(window)
+        oldest, older, newest = kernels.sum_taps(kernels.taps(window, w.taps), w.conv_out.bias).unbind(1)
+        if self.late is None:
+            self.late = oldest[:1].expand(2, -1, -1, -1), older[:1]
+        oldest, older = torch.cat([self.late[0], oldest]), torch.cat([self.late[1], older])
+        self.late = oldest[n:].clone(), older[n:].clone()
+        return newest + oldest[:n] + older[:n]
+
+    def _borders(self, window: Tensor) -> Generator[None, None, None]:
+        if self.edges:
+            exchange = self.edges.start(window)
+            yield
+            exchange.finish()
+
+    def _conv(
+        self, windows: Windows, index: int, x: Pending, conv: Conv, gamma: Tensor | None = None
+    ) -> Step:
+        window = yield from self._window(windows, index, x, gamma)
+        return convolve(window, conv.weight)
+
+    def _window(self, windows: Windows, index: int, x: Pending, gamma: Tensor | None) -> Step:
+        room = windows.write(index, x, gamma)
+        yield from self._borders(room)
+        return windows.settle(index, len(room))
+
+    def _attention(self, x: Tensor) -> Tensor:
+        a = self.weights.attention
+        n, height, width, channels = x.shape
+        flat = x.view(n, height * width, channels)
+        scale = channels**0.5 * a.norm
+        normed = (F.normalize(flat.float(), dim=-1) * scale).to(x.dtype)
+        queries = F.linear(normed, *a.query)
+        keys, values = F.linear(normed, *a.key), F.linear(normed, *a.value)
+        if self.edges:
+            keys, values = self.edges.gather(keys, values)
+        attended = []
+        for q, k, v in zip(queries, keys, values, strict=True):
+            self.memory.append(k, v)
+            attended.append(self.memory.attend(q))
+        return x + F.linear(torch.stack(attended), *a.out).view(x.shape)
+
+
+def form(x: Pending) -> Tensor:
+    """Form the sum, in place."""
+    if x.add is None:
+        return x.x
+    return x.x.copy_(x.x.float() + x.add + x.bias)

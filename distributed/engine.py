@@ -1,0 +1,266 @@
+"""One rank's decoding: from a job, a latent and the shared frames to its own pixels in them.
+
+`Engine.decode` is a collective: every rank of the world calls it with the same job and latent. Nobody gathers the
+video; ranks write disjoint pixels. Between chunks all ranks agree whether to go on (one small all-reduce on the CPU),
+so that a cancel, or a rank that lacks memory, ends the decode on all of them at the same place and leaves them ready
+for the next.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .decoder import Steps, Stream, Weights
+from .halo import Mesh
+from .output import PixelWriter
+from .plan import Division, Job, check_job, choose_steps, divide, frame_count
+from .tiling import SPATIAL, Tile, TileGrid, assign, blend, seam, tile_grid
+
+
+class Cancelled(Exception):
+    """Somebody asked for the decode to end. The ranks stay ready."""
+
+
+class OutOfMemory(Exception):
+    """The job does not fit, not even in its smallest steps. `needed` and `free` are bytes on the tightest rank."""
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(f"The decode needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB can be used.")
+        self.needed, self.free = needed, free
+
+
+class Watch(Protocol):
+    """Who looks on: told of progress, asked about cancelling. Both may be called from any thread."""
+
+    def progress(self, done: int, total: int) -> None: ...
+
+    def cancelled(self) -> bool: ...
+
+
+class Engine:
+    """The decoder of one checkpoint on one rank's device.
+
+    `tensors` are the decoder's, in diffusers' names without "decoder.". Where torch.distributed is initialised its
+    default group is the world; otherwise this rank is alone.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        together = dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.world_size = dist.get_world_size() if together else 1
+        self.weights = Weights(tensors, device, dtype)
+        self.writer = PixelWriter(device)
+        self.groups: dict[int, dist.ProcessGroup] = {}
+
+    def release(self) -> None:
+        """Give back what the engine holds on the device. It cannot be used again."""
+        self.writer.close()
+        del self.weights, self.writer
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()
+
+    @torch.inference_mode()
+    def decode(self, job: Job, latent: Tensor, frames: Tensor, watch: Watch) -> None:
+        """Decode this rank's part of `latent`, float32 [B, C, T, H, W], into `frames`, float32 [B, T', H', W', 3].
+
+        Raises Cancelled or OutOfMemory on all ranks together, ValueError for a job that cannot be done.
+        """
+        check_job(job, self.world_size)
+        decode = self._tiled if job.mode == "tiled" else self._seamless
+        try:
+            for video, place in zip(latent, frames, strict=True):
+                decode(job, video.permute(1, 2, 3, 0), place, watch)
+        finally:
+            self.writer.flush()
+
+    def _agree(self, value: int, operation=dist.ReduceOp.MAX) -> int:
+        """The largest (or as `operation` says) of all ranks' values."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.int64)
+        dist.all_reduce(tensor, operation)
+        return int(tensor)
+
+    def _check_cancel(self, watch: Watch) -> None:
+        if self._agree(watch.cancelled()):
+            raise Cancelled
+
+    def _steps(self, job: Job, height: int, width: int, division: Division | None) -> Steps:
+        """The largest steps that fit every rank. height x width: latent positions of the largest part."""
+        free = job.memory or _free_memory(self.device, self.weights.nbytes)
+        free = self._agree(free, dist.ReduceOp.MIN)
+        time, positions = job.latent_shape[2], job.latent_shape[3] * job.latent_shape[4]
+        together = division is not None and division.size > 1
+        positions = positions if division else height * width
+        steps, needed = choose_steps(self.weights, height, width, time, positions, together, free)
+        if steps is None:
+            raise OutOfMemory(needed, free)
+        return steps
+
+    def _group(self, size: int) -> dist.ProcessGroup | None:
+        """The process group of the first `size` ranks. A collective of the world when first asked for."""
+        if size == 1 or size == self.world_size:
+            return dist.group.WORLD if self.world_size > 1 else None
+        if size not in self.groups:
+            self.groups[size] = dist.new_group(range(size))
+        return self.groups[size]
+
+    def _seamless(self, job: Job, video: Tensor, frames: Tensor, watch: Watch) -> None:
+        time, height, width, _ = video.shape
+        division = divide(height, width, self.world_size)
+        largest = max((division.region(i) for i in range(division.size)), key=lambda r: r.height * r.width)
+        steps = self._steps(job, largest.height, largest.width, division)
+        group = self._group(division.size)
+        chunks = video.split(steps.trunk)
+        if self.rank >= division.size:
+            for _ in chunks:
+                self._check_cancel(watch)
+            return
+        region = division.region(self.rank)
+        mesh = Mesh(division, self.rank, group) if division.size > 1 else None
+        stream = Stream(self.weights, region.height, region.width, time, steps, mesh)
+
+        def trunk() -> Iterator[Tensor]:
+            for chunk in chunks:
+                self._check_cancel(watch)
+                part = chunk[:, region.top : region.bottom, region.left : region.right]
+                yield stream.trunk(self._load(part))
+
+        place = frames[
+            :, region.top * SPATIAL : region.bottom * SPATIAL, region.left * SPATIAL : region.right * SPATIAL
+        ]
+        done = 0
+        try:
+            for pixels in stream.tail(trunk()):
+                start, done = done, done + len(pixels)
+                self._write(pixels, place[start:done], lambda done=done: watch.progress(done, len(frames)))
+        finally:
+            if mesh:
+                mesh.drain()
+
+    def _tiled(self, job: Job, video: Tensor, frames: Tensor, watch: Watch) -> None:
+        time, height, width, _ = video.shape
+        grid = tile_grid(height, width, job.tile_size, job.overlap)
+        owner = assign(grid, self.world_size)
+        side = job.tile_size // SPATIAL
+        steps = self._steps(job, min(side, height), min(side, width), None)
+        mine = [tile for tile, rank in zip(grid.tiles, owner, strict=True) if rank == self.rank]
+        total = sum(tile.cost for tile in mine) * frame_count(time)
+        decoded: dict[Tile, Tensor] = {}
+        done = 0
+        try:
+            for tile in mine:
+                part = video[:, tile.top : tile.bottom, tile.left : tile.right]
+                stream = Stream(self.weights, *part.shape[1:3], time, steps)
+                pixels = part.new_empty(
+                    frame_count(time),
+                    *(SPATIAL * n for n in part.shape[1:3]),
+                    3,
+                    device=self.device,
+                    dtype=self.dtype,
+                )
+                at = 0
+                for piece in stream.tail(stream.trunk(self._load(c)) for c in part.split(steps.trunk)):
+                    if watch.cancelled():
+                        raise Cancelled
+                    pixels[at : at + len(piece)] = piece
+                    at += len(piece)
+                    done += tile.cost * len(piece)
+                    watch.progress(done, total)
+                decoded[tile] = pixels
+        except Cancelled:
+            pass  # the others hear of it at the next line, where all ranks meet
+        self._check_cancel(watch)
+        self._blend(grid, owner, decoded, frames)
+
+    def _blend(
+        self, grid: TileGrid, owner: tuple[int, ...], decoded: dict[Tile, Tensor], frames: Tensor
+    ) -> None:
+        """Blend each tile with its upper and left neighbours and write what survives of it.
+
+        All ranks walk through all tiles in reading order, and edges leave a tile right after it is blended, so sends
+        and receives are posted in one order everywhere, which no backend can deadlock on.
+        """
+        edges: dict[tuple[int, int], tuple[Tensor, dist.Work | None]] = {}
+        leaving: list[tuple[Tensor, dist.Work]] = []
+        for index, tile in enumerate(grid.tiles):
+            pixels = decoded.pop(tile, None)
+            if pixels is not None:
+                for dim in (1, 2):
+                    edge, arrival = edges.pop((index, dim), (None, None))
+                    if arrival:
+                        arrival.wait()
+                    if edge is not None:
+                        blend(edge, pixels, dim)
+            for other, dim in _followers(grid, index):
+                extent = _edge_extent(grid, index, other, dim)
+                source, target = owner[index], owner[other]
+                if extent == 0 or self.rank not in (source, target):
+                    continue
+                if pixels is not None:
+                    edge = pixels.narrow(dim, pixels.shape[dim] - extent, extent).contiguous()
+                else:
+                    edge = self._empty_edge(tile, dim, extent, len(frames))
+                if source == target:
+                    edges[other, dim] = edge, None
+                elif source == self.rank:
+                    leaving.append((edge, _post(dist.isend, edge, target)))
+                else:
+                    edges[other, dim] = edge, _post(dist.irecv, edge, source)
+            if pixels is not None:
+                top, left = tile.top * SPATIAL, tile.left * SPATIAL
+                place = frames[:, top : top + tile.height, left : left + tile.width]
+                self._write(pixels[:, : tile.height, : tile.width].float(), place, lambda: None)
+        for _, departure in leaving:
+            departure.wait()
+
+    def _empty_edge(self, tile: Tile, dim: int, extent: int, frames: int) -> Tensor:
+        shape = [frames, (tile.bottom - tile.top) * SPATIAL, (tile.right - tile.left) * SPATIAL, 3]
+        shape[dim] = extent
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _load(self, part: Tensor) -> Tensor:
+        return part.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def _write(self, pixels: Tensor, place: Tensor, written: Callable[[], None]) -> None:
+        self.writer.write(pixels.clamp_(0, 1), place, written)
+
+
+def _followers(grid: TileGrid, index: int) -> list[tuple[int, int]]:
+    """The tiles that are blended with this one, each with the dimension across the seam: below 1, right 2."""
+    tile = grid.tiles[index]
+    followers = []
+    if tile.row + 1 < grid.rows:
+        followers.append((grid.at(tile.row + 1, tile.column), 1))
+    if tile.column + 1 < grid.columns:
+        followers.append((grid.at(tile.row, tile.column + 1), 2))
+    return followers
+
+
+def _edge_extent(grid: TileGrid, index: int, other: int, dim: int) -> int:
+    before, after = grid.tiles[index], grid.tiles[other]
+    if dim == 1:
+        sizes = before.bottom - before.top, after.bottom - after.top
+    else:
+        sizes = before.right - before.left, after.right - after.left
+    return seam(sizes[0] * SPATIAL, sizes[1] * SPATIAL, grid.overlap)
+
+
+def _post(operation, tensor: Tensor, peer: int) -> dist.Work:
+    return dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)])[0]
+
+
+def _free_memory(device: torch.device, weights: int) -> int:
+    """Bytes that a decode may use on this device, the weights that are there already included."""
+    if device.type == "cpu":
+        import psutil
+
+        return psutil.virtual_memory().available + weights
+    accelerator = torch.get_device_module(device)
+    free, _ = accelerator.mem_get_info(device)
+    cached = accelerator.memory_reserved(device) - accelerator.memory_allocated(device)
+    return free + cached + weights
