@@ -1,0 +1,299 @@
+"""Measure decodes side by side: this engine, its rivals, and the floor, all in one run.
+
+    python -m benchmarks.decode                                   one device
+    python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.decode     two devices of one host
+
+Weights are full size and random on a GPU, small on the CPU, where the run only shows that everything works. Every
+variant decodes the same latent, each once to warm up and then `--repeat` times; the best time counts. The floor is
+the decoder's convolution FLOPs over a matrix product measured in the same run: briefly (the chip cool), and for two
+seconds (as hot as a decode makes it).
+
+Rivals are taken where they are installed: diffusers' tiled decode, ComfyUI's own decoder (COMFYUI_PATH or .comfyui),
+DistVAE's tile decode on several devices. Rank 0 writes JSON and a Markdown table.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.random_weights import FULL, TINY, decoder_tensors
+from distributed.engine import Engine, OutOfMemory
+from distributed.plan import Job
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {
+    "480x848x33": (9, 30, 53),
+    "480x848x121": (31, 30, 53),
+    "720x1280x121": (31, 45, 80),
+    "1080x1920x121": (31, 68, 120),
+    "64x96x9": (3, 4, 6),
+}
+
+
+class Quiet:
+    """A watch that nobody looks through."""
+
+    def progress(self, done: int, total: int) -> None: ...
+
+    def cancelled(self) -> bool:
+        return False
+
+
+def conv_flops(widths: tuple[int, ...], time_: int, height: int, width: int) -> float:
+    """FLOPs of the decoder's convolutions, two for a multiply and add. Frames and pixels double level by level."""
+    total, frames = 0.0, time_
+    for level, channels in enumerate(widths):
+        pixels = frames * height * width * 4**level
+        resnets = (5 if level == 0 else 3) * 2 * channels**2
+        following = widths[level + 1] * (8 if level < 2 else 4) if level + 1 < len(widths) else 3
+        total += 2 * 27 * pixels * (resnets + channels * following + (32 * channels if level == 0 else 0))
+        frames = 2 * frames - 1 if level < 2 else frames
+    return total
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for this device, then for the other ranks."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
+def measure(device: torch.device, decode: Callable[[], object], repeat: int) -> dict:
+    """First and best time of `decode` in seconds, and the peak memory of the best runs in GiB."""
+    times = []
+    for attempt in range(repeat + 1):
+        gc.collect()
+        if device.type != "cpu":
+            accelerator = torch.get_device_module(device)
+            accelerator.empty_cache() if attempt == 0 else None
+            accelerator.reset_peak_memory_stats(device)
+        synchronize(device)
+        start = time.perf_counter()
+        decode()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    result = {"first_s": round(times[0], 3), "best_s": round(min(times[1:]), 3)}
+    if device.type != "cpu":
+        result["peak_gib"] = round(torch.get_device_module(device).max_memory_allocated(device) / 2**30, 2)
+        result["reserved_gib"] = round(torch.get_device_module(device).max_memory_reserved(device) / 2**30, 2)
+    return result
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """FLOP/s of square matrix products kept up for `seconds`."""
+    side = 8192 if device.type != "cpu" else 512
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    b = torch.randn_like(a)
+    a @ b
+    count, start = 0, time.perf_counter()
+    while True:
+        for _ in range(8):
+            a @ b
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+        count += 8
+        if time.perf_counter() - start > seconds:
+            return 2 * side**3 * count / (time.perf_counter() - start)
+
+
+def diffusers_vae(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    """diffusers' own model with these decoder weights, or None where diffusers is not installed."""
+    try:
+        from diffusers import AutoencoderKLHunyuanVideo15
+    except ImportError:
+        return None
+    with torch.device("meta"):
+        vae = AutoencoderKLHunyuanVideo15(block_out_channels=tuple(reversed(widths)))
+    vae.encoder = None
+    vae.decoder.to_empty(device=device)
+    vae.decoder.load_state_dict(tensors)
+    return vae.to(dtype).eval()
+
+
+def core_decoder(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    """ComfyUI's decoder with these weights, or None where no ComfyUI is found."""
+    home = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
+    if not (home / "comfy").is_dir():
+        return None
+    sys.path.append(str(home))
+    from comfy.cli_args import args
+
+    args.cpu = device.type == "cpu"
+    from comfy.ldm.hunyuan_video.vae_refiner import Decoder
+
+    with torch.device("meta"):
+        decoder = Decoder(
+            z_channels=32,
+            out_channels=3,
+            block_out_channels=list(reversed(widths)),
+            num_res_blocks=2,
+            ffactor_spatial=16,
+            ffactor_temporal=4,
+        )
+    decoder.to_empty(device=device)
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in (
+            ("mid_block.resnets.0", "mid.block_1"),
+            ("mid_block.resnets.1", "mid.block_2"),
+            ("mid_block.attentions.0", "mid.attn_1"),
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+            ("up_blocks", "up"),
+            ("upsamplers.0", "upsample"),
+            ("resnets", "block"),
+        ):
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    decoder.load_state_dict(renamed)
+    return decoder.to(dtype).eval()
+
+
+def rivals(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> dict:
+    """Name -> decode(latent [1, 32, T, H, W]) for whatever is installed."""
+    found: dict[str, Callable] = {}
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    vae = diffusers_vae(tensors, widths, device, dtype)
+    if vae is not None:
+        vae.enable_tiling()
+        if world_size == 1:
+            found["diffusers tiled"] = lambda z: vae.decode(z).sample.float().cpu()
+        else:
+            try:
+                from distvae.vae import sharing, tiled_decode_for
+
+                vae.tiled_decode = tiled_decode_for(vae, *sharing(dist.group.WORLD))
+                found["DistVAE tiled"] = lambda z: vae.decode(z).sample.float().cpu()
+            except ImportError:
+                pass
+    if world_size == 1:
+        decoder = core_decoder(tensors, widths, device, dtype)
+        if decoder is not None:
+            found["ComfyUI core"] = lambda z: decoder(z).float().cpu()
+    return found
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return torch.get_device_module(device).get_device_name(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default=None, help="comma-separated, of: " + ", ".join(SIZES))
+    parser.add_argument("--variants", default="", help="only the variants whose name contains one of these words")
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--memory-gib", type=float, default=None, help="budget of each rank for this engine")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    dtype, widths = (torch.bfloat16, FULL) if cuda else (torch.float32, TINY)
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            device_id=device if cuda else None,
+            timeout=datetime.timedelta(minutes=5),
+        )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    sizes = (options.sizes or ("480x848x33,480x848x121,720x1280x121,1080x1920x121" if cuda else "64x96x9")).split(",")
+
+    tensors = decoder_tensors(widths, device)
+    report = {
+        "machine": machine(device),
+        "ranks": world_size,
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "command": "python -m benchmarks.decode " + " ".join(sys.argv[1:]),
+        "matmul_tflops": round(matmul_rate(device, dtype, 0.05) / 1e12, 2),
+        "matmul_sustained_tflops": round(matmul_rate(device, dtype, 2) / 1e12, 2),
+        "results": [],
+    }
+    memory = int(options.memory_gib * 2**30) if options.memory_gib else None
+    start = time.perf_counter()
+    engine = Engine(tensors, device, dtype)
+    synchronize(device)
+    report["weights_s"] = round(time.perf_counter() - start, 3)
+    wanted = [word for word in options.variants.split(",") if word]
+    others = rivals(tensors, widths, device, dtype)
+    with torch.inference_mode():
+        for name in sizes:
+            shape = (1, 32, *SIZES[name])
+            latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            floor = conv_flops(widths, *SIZES[name]) / world_size
+            rows = {"floor": {"best_s": round(floor / 1e12 / report["matmul_tflops"], 3)}}
+            rows["floor, sustained"] = {"best_s": round(floor / 1e12 / report["matmul_sustained_tflops"], 3)}
+            variants: dict[str, Callable] = {}
+            for mode in ("seamless", "tiled"):
+                job = Job(shape, mode, dtype=report["dtype"], memory=memory)
+                frames = torch.zeros(job.frames_shape)
+                variants[f"ours {mode}"] = lambda job=job, frames=frames: engine.decode(job, latent, frames, Quiet())
+            on_device = latent.to(device, dtype)
+            variants |= {key: lambda decode=decode: decode(on_device) for key, decode in others.items()}
+            for key, decode in variants.items():
+                if wanted and not any(word in key for word in wanted):
+                    continue
+                try:
+                    rows[key] = measure(device, decode, options.repeat)
+                except (torch.OutOfMemoryError, OutOfMemory) as error:
+                    rows[key] = {"error": str(error).split(". ")[0]}
+                if rank == 0:
+                    print(name, key, rows[key], flush=True)
+            report["results"].append({"size": name, "variants": rows})
+    if rank == 0:
+        write(report, options.out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def write(report: dict, folder: Path) -> None:
+    """JSON for machines, a Markdown table for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{report['machine'].replace(' ', '-').lower()}-x{report['ranks']}"
+    name = "".join(c for c in name if c.isalnum() or c in "-_")
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [
+        f"### {report['machine']}, {report['ranks']} rank(s), {report['dtype']}, {report['date']}",
+        "",
+        f"torch {report['torch']}; matrix product {report['matmul_tflops']} TFLOP/s, "
+        f"{report['matmul_sustained_tflops']} sustained. `{report['command']}`",
+        "",
+        "| size | variant | seconds | over floor | peak GiB | first call |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in report["results"]:
+        floor = result["variants"]["floor"]["best_s"]
+        for key, row in result["variants"].items():
+            if "error" in row:
+                lines.append(f"| {result['size']} | {key} | {row['error']} | | | |")
+                continue
+            ratio = f"{row['best_s'] / floor:.2f}" if floor else ""
+            lines.append(
+                f"| {result['size']} | {key} | {row['best_s']} | {ratio} | {row.get('peak_gib', '')} "
+                f"| {row.get('first_s', '')} |"
+            )
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
