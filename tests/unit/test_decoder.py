@@ -1,0 +1,123 @@
+"""The streaming decoder against diffusers' own, on one device."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15
+
+from distributed import kernels
+from distributed.decoder import Steps, Stream, Weights
+
+WIDTHS = (8, 8, 16, 32, 32)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo15(block_out_channels=WIDTHS).eval().requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+    return vae
+
+
+def decoder_of(vae) -> dict:
+    return {k.removeprefix("decoder."): v for k, v in vae.state_dict().items() if k.startswith("decoder.")}
+
+
+@pytest.fixture(scope="module")
+def weights(vae):
+    return Weights(decoder_of(vae), CPU, torch.float32)
+
+
+@torch.inference_mode()
+def stream(weights, latent, steps):
+    """latent [1, 32, T, H, W] -> frames [T', H', W', 3]."""
+    video = latent[0].permute(1, 2, 3, 0).to(weights.dtype).contiguous()
+    run = Stream(weights, *video.shape[1:3], video.shape[0], steps)
+    return torch.cat(list(run.tail(run.trunk(chunk) for chunk in video.split(steps.trunk))))
+
+
+@torch.inference_mode()
+def reference(vae, latent):
+    return (vae.decode(latent).sample[0].permute(1, 2, 3, 0) + 1) / 2
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+STEPS = [Steps(1, (1, 1, 1, 1)), Steps(2, (2, 1, 1, 1)), Steps(3, (4, 2, 2, 2)), Steps(8, (3, 5, 5, 5))]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 4), (2, 1, 1), (4, 1, 3), (5, 4, 5)], ids=str)
+def test_any_chunk_size_gives_diffusers_untiled_decode(vae, weights, shape, steps):
+    latent = torch.randn(1, 32, *shape, generator=torch.Generator().manual_seed(1))
+    assert relative(stream(weights, latent, steps), reference(vae, latent)) < 1e-5
+
+
+def test_a_long_video_is_decoded_as_exactly_as_a_short_one(vae, weights):
+    latent = torch.randn(1, 32, 31, 2, 2, generator=torch.Generator().manual_seed(2))
+    assert relative(stream(weights, latent, STEPS[2]), reference(vae, latent)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_close_to_float32_as_diffusers(vae, weights, dtype):
+    latent = torch.randn(1, 32, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    exact = reference(vae, latent)
+    half = Weights(decoder_of(vae), CPU, dtype)
+    ours = relative(stream(half, latent, STEPS[1]), exact)
+    import copy
+
+    theirs = relative(reference(copy.deepcopy(vae).to(dtype), latent.to(dtype)), exact)
+    assert ours <= 1.05 * theirs
+
+
+def test_widths_and_upsamplers_are_read_off_the_shapes(weights):
+    assert weights.widths == tuple(reversed(WIDTHS))
+    assert [up.temporal for up in weights.upsamplers] == [True, True, False, False]
+    assert weights.flat == 2
+
+
+def test_dropping_the_past_would_be_noticed(vae, weights):
+    """The comparison above can fail: a decoder that forgets earlier frames is far outside its tolerance."""
+    latent = torch.randn(1, 32, 4, 3, 3, generator=torch.Generator().manual_seed(4))
+    apart = torch.cat([stream(weights, latent[:, :, :2], STEPS[0]), stream(weights, latent[:, :, 2:], STEPS[0])])
+    exact = reference(vae, latent)
+    assert relative(apart[-4:], exact[-4:]) > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_triton_kernels_compute_what_their_plain_twins_compute(dtype, monkeypatch):
+    device = torch.device("cuda")
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+
+    def both(compute):
+        fused = compute()
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "_kernels", lambda x: None)
+            plain = compute()
+        for a, b in zip(fused, plain, strict=True):
+            assert relative(a, b) < tolerance
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    for channels in (8, 128, 1024):
+        x, add, bias, gamma = draw(2, 5, 7, channels), draw(2, 5, 7, channels), *draw(2, channels, dtype=torch.float32)
+        for given in ({}, {"bias": bias, "gamma": gamma}, {"bias": bias, "add": add, "gamma": gamma}, {"add": add}):
+
+            def fill(given=given, x=x, channels=channels):
+                value, out = x.clone(), torch.full((2, 7, 9, channels), float("nan"), device=device, dtype=dtype)
+                kernels.fill_window(value, out, **given)
+                return value, out
+
+            both(fill)
+        for temporal, first in ((True, True), (True, False), (False, True)):
+            packed, inputs = draw(2, 5, 7, (8 if temporal else 4) * channels), draw(2, 5, 7, 2 * channels)
+            packed_bias = draw(packed.shape[-1], dtype=torch.float32)
+            both(lambda: (kernels.upsample(packed, packed_bias, inputs, temporal=temporal, first=first),))
+    partial, colours = draw(3, 7, 9, 96), draw(3, dtype=torch.float32)
+    both(lambda: (kernels.sum_taps(partial, colours),))

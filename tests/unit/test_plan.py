@@ -1,0 +1,90 @@
+"""Jobs, divisions of the picture, and steps that fit a memory budget."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.random_weights import FULL, TINY, decoder_tensors
+from distributed.decoder import Weights
+from distributed.plan import Job, check_job, choose_steps, divide, frame_count, peak_bytes
+
+JOB = Job((1, 32, 3, 4, 5))
+
+
+def test_a_job_survives_the_wire():
+    wire = json.loads(json.dumps(asdict(JOB)))
+    assert Job(**{**wire, "latent_shape": tuple(wire["latent_shape"])}) == JOB
+
+
+def test_frames_follow_the_models_compression():
+    assert JOB.frames_shape == (1, 9, 64, 80, 3)
+    assert [frame_count(t) for t in (1, 2, 31)] == [1, 5, 121]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latent_shape": (1, 32, 4, 5)}, r"shape \[1, 32, 4, 5\]"),
+        ({"latent_shape": (1, 32, 0, 4, 5)}, "empty dimension"),
+        ({"mode": "fast"}, "mode is 'fast'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"mode": "tiled", "overlap": 256}, "overlap is 256"),
+    ],
+)
+def test_a_job_that_cannot_be_done_is_refused_in_words(change, words):
+    with pytest.raises(ValueError, match=words):
+        check_job(replace(JOB, **change), 2)
+
+
+@given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 12))
+def test_regions_cover_the_picture_and_differ_by_at_most_one_row_and_column(height, width, ranks):
+    division = divide(height, width, ranks)
+    assert 1 <= division.size <= ranks
+    covered = torch.zeros(height, width, dtype=torch.int32)
+    regions = [division.region(i) for i in range(division.size)]
+    for region in regions:
+        covered[region.top : region.bottom, region.left : region.right] += 1
+    assert (covered == 1).all()
+    for sides in ([r.height for r in regions], [r.width for r in regions]):
+        assert max(sides) - min(sides) <= 1 and min(sides) >= 1
+
+
+def test_two_ranks_cut_where_the_halves_are_equal():
+    division = divide(45, 80, 2)
+    assert (division.rows, division.columns) == (1, 2)
+
+
+def test_eight_ranks_form_a_grid():
+    division = divide(45, 80, 8)
+    assert division.size == 8
+    assert max(division.region(i).height * division.region(i).width for i in range(8)) <= 460
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Weights(decoder_tensors(TINY, torch.device("cpu")), torch.device("cpu"), torch.float32)
+
+
+def test_less_memory_gives_smaller_steps_until_nothing_fits(tiny):
+    plenty, most = choose_steps(tiny, 8, 8, 31, 64, False, 2**40)
+    tight, needed = choose_steps(tiny, 8, 8, 31, 64, False, most - 1)
+    assert needed < most and tight.trunk <= plenty.trunk
+    nothing, least = choose_steps(tiny, 8, 8, 31, 64, False, 1000)
+    assert nothing is None and least > 1000
+
+
+def test_the_estimate_does_not_grow_with_the_video_but_for_keys_and_values(tiny):
+    steps, _ = choose_steps(tiny, 8, 8, 31, 64, False, 2**40)
+    short, long = (peak_bytes(tiny, 8, 8, time, 64, False, steps) for time in (31, 62))
+    assert long - short == 2 * 31 * 64 * TINY[0] * 4
+
+
+def test_the_benchmarks_work_is_that_of_the_model():
+    from benchmarks.decode import conv_flops
+
+    for size, expected in (((9, 30, 53), 338e12), ((31, 30, 53), 1230e12), ((31, 45, 80), 2785e12)):
+        assert conv_flops(FULL, *size) == pytest.approx(expected, rel=0.01)

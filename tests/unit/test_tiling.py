@@ -1,0 +1,104 @@
+"""The grid, the assignment and the blend of a tiled decode, each on its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distributed.tiling import SPATIAL, Tile, assign, blend, seam, tile_grid
+
+sizes = st.integers(1, 70)
+latent_tiles = st.integers(1, 20)
+
+
+@st.composite
+def grids(draw):
+    side = draw(latent_tiles)
+    overlap = draw(st.integers(0, side - 1))
+    return tile_grid(draw(sizes), draw(sizes), side * SPATIAL, overlap * SPATIAL), side, overlap
+
+
+@given(grids())
+@settings(deadline=None)
+def test_the_kept_parts_of_tiles_cover_every_pixel_once(case):
+    grid, _, _ = case
+    height = max(tile.bottom for tile in grid.tiles) * SPATIAL
+    width = max(tile.right for tile in grid.tiles) * SPATIAL
+    covered = torch.zeros(height, width, dtype=torch.int32)
+    for tile in grid.tiles:
+        top, left = tile.top * SPATIAL, tile.left * SPATIAL
+        covered[top : top + tile.height, left : left + tile.width] += 1
+    assert (covered == 1).all()
+
+
+@given(grids())
+@settings(deadline=None)
+def test_every_tile_is_decoded_at_least_as_far_as_it_is_kept(case):
+    grid, side, _ = case
+    for tile in grid.tiles:
+        assert tile.height <= (tile.bottom - tile.top) * SPATIAL <= side * SPATIAL
+        assert tile.width <= (tile.right - tile.left) * SPATIAL <= side * SPATIAL
+
+
+@pytest.mark.parametrize(("height", "width", "tiles"), [(30, 53, 15), (45, 80, 28), (16, 16, 4), (12, 12, 1), (3, 2, 1)])
+def test_the_default_grid_has_as_many_tiles_as_diffusers(height, width, tiles):
+    assert len(tile_grid(height, width, 256, 64).tiles) == tiles
+
+
+def test_the_last_tile_of_a_row_is_a_rectangle_of_what_is_left():
+    last = tile_grid(13, 20, 256, 64).tiles[-1]
+    assert last == Tile(1, 1, 12, 13, 12, 20, 16, 128)
+
+
+@pytest.mark.parametrize(
+    ("tile_size", "overlap", "words"),
+    [
+        (250, 64, "tile_size is 250"),
+        (0, 0, "tile_size is 0"),
+        (256, 60, "overlap is 60"),
+        (256, 256, "overlap is 256"),
+        (64, -16, "overlap is -16"),
+    ],
+)
+def test_tiles_that_the_latent_grid_cannot_hold_are_refused_with_the_numbers(tile_size, overlap, words):
+    with pytest.raises(ValueError, match=words):
+        tile_grid(30, 30, tile_size, overlap)
+
+
+@given(grids(), st.integers(1, 9))
+@settings(deadline=None)
+def test_no_rank_gets_more_than_the_lpt_bound(case, world_size):
+    grid, _, _ = case
+    owner = assign(grid, world_size)
+    load = [sum(t.cost for t, rank in zip(grid.tiles, owner, strict=True) if rank == r) for r in range(world_size)]
+    total, largest = sum(load), max(tile.cost for tile in grid.tiles)
+    assert set(owner) <= set(range(world_size))
+    assert max(load) <= total / world_size + largest * (1 - 1 / world_size)
+
+
+def test_more_ranks_than_tiles_leaves_ranks_without_work():
+    assert assign(tile_grid(3, 3, 256, 64), 4) == (0,)
+
+
+def test_blend_equals_diffusers_in_both_directions():
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(1, 3, 2, 48, 40, generator=generator) for _ in range(2))
+    for dim, theirs in ((1, AutoencoderKLHunyuanVideo15.blend_v), (2, AutoencoderKLHunyuanVideo15.blend_h)):
+        expected = theirs(None, before.clone(), after.clone(), 16)[0].permute(1, 2, 3, 0)
+        tile = after[0].permute(1, 2, 3, 0).clone()
+        edge = before[0].permute(1, 2, 3, 0)
+        blend(edge.narrow(dim, edge.shape[dim] - 16, 16), tile, dim)
+        torch.testing.assert_close(tile, expected, atol=1e-6, rtol=0)
+
+
+def test_the_first_blended_line_is_the_neighbours_and_the_rest_of_the_tile_is_untouched():
+    edge, tile = torch.zeros(1, 16, 8, 3), torch.ones(1, 32, 8, 3)
+    blend(edge, tile, 1)
+    assert (tile[:, 0] == 0).all() and (tile[:, 16:] == 1).all()
+    assert (tile[:, 1:16].diff(dim=1) > 0).all()
+
+
+def test_a_seam_is_never_wider_than_either_tile():
+    assert seam(256, 16, 64) == 16 and seam(32, 256, 64) == 32 and seam(256, 256, 64) == 64
