@@ -16,9 +16,7 @@ SCORE_BYTES = 256 * 2**20
 class KeyValues:
     """Keys and values of all frames so far: two tensors [time * positions, C], filled from the front."""
 
-    def __init__(
-        self, time: int, positions: int, channels: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, time: int, positions: int, channels: int, dtype: torch.dtype, device: torch.device) -> None:
         self.keys = torch.empty(time * positions, channels, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.positions = positions
@@ -36,9 +34,7 @@ class KeyValues:
         length = self.frames * self.positions
         keys, values = self.keys[:length], self.values[:length]
         if not queries.is_cuda:
-            return F.scaled_dot_product_attention(queries[None, None], keys[None, None], values[None, None])[
-                0, 0
-            ]
+            return F.scaled_dot_product_attention(queries[None, None], keys[None, None], values[None, None])[0, 0]
         # One head of 1024 channels: too wide for fused attention kernels, so two matrix products with a softmax between.
         block = max(1, SCORE_BYTES // (4 * length))
         return torch.cat([_attend_block(part, keys, values) for part in queries.split(block)])

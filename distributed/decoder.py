@@ -133,9 +133,7 @@ class Weights:
             )
 
         def count(prefix: str) -> int:
-            return len(
-                {name[len(prefix) + 1 :].split(".")[0] for name in tensors if name.startswith(f"{prefix}.")}
-            )
+            return len({name[len(prefix) + 1 :].split(".")[0] for name in tensors if name.startswith(f"{prefix}.")})
 
         self.device, self.dtype = device, dtype
         self.conv_in = conv("conv_in")
@@ -149,9 +147,7 @@ class Weights:
         self.upsamplers: list[Upsampler] = []
         for i in range(count("up_blocks")):
             block = f"up_blocks.{i}"
-            self.blocks.append(
-                tuple(resnet(f"{block}.resnets.{j}") for j in range(count(f"{block}.resnets")))
-            )
+            self.blocks.append(tuple(resnet(f"{block}.resnets.{j}") for j in range(count(f"{block}.resnets"))))
             if f"{block}.upsamplers.0.conv.conv.weight" in tensors:
                 up = conv(f"{block}.upsamplers.0.conv")
                 following = tensors[f"up_blocks.{i + 1}.resnets.0.conv1.conv.weight"].shape[1]
@@ -197,9 +193,7 @@ class Windows:
     what is written to one place is written to the other.
     """
 
-    def __init__(
-        self, convs: int, step: int, lanes: int, height: int, width: int, channels: int, like: Tensor
-    ) -> None:
+    def __init__(self, convs: int, step: int, lanes: int, height: int, width: int, channels: int, like: Tensor) -> None:
         self.ring = 2 * convs + step * lanes
         self.repeated = step + 1
         self.frames = like.new_empty(self.ring + self.repeated, height + 2, width + 2, channels)
@@ -392,9 +386,7 @@ class Stream:
             yield
             exchange.finish()
 
-    def _conv(
-        self, windows: Windows, index: int, x: Pending, conv: Conv, gamma: Tensor | None = None
-    ) -> Step:
+    def _conv(self, windows: Windows, index: int, x: Pending, conv: Conv, gamma: Tensor | None = None) -> Step:
         window = yield from self._window(windows, index, x, gamma)
         return convolve(window, conv.weight)
 

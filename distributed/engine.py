@@ -177,9 +177,7 @@ class Engine:
         self._check_cancel(watch)
         self._blend(grid, owner, decoded, frames)
 
-    def _blend(
-        self, grid: TileGrid, owner: tuple[int, ...], decoded: dict[Tile, Tensor], frames: Tensor
-    ) -> None:
+    def _blend(self, grid: TileGrid, owner: tuple[int, ...], decoded: dict[Tile, Tensor], frames: Tensor) -> None:
         """Blend each tile with its upper and left neighbours and write what survives of it.
 
         All ranks walk through all tiles in reading order, and edges leave a tile right after it is blended, so sends

@@ -81,9 +81,7 @@ def check_tile(tile_size: int, overlap: int) -> None:
     """Refuse a tile size and an overlap, both in pixels, that the latent grid cannot hold."""
     if tile_size < SPATIAL or tile_size % SPATIAL:
         nearest = max(SPATIAL, round(tile_size / SPATIAL) * SPATIAL)
-        raise ValueError(
-            f"tile_size is {tile_size} pixels; it must be a multiple of {SPATIAL}. Try {nearest}."
-        )
+        raise ValueError(f"tile_size is {tile_size} pixels; it must be a multiple of {SPATIAL}. Try {nearest}.")
     if overlap < 0 or overlap % SPATIAL or overlap >= tile_size:
         nearest = min(max(0, round(overlap / SPATIAL) * SPATIAL), tile_size - SPATIAL)
         raise ValueError(

