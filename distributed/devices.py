@@ -1,0 +1,125 @@
+"""The one place where NVIDIA GPUs, Ascend NPUs and CPUs differ.
+
+Elsewhere a device is a `torch.device`, and what it can do is asked of `torch.get_device_module`.
+Ascend support is written against torch_npu's documented interface and has not been run on hardware.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+
+import torch
+
+COLLECTIVES = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+HCCL_PORTS = range(50000, 65000, 64)
+"""First ports of the ranges that groups on one host use for HCCL; each group needs its own."""
+
+
+def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
+    """One device for each rank, from `auto`, "cuda:0,cuda:1", "npu:0-3", "cpu,cpu" or a list of such.
+
+    Raises ValueError for what cannot be read, for a mixture of kinds, and for the same accelerator twice.
+    """
+    words = devices.split(",") if isinstance(devices, str) else list(devices)
+    words = [word.strip().lower() for word in words if word.strip()]
+    if words == ["auto"]:
+        return _automatic()
+    parsed: list[str] = []
+    for word in words:
+        match = re.fullmatch(r"(cuda|npu):(\d{1,3})(?:-(\d{1,3}))?", word)
+        if word == "cpu":
+            parsed.append("cpu")
+        elif match and match[3] and int(match[3]) < int(match[2]):
+            raise ValueError(f"devices has {word!r}, a range that ends before it begins.")
+        elif match:
+            parsed.extend(f"{match[1]}:{i}" for i in range(int(match[2]), int(match[3] or match[2]) + 1))
+        else:
+            raise ValueError(
+                f"devices has {word!r}. Write auto, or a list such as cuda:0,cuda:1 or npu:0-3 or cpu,cpu."
+            )
+    if not parsed:
+        raise ValueError("devices is empty. Write auto, or a list such as cuda:0,cuda:1 or cpu,cpu.")
+    kinds = {device.split(":")[0] for device in parsed}
+    if len(kinds) > 1:
+        raise ValueError(f"devices mixes {' and '.join(sorted(kinds))}; all ranks of a group are of one kind.")
+    twice = sorted({device for device in parsed if device != "cpu" and parsed.count(device) > 1})
+    if twice:
+        raise ValueError(f"devices names {', '.join(twice)} more than once; each rank needs a device of its own.")
+    return tuple(parsed)
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Raise ValueError where a device is not there, saying which are."""
+    kind = devices[0].split(":")[0]
+    there = device_count(kind)
+    missing = [device for device in devices if kind != "cpu" and int(device.split(":")[1]) >= there]
+    if missing:
+        has = ", ".join(f"{kind}:{i}" for i in range(there)) or f"no {kind} device"
+        raise ValueError(f"devices asks for {', '.join(missing)}; this machine has {has}.")
+
+
+def device_count(kind: str) -> int:
+    """How many devices of this kind torch sees here."""
+    if kind == "cpu":
+        return os.cpu_count() or 1
+    if kind == "npu" and not _import_npu():
+        return 0
+    return torch.get_device_module(kind).device_count()
+
+
+def _automatic() -> tuple[str, ...]:
+    for kind in ("cuda", "npu"):
+        if count := device_count(kind):
+            return tuple(f"{kind}:{i}" for i in range(count))
+    return "cpu", "cpu"
+
+
+def _import_npu() -> bool:
+    try:
+        import torch_npu  # noqa: F401  registers the device with torch
+    except ImportError:
+        return False
+    return True
+
+
+def activate(name: str) -> torch.device:
+    """Make this process compute on the device `name`."""
+    kind = name.split(":")[0]
+    if kind == "cpu":
+        # More threads would add up in another order, and a tiled decode would differ with the number of ranks.
+        torch.set_num_threads(1)
+        return torch.device("cpu")
+    if kind == "npu":
+        if not _import_npu():
+            raise RuntimeError("An npu device needs torch_npu, which is not installed. Install the extra 'npu'.")
+        # The same sums in the same order every time, so that tiled decodes agree bit by bit.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    device = torch.device(name)
+    torch.get_device_module(device).set_device(device)
+    if kind == "cuda":
+        torch.backends.cudnn.benchmark = False  # heuristics choose alike in every process; a search may not
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return device
+
+
+def collective_backend(kind: str, chosen: str) -> str:
+    """torch.distributed's backend string: small agreements over gloo, borders over the device's own library."""
+    own = COLLECTIVES[kind] if chosen == "auto" else chosen
+    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{own}"
+
+
+def environment(kind: str, group_number: int) -> dict[str, str]:
+    """Environment of the ranks. Groups on one host must not share HCCL's ports."""
+    if kind == "npu":
+        return {"HCCL_IF_BASE_PORT": str(HCCL_PORTS[group_number % len(HCCL_PORTS)]), "HCCL_DETERMINISTIC": "true"}
+    if kind == "cuda":
+        # The windows are large and live as long as a decode; without this the cache breaks up between sizes.
+        return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    return {}
+
+
+def automatic_dtype(kind: str) -> str:
+    """bfloat16 where it is fast, float32 on the CPU."""
+    return "float32" if kind == "cpu" else "bfloat16"

@@ -1,0 +1,102 @@
+"""The frame buffer that ranks write and the graph reads: shared memory, handed out as a tensor without a copy.
+
+On Linux it is a memfd, which no size of /dev/shm limits and nobody else can name; ranks open it through the
+controller's /proc entry. Elsewhere it is a private temporary file. When the tensor and all views of it are gone the
+buffer returns to its pool, its pages already there for the next decode.
+"""
+
+import mmap
+import os
+import tempfile
+import threading
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+KEPT = 2
+"""Free buffers that a pool keeps for the next decodes."""
+
+
+class _Mapping(mmap.mmap):
+    """An mmap whose end can be awaited: a tensor made from it keeps it alive."""
+
+
+@dataclass
+class _Buffer:
+    descriptor: int
+    size: int
+    path: str
+    file: Path | None
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+        if self.file:
+            self.file.unlink(missing_ok=True)
+
+
+@dataclass
+class FramePool:
+    """Shared buffers, reused. `folder` is where buffers lie as files on systems without memfd."""
+
+    folder: Path
+    _free: list[_Buffer] = field(default_factory=list)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _closed: bool = False
+    lent: int = 0
+
+    def allocate(self, shape: tuple[int, ...]) -> tuple[Tensor, str]:
+        """A float32 tensor of this shape, and the path by which another process of this user opens its memory."""
+        size = torch.Size(shape).numel() * 4
+        with self._lock:
+            fitting = [buffer for buffer in self._free if size <= buffer.size <= 2 * size]
+            buffer = min(fitting, key=lambda b: b.size, default=None)
+            if buffer:
+                self._free.remove(buffer)
+        buffer = buffer or self._create(size)
+        mapping = _Mapping(buffer.descriptor, buffer.size)
+        with self._lock:
+            self.lent += 1
+        weakref.finalize(mapping, self._give_back, buffer)
+        return torch.frombuffer(mapping, dtype=torch.float32, count=size // 4).view(shape), buffer.path
+
+    def trim(self) -> None:
+        """Free what is not lent."""
+        with self._lock:
+            while self._free:
+                self._free.pop().close()
+
+    def close(self) -> None:
+        """Free what is not lent, and from now on also what comes back. Tensors that are out stay valid."""
+        self._closed = True
+        self.trim()
+
+    def _create(self, size: int) -> _Buffer:
+        if hasattr(os, "memfd_create"):
+            descriptor, file = os.memfd_create("hv15-frames", os.MFD_CLOEXEC), None
+            path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        else:
+            descriptor, path = tempfile.mkstemp(prefix="frames-", dir=self.folder)
+            file = Path(path)
+        os.ftruncate(descriptor, size)
+        return _Buffer(descriptor, size, path, file)
+
+    def _give_back(self, buffer: _Buffer) -> None:
+        with self._lock:
+            self.lent -= 1
+            if self._closed:
+                buffer.close()
+                return
+            self._free.append(buffer)
+            while len(self._free) > KEPT:
+                self._free.pop(0).close()
+
+
+def open_frames(path: str, shape: tuple[int, ...]) -> Tensor:
+    """A rank's view of a buffer: float32, shared with the controller and all other ranks."""
+    count = torch.Size(shape).numel()
+    with open(path, "r+b") as file:
+        mapping = mmap.mmap(file.fileno(), count * 4)
+    return torch.frombuffer(mapping, dtype=torch.float32, count=count).view(shape)
