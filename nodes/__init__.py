@@ -1,0 +1,10 @@
+"""What the graph sees. Each family of nodes has a module; the work is done in `distributed` and in diffusers."""
+
+from .decoding import DistributedVAEDecode, RankGroupNode
+from .distribute import DistributeVAE
+from .loading import LoadPipeline
+from .sampling import Sampler
+from .text import TextEncode
+from .vae import LoadVAE
+
+NODES = [LoadPipeline, LoadVAE, TextEncode, Sampler, RankGroupNode, DistributedVAEDecode, DistributeVAE]

@@ -1,0 +1,196 @@
+"""Rank Group and Distributed VAE Decode, and the one path on which any node of this pack decodes."""
+
+import time
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..distributed import Cancelled
+from ..distributed.plan import MODES
+from . import sockets
+from .groups import GroupDescription, live_group
+from .memory import make_room
+from .sockets import CATEGORY
+from .vae import rank_source
+
+PREVIEW_SECONDS = 1.0
+
+
+def decode_on_ranks(
+    latent: Tensor, vae: object, description: GroupDescription | None, mode: str, tile_size: int, overlap: int
+) -> Tensor:
+    """Decode a LATENT's samples, [B, 32, t, H, W] in VAE space, to frames [B, T, H', W', 3] in 0..1.
+
+    Shows progress and previews on the node that runs, and ends with ComfyUI's own interruption when interrupted.
+    Raises ValueError for input that is not HunyuanVideo-1.5's, before anything is started.
+    """
+    check_latent(latent)
+    source = rank_source(check_vae(vae))
+    group = live_group(description or GroupDescription())
+    group.start()
+    make_room(group)
+    progress = Progress()
+    try:
+        return group.decode(
+            latent,
+            source,
+            mode,
+            tile_size=tile_size,
+            overlap=overlap,
+            progress=progress.update,
+            cancelled=comfy.model_management.processing_interrupted,
+            frames_started=progress.watch,
+        )
+    except Cancelled:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise comfy.model_management.InterruptProcessingException() from None
+
+
+class Progress:
+    """The node's progress bar, with one of the finished frames as its picture, about once a second."""
+
+    def __init__(self) -> None:
+        self.bar = comfy.utils.ProgressBar(100)
+        self.frames: Tensor | None = None
+        self.shown = time.monotonic()
+
+    def watch(self, frames: Tensor) -> None:
+        self.frames = frames
+
+    def update(self, done: int, total: int) -> None:
+        if not total:
+            return
+        preview = None
+        if self.frames is not None and done > 0 and time.monotonic() - self.shown > PREVIEW_SECONDS:
+            self.shown = time.monotonic()
+            # A little behind the newest frame: ranks are not all equally far.
+            newest = max(0, min(self.frames.shape[1] - 1, done * self.frames.shape[1] // total - 8))
+            pixels = (self.frames[0, newest].clamp(0, 1) * 255).to(torch.uint8)
+            preview = ("JPEG", Image.fromarray(pixels.numpy()), 512)
+        self.bar.update_absolute(100 * done // total, 100, preview)
+
+
+def check_latent(latent: Tensor) -> None:
+    """Refuse what is not a video latent of this model, in words for the person at the graph."""
+    if latent.ndim == 4:
+        raise ValueError(
+            f"The latent has shape {list(latent.shape)}, that of an image model. Distributed decoding takes video "
+            "latents, [batch, 32, frames, height, width], from a HunyuanVideo-1.5 sampler."
+        )
+    if latent.ndim != 5:
+        raise ValueError(
+            f"The latent has {latent.ndim} dimensions, {list(latent.shape)}; a video latent has 5: "
+            "[batch, 32, frames, height, width]."
+        )
+
+
+def check_vae(vae: object) -> object:
+    """Refuse what is plainly not a HunyuanVideo-1.5 VAE; the weights themselves are checked key by key later."""
+    if vae is None or getattr(vae, "first_stage_model", None) is None:
+        raise ValueError("The VAE input holds no VAE. Does the checkpoint that it comes from have one?")
+    return vae
+
+
+class RankGroupNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HV15RankGroup",
+            display_name="Rank Group",
+            category=CATEGORY,
+            description="Starts one process for each device, in the background, and keeps them between prompts. "
+            "Place it early: processes and weights come up while the sampler works.",
+            inputs=[
+                io.String.Input(
+                    "devices",
+                    default="auto",
+                    tooltip="auto (every local accelerator, else two CPU ranks), or a list: cuda:0,cuda:1 or npu:0-3 "
+                    "or cpu,cpu.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=["auto", "nccl", "hccl", "gloo"],
+                    tooltip="How ranks talk to each other. auto takes the device's own library.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=["auto", "bfloat16", "float16", "float32"],
+                    tooltip="What ranks compute in. auto: bfloat16 on accelerators, float32 on the CPU.",
+                ),
+                io.Combo.Input(
+                    "keep_loaded",
+                    options=["keep", "release", "stop"],
+                    tooltip="After a decode: keep the weights on the devices, release them, or stop the processes.",
+                ),
+                io.Int.Input(
+                    "start_timeout", default=180, min=5, max=3600, tooltip="Seconds for the processes to come up."
+                ),
+                io.Int.Input(
+                    "stall_timeout",
+                    default=120,
+                    min=5,
+                    max=3600,
+                    tooltip="Seconds without progress after which a process counts as hung and is replaced.",
+                ),
+            ],
+            outputs=[sockets.RankGroup.Output(display_name="rank_group", tooltip="For the decode nodes.")],
+        )
+
+    @classmethod
+    def execute(cls, **options: object) -> io.NodeOutput:
+        description = GroupDescription(**options)
+        live_group(description).start()
+        return io.NodeOutput(description)
+
+
+def decode_inputs() -> list:
+    """The inputs that the decode nodes share."""
+    return [
+        sockets.RankGroup.Input(
+            "rank_group", optional=True, tooltip="From Rank Group. Without it, every local accelerator is used."
+        ),
+        io.Combo.Input(
+            "mode",
+            options=list(MODES),
+            tooltip="seamless: the exact untiled decode, divided between ranks. tiled: overlapping tiles, blended; "
+            "the same bits whatever the number of ranks.",
+        ),
+        io.Int.Input("tile_size", default=256, min=32, max=4096, step=16, tooltip="Pixels; counts in tiled mode."),
+        io.Int.Input(
+            "overlap", default=64, min=0, max=2048, step=16, tooltip="Pixels that tiles share; counts in tiled mode."
+        ),
+    ]
+
+
+class DistributedVAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HV15DistributedVAEDecode",
+            display_name="Distributed VAE Decode",
+            category=CATEGORY,
+            description="Decodes a HunyuanVideo-1.5 latent on a group of ranks.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="From any HunyuanVideo-1.5 sampler, this pack's or ComfyUI's."),
+                io.Vae.Input("vae", tooltip="HunyuanVideo-1.5's VAE, from any loader."),
+                *decode_inputs(),
+            ],
+            outputs=[io.Image.Output(tooltip="The frames.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        samples: dict,
+        vae: object,
+        mode: str,
+        tile_size: int,
+        overlap: int,
+        rank_group: GroupDescription | None = None,
+    ) -> io.NodeOutput:
+        frames = decode_on_ranks(samples["samples"], vae, rank_group, mode, tile_size, overlap)
+        return io.NodeOutput(frames.flatten(0, 1))

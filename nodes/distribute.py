@@ -1,0 +1,64 @@
+"""Distribute VAE: a core VAE in, a core VAE out, which decodes on a rank group."""
+
+import comfy.sd
+from comfy_api.latest import io
+from torch import Tensor
+
+from .decoding import check_vae, decode_inputs, decode_on_ranks
+from .groups import GroupDescription
+from .sockets import CATEGORY
+
+
+class DistributedVAE(comfy.sd.VAE):
+    """Another VAE's twin in everything but `decode` and `decode_tiled`, which run on ranks.
+
+    It shares the other's attributes, so encoding, sizes, weights and memory management stay core's, and the model is
+    not put on the device for a decode that ranks do.
+    """
+
+    def __init__(
+        self, vae: comfy.sd.VAE, group: GroupDescription | None, mode: str, tile_size: int, overlap: int
+    ) -> None:
+        self.__dict__.update(vae.__dict__)
+        self.group, self.mode, self.tile_size, self.overlap = group, mode, tile_size, overlap
+
+    def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
+        """[B, 32, t, H, W] -> [B, T, H', W', 3] in 0..1, as core's."""
+        return decode_on_ranks(samples_in, self, self.group, self.mode, self.tile_size, self.overlap)
+
+    def decode_tiled(
+        self,
+        samples: Tensor,
+        tile_x: int | None = None,
+        tile_y: int | None = None,
+        overlap: int | None = None,
+        tile_t: int | None = None,
+        overlap_t: int | None = None,
+    ) -> Tensor:
+        """Tiled, whatever the node's mode. Tile and overlap are latent positions, as core's; time needs no tiles."""
+        scale = self.spacial_compression_decode()
+        sides = [side for side in (tile_x, tile_y) if side is not None]
+        tile_size = min(sides) * scale if sides else self.tile_size
+        shared = overlap * scale if overlap is not None else min(self.overlap, tile_size // 4 // scale * scale)
+        return decode_on_ranks(samples, self, self.group, "tiled", tile_size, shared)
+
+
+class DistributeVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HV15DistributeVAE",
+            display_name="Distribute VAE",
+            category=CATEGORY,
+            description="Makes any node that decodes with this VAE decode on a group of ranks. Encoding stays as it "
+            "is. For more than one frame ComfyUI's own decoder differs slightly from the model's definition, which "
+            "ranks follow.",
+            inputs=[io.Vae.Input("vae", tooltip="HunyuanVideo-1.5's VAE, from any loader."), *decode_inputs()],
+            outputs=[io.Vae.Output(tooltip="The same VAE, decoding on ranks.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, vae: object, mode: str, tile_size: int, overlap: int, rank_group: GroupDescription | None = None
+    ) -> io.NodeOutput:
+        return io.NodeOutput(DistributedVAE(check_vae(vae), rank_group, mode, tile_size, overlap))

@@ -1,0 +1,63 @@
+"""The rank groups that are alive in this ComfyUI, found by their description.
+
+What travels on sockets is the description; ComfyUI caches that, and it outlives any group. The group itself is made
+when it is first asked for and stays until ComfyUI ends or somebody stops it.
+"""
+
+import atexit
+import logging
+import threading
+from dataclasses import asdict, dataclass
+
+from ..distributed import RankGroup
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupDescription:
+    """A rank group's options, as the Rank Group node takes them."""
+
+    devices: str = "auto"
+    backend: str = "auto"
+    dtype: str = "auto"
+    keep_loaded: str = "keep"
+    start_timeout: float = 180
+    stall_timeout: float = 120
+
+
+_groups: dict[GroupDescription, RankGroup] = {}
+_lock = threading.Lock()
+
+
+def live_group(description: GroupDescription) -> RankGroup:
+    """The group of that description. Raises ValueError for devices that are not there."""
+    with _lock:
+        if description not in _groups:
+            group = RankGroup(**asdict(description))
+            group.on_change = lambda: announce(group)
+            _groups[description] = group
+        return _groups[description]
+
+
+def all_groups() -> list[RankGroup]:
+    with _lock:
+        return list(_groups.values())
+
+
+def find_group(id: str) -> RankGroup | None:
+    return next((group for group in all_groups() if group.id == id), None)
+
+
+def announce(group: RankGroup) -> None:
+    """Tell the browsers how a group is."""
+    from server import PromptServer
+
+    if getattr(PromptServer, "instance", None):
+        PromptServer.instance.send_sync("hv15.group", group.status())
+
+
+@atexit.register
+def stop_all() -> None:
+    for group in all_groups():
+        group.stop()

@@ -1,0 +1,158 @@
+"""Sampling with diffusers' own pipelines, watched step by step.
+
+The pipelines have no step callback, but they call their scheduler once a step: a scheduler that reports is all it
+takes, and the latents stay exactly the pipeline's.
+"""
+
+from collections.abc import Callable
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from . import sockets
+from .loading import LoadedPipeline
+from .sockets import CATEGORY, TextConditioning
+
+SIDE, RATE = 16, 4
+"""Width and height are multiples of SIDE; frames are a multiple of RATE and one."""
+
+
+class ReportingScheduler(FlowMatchEulerDiscreteScheduler):
+    """Tells `on_step` the latents after each step; what that raises ends the sampling."""
+
+    on_step: Callable[[Tensor], None]
+
+    def step(self, *args: object, **options: object) -> tuple:
+        result = super().step(*args, **options)
+        self.on_step(result[0])
+        return result
+
+
+class FixedSizeProcessor(HunyuanVideo15ImageProcessor):
+    """Takes the size that the node was given where the pipeline would choose one by the image's proportions."""
+
+    size: tuple[int, int]
+
+    def calculate_default_height_width(self, height: int, width: int, target_size: int) -> tuple[int, int]:
+        return self.size
+
+
+def check_size(width: int, height: int, frames: int) -> None:
+    """Refuse sizes that the model cannot take, with the nearest ones that it can."""
+    for name, value in (("width", width), ("height", height)):
+        if value < SIDE or value % SIDE:
+            below, above = max(SIDE, value // SIDE * SIDE), max(SIDE, -(-value // SIDE) * SIDE)
+            nearest = str(below) if below == above else f"{below} or {above}"
+            raise ValueError(f"{name} is {value}; it must be a multiple of {SIDE}. Try {nearest}.")
+    if frames < 1 or (frames - 1) % RATE:
+        below = max(1, (frames - 1) // RATE * RATE + 1)
+        raise ValueError(f"frames is {frames}; it must be a multiple of {RATE} and one. Try {below} or {below + RATE}.")
+
+
+@torch.inference_mode()
+def sample(
+    loaded: LoadedPipeline,
+    conditioning: TextConditioning,
+    width: int,
+    height: int,
+    frames: int,
+    steps: int,
+    guidance: float,
+    shift: float,
+    seed: int,
+    start_image: Tensor | None = None,
+    on_step: Callable[[Tensor], None] = lambda latents: None,
+) -> Tensor:
+    """Latents [1, 32, t, height / 16, width / 16] in VAE space, float32 on the CPU.
+
+    They are those of the diffusers pipeline with output_type "latent", divided by the scaling factor. start_image is
+    an IMAGE, of which the first picture counts. Raises ValueError for sizes and images that the model cannot take.
+    """
+    check_size(width, height, frames)
+    if loaded.takes_image and start_image is None:
+        raise ValueError("This checkpoint is for image-to-video: connect start_image, or load a text-to-video one.")
+    if start_image is not None and not loaded.takes_image:
+        raise ValueError(
+            "This checkpoint is for text-to-video and takes no start_image: disconnect it, or load an "
+            "image-to-video checkpoint."
+        )
+    original = loaded.pipeline
+    pipeline = loaded.call_class()(
+        **{
+            **original.components,
+            "scheduler": ReportingScheduler.from_config(original.scheduler.config, shift=shift),
+            "guider": original.guider.new(guidance_scale=guidance),
+        }
+    )
+    pipeline.scheduler.on_step = on_step
+    pipeline.set_progress_bar_config(disable=True)
+    arguments: dict = {"width": width, "height": height}
+    if start_image is not None:
+        pipeline.video_processor = FixedSizeProcessor(**original.video_processor.config)
+        pipeline.video_processor.size = (height, width)
+        pixels = (start_image[0, ..., :3].clamp(0, 1) * 255).round().to(torch.uint8)
+        arguments = {"image": Image.fromarray(pixels.cpu().numpy())}
+    texts = {k: t.to(loaded.device) for k, t in {**conditioning.positive, **conditioning.negative}.items()}
+    needed = ("transformer", "vae", "image_encoder") if loaded.takes_image else ("transformer",)
+    with loaded.on_device(*needed):
+        latents = pipeline(
+            **texts,
+            **arguments,
+            num_frames=frames,
+            num_inference_steps=steps,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+        ).frames
+    return latents.float().cpu() / original.vae.config.scaling_factor
+
+
+class Sampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HV15Sampler",
+            display_name="HunyuanVideo-1.5 Sampler",
+            category=CATEGORY,
+            description="Samples a video latent: from text, or from text and a first frame.",
+            inputs=[
+                sockets.Pipeline.Input("pipeline", tooltip="From Load HunyuanVideo-1.5."),
+                sockets.Conditioning.Input("conditioning", tooltip="From HunyuanVideo-1.5 Text Encode."),
+                io.Int.Input("width", default=848, min=16, max=8192, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=8192, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("frames", default=121, min=1, max=1025, tooltip="A multiple of 4, and one."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
+                io.Float.Input("guidance", default=6.0, min=0.0, max=30.0, step=0.1, tooltip="Guidance scale."),
+                io.Float.Input(
+                    "shift", default=5.0, min=0.1, max=100.0, step=0.1, tooltip="Shift of the flow schedule."
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=True, tooltip="Of the noise."
+                ),
+                io.Image.Input(
+                    "start_image", optional=True, tooltip="The first frame, for image-to-video checkpoints."
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="For this pack's decode or ComfyUI's.")],
+        )
+
+    @classmethod
+    def execute(cls, pipeline: LoadedPipeline, conditioning: TextConditioning, **options: object) -> io.NodeOutput:
+        bar = comfy.utils.ProgressBar(options["steps"])
+        previewer = latent_preview.get_previewer(pipeline.device, comfy.latent_formats.HunyuanVideo15())
+        scale = pipeline.pipeline.vae.config.scaling_factor
+
+        def on_step(latents: Tensor) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            picture = previewer and previewer.decode_latent_to_preview_image("JPEG", latents.float() / scale)
+            bar.update_absolute(bar.current + 1, preview=picture or None)
+
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return io.NodeOutput({"samples": sample(pipeline, conditioning, **options, on_step=on_step)})

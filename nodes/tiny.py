@@ -1,0 +1,134 @@
+"""A whole HunyuanVideo-1.5 pipeline in miniature: every part, small widths, seeded random weights.
+
+It is made on the spot, with no download, in diffusers' format, and loads like a real checkpoint. Its videos are
+coloured noise; what it shows is that everything works.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+TINY = {"tiny (built in)": "t2v", "tiny i2v (built in)": "i2v"}
+"""Names in the model lists, and the kind that each is."""
+
+VERSION = 1
+"""Part of the folder's name: raise it when the weights change."""
+
+
+def ensure_tiny(kind: str, parent: Path) -> Path:
+    """The folder of the tiny pipeline, "t2v" or "i2v", below `parent`; made if it is not there.
+
+    Safe for several processes at once: a folder appears whole or not at all.
+    """
+    folder = parent / f"hv15-tiny-{kind}-v{VERSION}"
+    if not folder.is_dir():
+        parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".hv15-tiny-", dir=parent))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(20260101)
+                build(kind).save_pretrained(draft)
+            os.rename(draft, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def build(kind: str):
+    """The pipeline itself, with weights drawn from torch's generator."""
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15ImageToVideoPipeline,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from transformers import (
+        ByT5Tokenizer,
+        Qwen2_5_VLTextConfig,
+        Qwen2_5_VLTextModel,
+        SiglipImageProcessor,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    width = 32
+    tokenizer = _tokenizer()
+    parts = {
+        "transformer": HunyuanVideo15Transformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            text_embed_dim=width,
+            text_embed_2_dim=width,
+            image_embed_dim=width,
+            rope_axes_dim=(4, 6, 6),
+            target_size=128,
+            task_type=kind,
+        ),
+        "vae": AutoencoderKLHunyuanVideo15(block_out_channels=(8, 16, 32, 64, 64)),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+        "guider": ClassifierFreeGuidance(guidance_scale=6.0),
+        "tokenizer": tokenizer,
+        "text_encoder": Qwen2_5_VLTextModel(
+            Qwen2_5_VLTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=width,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+            )
+        ),
+        "tokenizer_2": ByT5Tokenizer(),
+        "text_encoder_2": T5EncoderModel(
+            T5Config(vocab_size=384, d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2)
+        ),
+    }
+    if kind == "t2v":
+        return HunyuanVideo15Pipeline(**parts)
+    parts["image_encoder"] = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=width,
+            intermediate_size=width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=384,
+            patch_size=14,
+        )
+    )
+    parts["feature_extractor"] = SiglipImageProcessor(size={"height": 384, "width": 384})
+    return HunyuanVideo15ImageToVideoPipeline(**parts)
+
+
+def _tokenizer():
+    """A byte-level Qwen2 tokenizer with no merges: one token a byte, and the chat marks."""
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate([*bytes_to_unicode().values(), *marks])}
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
+        vocab.write_text(json.dumps(vocabulary))
+        merges.write_text("#version: 0.2\n")
+        tokenizer = Qwen2Tokenizer(vocab=str(vocab), merges=str(merges), additional_special_tokens=marks[1:])
+    tokenizer.pad_token = marks[0]
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
