@@ -6,8 +6,8 @@ BIN = .venv/bin
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml scripts/setup.py
-	$(PYTHON) scripts/setup.py
+.venv/.ready: pyproject.toml scripts/set_up.py
+	$(PYTHON) scripts/set_up.py
 	@touch $@
 
 demo: setup

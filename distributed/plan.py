@@ -136,8 +136,11 @@ def divide(height: int, width: int, world_size: int) -> Division:
     return Division(cuts(height, rows), cuts(width, columns))
 
 
-FULL_STEP_POSITIONS = 2**19
-"""Pixels of a level at which a convolution keeps a large GPU busy; larger steps only cost memory."""
+FULL_STEP = 12_500
+"""Latent positions (frames x height x width) of a step that keeps a large GPU busy; a larger one only costs memory."""
+
+LONGEST_STEP = 16
+"""Latent frames of a step of a small picture."""
 
 WORKSPACE = 256 * 2**20
 """What the convolution library may want beside what is counted here."""
@@ -151,23 +154,17 @@ def choose_steps(
     positions: latent positions that the attention sees; together: borders travel. Returns the steps, or None where
     not even the smallest fit, and the bytes that they need (see `peak_bytes`).
     """
-    levels = len(weights.blocks)
-    ideal = []
-    for level in range(1, levels):
-        pixels = height * width * 4 ** (min(level, weights.flat) if level >= weights.flat else level)
-        ideal.append(max(1, -(-FULL_STEP_POSITIONS // (8 * pixels))))
-    trunk = max(1, min(time, -(-FULL_STEP_POSITIONS // (16 * height * width))))
-    flat = min(ideal[weights.flat - 1 :] or [1])
+    n = max(1, min(-(-FULL_STEP // (height * width)), LONGEST_STEP, time))
     while True:
-        tail = tuple(min(n, 4 * trunk) for n in ideal[: weights.flat - 1])
-        steps = Steps(trunk, tail + (flat,) * (levels - len(tail) - 1))
+        doubling, flat = max(0, weights.flat - 1), len(weights.blocks) - max(1, weights.flat)
+        # A frame has four times the pixels a level up, so the flat levels are as busy with half the frames.
+        steps = Steps(n, (n,) * doubling + (max(1, n // 2),) * flat)
         needed = peak_bytes(weights, height, width, time, positions, together, steps)
         if needed <= free:
             return steps, needed
-        if trunk == flat == 1 and set(ideal[: weights.flat - 1]) <= {1}:
+        if n == 1:
             return None, needed
-        trunk, flat = max(1, trunk // 2), max(1, flat // 2)
-        ideal = [max(1, n // 2) for n in ideal]
+        n //= 2
 
 
 def peak_bytes(
@@ -175,22 +172,24 @@ def peak_bytes(
 ) -> int:
     """Bytes on the device at the fullest moment of a decode: weights, windows, keys and values, working tensors."""
     size = weights.dtype.itemsize
-    levels = len(weights.blocks)
 
     def frame(level: int) -> int:
         scale = 2**level
         return (height * scale + 2) * (width * scale + 2) * weights.widths[level] * size
 
     total = weights.nbytes + 2 * time * positions * weights.widths[0] * size + WORKSPACE
-    base = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
-    total += (2 * base + 2 + 4 * steps.trunk + 4) * frame(0)
-    working = 10 * steps.trunk * frame(0)
-    for level in range(1, levels):
+    convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
+    total += (2 * convs + 2 + 4 * steps.trunk + 4) * frame(0)
+    working = 3 * steps.trunk * frame(0)
+    waiting = 0
+    for level in range(1, len(weights.blocks)):
         step = steps.tail[level - 1]
         lanes = LANES if together and level >= weights.flat else 1
-        convs = 2 * len(weights.blocks[level]) + 1
+        convs = 2 * len(weights.blocks[level]) + (level < len(weights.upsamplers))
         total += (2 * convs + step * lanes + step + 1) * frame(level)
-        # the level's stream, a convolution's output, and the packed output of the upsampler before it
-        working = max(working, 0) + (step * lanes * frame(level) if level < levels - 1 else 0)
-    last = levels - 1
-    return total + working + 3 * steps.tail[-1] * (LANES if together else 1) * frame(last)
+        # The level's stream, what a convolution gives, and one more: the packed frames that came or the pixels to be.
+        working = max(working, 3 * step * lanes * frame(level))
+        if level <= weights.flat:  # frames that the level before handed on and that wait their turn
+            before = steps.tail[level - 2] if level > 1 else steps.trunk
+            waiting += 2 * before * frame(level)
+    return total + working + waiting

@@ -12,6 +12,7 @@ import queue
 import shutil
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -109,6 +110,7 @@ class Rank:
             log.error("The job failed:\n%s", traceback.format_exc())
             self._failed(message, "error", f"{type(error).__name__}: {error}")
         else:
+            self._say_beat()
             self.channel.send("done", id=message["id"])
         finally:
             self.watch.moved += 1
@@ -147,12 +149,15 @@ class Rank:
 
     def _beat(self) -> None:
         while True:
-            watch = self.watch
             try:
-                self.channel.send("beat", id=watch.id, done=watch.done, total=watch.total, moved=watch.moved)
+                self._say_beat()
             except BROKEN:
-                return
-            threading.Event().wait(BEAT_SECONDS)
+                return  # `_listen` sees to it
+            time.sleep(BEAT_SECONDS)
+
+    def _say_beat(self) -> None:
+        watch = self.watch
+        self.channel.send("beat", id=watch.id, done=watch.done, total=watch.total, moved=watch.moved)
 
 
 def main(engine_class: type = Engine) -> None:

@@ -96,7 +96,7 @@ def sample(
     pipeline.set_progress_bar_config(disable=True)
     arguments: dict = {"width": width, "height": height}
     if start_image is not None:
-        pipeline.video_processor = FixedSizeProcessor(**original.video_processor.config)
+        pipeline.video_processor = FixedSizeProcessor.from_config(original.video_processor.config)
         pipeline.video_processor.size = (height, width)
         pixels = (start_image[0, ..., :3].clamp(0, 1) * 255).round().to(torch.uint8)
         arguments = {"image": Image.fromarray(pixels.cpu().numpy())}

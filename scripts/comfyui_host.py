@@ -1,0 +1,152 @@
+"""A headless ComfyUI with this pack in it, driven over HTTP and its websocket. For the demo and the tests."""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+
+from set_up import ROOT, comfyui_path
+
+START_SECONDS = 180
+
+
+@dataclass
+class Run:
+    """What became of a prompt."""
+
+    outputs: dict = field(default_factory=dict)
+    error: dict | None = None
+    interrupted: bool = False
+    cached: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each node ran, by its id."""
+    previews: int = 0
+    progress: list[tuple[str, float]] = field(default_factory=list)
+    """(node, part done), as it was reported."""
+    events: list[dict] = field(default_factory=list)
+    """The `hv15.group` events."""
+
+
+class PromptRefused(Exception):
+    """The server did not accept the prompt; the argument is its answer."""
+
+
+class Host:
+    """A ComfyUI server of our own on a free port, with everything that it writes below `base`."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        for name in ("custom_nodes", "input", "output", "temp", "user", "models"):
+            (base / name).mkdir(parents=True, exist_ok=True)
+        link = base / "custom_nodes" / "hunyuanvideo15_distributed"
+        if not link.exists():
+            link.symlink_to(ROOT, target_is_directory=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = base / "comfyui.log"
+        command = [sys.executable, "main.py", "--port", str(self.port), "--base-directory", str(base)]
+        command += ["--disable-auto-launch", "--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]
+        if not _has_accelerator():
+            command.append("--cpu")
+        with open(self.log, "wb") as output:
+            self.process = subprocess.Popen(command, cwd=comfyui_path(), stdout=output, stderr=subprocess.STDOUT)
+
+    def wait(self) -> "Host":
+        """Return when the server answers."""
+        limit = time.monotonic() + START_SECONDS
+        while time.monotonic() < limit and self.process.poll() is None:
+            try:
+                self.get("/system_stats")
+                return self
+            except aiohttp.ClientError:
+                time.sleep(0.3)
+        raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def get(self, path: str) -> object:
+        return asyncio.run(_request("GET", self.url + path))
+
+    def post(self, path: str, body: object = None) -> object:
+        return asyncio.run(_request("POST", self.url + path, body))
+
+    def run(self, prompt: dict, follow: Callable[[str, dict], None] = lambda type, data: None, seconds=600) -> Run:
+        """Queue an API prompt and follow it to its end. `follow` sees each event of the websocket."""
+        return asyncio.run(asyncio.wait_for(self._run(prompt, follow), seconds))
+
+    async def _run(self, prompt: dict, follow: Callable[[str, dict], None]) -> Run:
+        client, run = uuid.uuid4().hex, Run()
+        async with aiohttp.ClientSession() as session:
+            async with session.ws_connect(f"{self.url}/ws?clientId={client}", max_msg_size=0) as stream:
+                body = {"prompt": prompt, "client_id": client}
+                async with session.post(f"{self.url}/prompt", json=body) as answer:
+                    if answer.status != 200:
+                        raise PromptRefused(await answer.json())
+                    id = (await answer.json())["prompt_id"]
+                await _follow(stream, id, run, follow)
+            async with session.get(f"{self.url}/history/{id}") as answer:
+                run.outputs = (await answer.json()).get(id, {}).get("outputs", {})
+        return run
+
+
+async def _follow(stream: aiohttp.ClientWebSocketResponse, id: str, run: Run, follow: Callable) -> None:
+    node, began = None, time.monotonic()
+    async for message in stream:
+        if message.type == aiohttp.WSMsgType.BINARY:
+            run.previews += int.from_bytes(message.data[:4], "big") in (1, 4)
+            continue
+        if message.type != aiohttp.WSMsgType.TEXT:
+            break
+        event = json.loads(message.data)
+        type, data = event["type"], event["data"]
+        if type == "hv15.group":
+            run.events.append(data)
+        elif data.get("prompt_id") == id:
+            if type == "executing":
+                now = time.monotonic()
+                if node:
+                    run.seconds[node] = run.seconds.get(node, 0) + now - began
+                node, began = data["node"], now
+            elif type == "execution_cached":
+                run.cached = data["nodes"]
+            elif type == "execution_error":
+                run.error = data
+            elif type == "execution_interrupted":
+                run.interrupted = True
+            elif type == "progress":
+                run.progress.append((data["node"], data["value"] / max(1, data["max"])))
+        follow(type, data)
+        if data.get("prompt_id") == id and (
+            type in ("execution_error", "execution_interrupted") or (type == "executing" and data["node"] is None)
+        ):
+            return
+
+
+async def _request(method: str, url: str, body: object = None) -> object:
+    async with aiohttp.ClientSession() as session, session.request(method, url, json=body) as answer:
+        if answer.content_type == "application/json":
+            return await answer.json()
+        return await answer.text()
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or os.environ.get("ASCEND_HOME_PATH") is not None

@@ -1,0 +1,222 @@
+"""The pack in a real ComfyUI, driven over its HTTP and websocket API."""
+
+import copy
+import json
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+IDS = [
+    "HV15LoadPipeline",
+    "HV15LoadVAE",
+    "HV15TextEncode",
+    "HV15Sampler",
+    "HV15RankGroup",
+    "HV15DistributedVAEDecode",
+    "HV15DistributeVAE",
+]
+
+
+def small(prompt: dict, **decode) -> dict:
+    """The prompt at a size for tests."""
+    prompt = copy.deepcopy(prompt)
+    if "sampler" in prompt:
+        prompt["sampler"]["inputs"] |= {"width": 96, "height": 64, "frames": 5, "steps": 3}
+    if "latent" in prompt and prompt["latent"]["class_type"].startswith("Empty"):
+        prompt["latent"]["inputs"] |= {"width": 96, "height": 64, "length": 5}
+    prompt["decode"]["inputs"] |= decode
+    return prompt
+
+
+def saved_frames(prompt: dict) -> dict:
+    """The prompt, saving its frames as pictures."""
+    prompt = {key: node for key, node in prompt.items() if key not in ("video", "save")}
+    prompt["save"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": ["decode", 0], "filename_prefix": "frames"},
+    }
+    return prompt
+
+
+def pictures(host, run) -> np.ndarray:
+    names = [image["filename"] for image in run.outputs["save"]["images"]]
+    return np.stack([np.asarray(Image.open(host.base / "output" / name)) for name in names])
+
+
+def save_latent(host, name: str, latent: torch.Tensor) -> None:
+    save_file({"latent_tensor": latent, "latent_format_version_0": torch.tensor([])}, host.base / "input" / name)
+
+
+def test_all_nodes_are_there_and_say_what_each_input_is(host):
+    info = host.get("/object_info")
+    assert [id for id in IDS if id not in info] == []
+    for id in IDS:
+        assert info[id]["category"] == "HunyuanVideo 1.5" and info[id]["description"]
+        for inputs in info[id]["input"].values():
+            for name, spec in inputs.items():
+                assert len(spec) > 1 and spec[1].get("tooltip"), f"{id}.{name} has no tooltip"
+
+
+@pytest.mark.parametrize("name", ["text_to_video", "image_to_video", "core_nodes"])
+def test_an_api_prompt_makes_a_video(host, prompt, name):
+    run = host.run(small(prompt(name)))
+    assert run.error is None, run.error["exception_message"]
+    (video,) = run.outputs["save"]["images"]
+    assert (host.base / "output" / video["subfolder"] / video["filename"]).stat().st_size > 1000
+
+
+def test_a_saved_latent_is_decoded(host, prompt):
+    save_latent(host, "hv15_example.latent", torch.randn(1, 32, 2, 4, 6))
+    assert host.run(small(prompt("decode_saved_latent"))).error is None
+
+
+def test_tiled_frames_are_the_same_for_one_two_and_three_ranks(host, prompt):
+    results = []
+    for devices in ("cpu", "cpu,cpu", "cpu,cpu,cpu"):
+        graph = saved_frames(small(prompt("text_to_video"), mode="tiled", tile_size=48, overlap=16))
+        graph["ranks"]["inputs"]["devices"] = devices
+        results.append(pictures(host, host.run(graph)))
+    assert results[0].std() > 1
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_our_latents_go_through_cores_decode_and_one_frame_looks_alike(host, prompt):
+    ours = saved_frames(small(prompt("text_to_video")))
+    ours["sampler"]["inputs"]["frames"] = 1
+    core = copy.deepcopy(ours)
+    core["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["pipeline", 1]}}
+    first, second = pictures(host, host.run(ours)), pictures(host, host.run(core))
+    assert np.abs(first.astype(int) - second.astype(int)).max() <= 1
+
+
+def test_cores_tiled_decode_runs_on_the_ranks(host, prompt):
+    graph = small(prompt("core_nodes"))
+    graph["decode"] = {
+        "class_type": "VAEDecodeTiled",
+        "inputs": {
+            "samples": ["latent", 0],
+            "vae": ["distributed", 0],
+            "tile_size": 64,
+            "overlap": 16,
+            "temporal_size": 64,
+            "temporal_overlap": 8,
+        },
+    }
+    run = host.run(graph)
+    assert run.error is None and any(event["state"] == "busy" for event in run.events)
+
+
+def test_a_second_prompt_reuses_the_group_and_the_cached_conditioning(host, prompt):
+    graph = small(prompt("text_to_video"))
+    host.run(graph)
+    pids = {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]}
+    graph["sampler"]["inputs"]["seed"] = 77
+    run = host.run(graph)
+    assert "text" in run.cached
+    assert {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]} == pids
+
+
+def test_sampling_and_decoding_report_progress(host, prompt):
+    graph = small(prompt("text_to_video"))
+    graph["sampler"]["inputs"]["seed"] = 78
+    run = host.run(graph)
+    assert {"sampler", "decode"} <= {node for node, _ in run.progress}
+    assert run.previews > 0
+
+
+@pytest.mark.parametrize(
+    ("latent", "words"),
+    [
+        (torch.randn(1, 16, 2, 4, 4), "16 channels"),
+        (torch.randn(1, 32, 4, 4), "image model"),
+        (torch.full((1, 32, 2, 4, 4), float("nan")), "not finite"),
+    ],
+)
+def test_a_bad_latent_is_refused_in_words_and_the_next_prompt_works(host, prompt, latent, words):
+    save_latent(host, "bad.latent", latent)
+    graph = small(prompt("decode_saved_latent"))
+    graph["latent"]["inputs"]["latent"] = "bad.latent"
+    run = host.run(graph)
+    assert run.error and words in run.error["exception_message"]
+    assert host.run(small(prompt("core_nodes"))).error is None
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(host, prompt):
+    graph = small(prompt("core_nodes"))
+    graph["ranks"]["inputs"]["devices"] = "cuda:93"
+    run = host.run(graph)
+    assert run.error and "cuda:93" in run.error["exception_message"]
+
+
+def test_sizes_that_the_model_cannot_take_come_back_with_the_nearest(host, prompt):
+    graph = small(prompt("text_to_video"))
+    graph["sampler"]["inputs"]["width"] = 100
+    assert "96 or 112" in host.run(graph).error["exception_message"]
+    graph["sampler"]["inputs"] |= {"width": 96, "frames": 7}
+    assert "5 or 9" in host.run(graph).error["exception_message"]
+
+
+def test_a_start_image_needs_a_checkpoint_for_it(host, prompt):
+    graph = small(prompt("image_to_video"))
+    graph["pipeline"]["inputs"]["model"] = "tiny (built in)"
+    assert "takes no start_image" in host.run(graph).error["exception_message"]
+
+
+def test_an_interrupt_ends_the_decode_and_keeps_the_ranks(host, prompt):
+    save_latent(host, "long.latent", torch.randn(1, 32, 40, 12, 16))
+    graph = small(prompt("decode_saved_latent"))
+    graph["latent"]["inputs"]["latent"] = "long.latent"
+    pids = {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]}
+    began = threading.Event()
+
+    def follow(type, data):
+        if type == "progress" and data["node"] == "decode" and not began.is_set():
+            began.set()
+            threading.Thread(target=host.post, args=("/interrupt",)).start()
+
+    start = time.monotonic()
+    run = host.run(graph, follow)
+    assert run.interrupted and time.monotonic() - start < 60
+    assert {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]} == pids
+    assert host.run(small(prompt("core_nodes"))).error is None
+
+
+def test_a_killed_rank_does_not_cost_the_prompt(host, prompt):
+    save_latent(host, "middling.latent", torch.randn(1, 32, 20, 8, 12))
+    graph = saved_frames(small(prompt("decode_saved_latent")))
+    graph["latent"]["inputs"]["latent"] = "middling.latent"
+    expected = pictures(host, host.run(graph))
+    graph["decode"]["inputs"]["tile_size"] = 144  # anything that makes ComfyUI run it again
+    killed, groups = [], {}
+
+    def follow(type, data):
+        if type == "hv15.group":
+            groups[data["id"]] = data
+        if type == "progress" and data["node"] == "decode" and not killed:
+            busy = next(group for group in groups.values() if group["state"] == "busy")
+            killed.append(busy["ranks"][-1]["pid"])
+            psutil.Process(killed[0]).kill()
+
+    run = host.run(graph, follow)
+    assert killed and run.error is None
+    assert np.array_equal(pictures(host, run), expected)
+    assert any(event["state"] == "recovering" for event in run.events)
+
+
+def test_free_reaches_the_ranks_and_stop_and_restart_work_over_http(host, prompt):
+    assert host.run(small(prompt("core_nodes"))).error is None
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    (group, *_) = [g for g in host.get("/hv15/groups") if len(g["ranks"]) == 2]
+    assert json.dumps(group).count("/tmp") == 0
+    assert host.post(f"/hv15/groups/{group['id']}/stop")["state"] == "stopped"
+    assert host.post(f"/hv15/groups/{group['id']}/restart")["state"] in ("starting", "ready")
+    assert "error" in host.post("/hv15/groups/nosuch/stop")
+    graph = small(prompt("core_nodes"))
+    graph["latent"]["inputs"]["width"] = 112
+    assert host.run(graph).error is None
