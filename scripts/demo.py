@@ -1,0 +1,161 @@
+"""Text to video in a real, headless ComfyUI, decoded by one rank and by two; run by `make demo`.
+
+Queues api_prompts/text_to_video.json over HTTP and follows it on the websocket, for both modes and for one and two
+ranks. Writes a video and a contact sheet for each mode, prints where they are and how long each stage took, and says
+whether one rank and two made the same frames. Ends with an error if they did not.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from comfyui_host import Host, Run
+from set_up import ROOT
+
+STAGES = {"text encoding": ("pipeline", "text"), "denoising": ("sampler",), "decoding": ("decode",)}
+SEAMLESS_LEVELS = 1
+"""Of 255: seamless ranks sum in another order, so a pixel may round the other way."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="where the files go")
+    parser.add_argument("--prompt", help="what to show, instead of the example's text")
+    parser.add_argument("--model", help="a folder of models/diffusers, instead of the tiny built-in model")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    graph = json.loads((ROOT / "api_prompts" / "text_to_video.json").read_text())
+    if options.prompt:
+        graph["text"]["inputs"]["positive"] = options.prompt
+    if options.model:
+        graph["pipeline"]["inputs"]["model"] = options.model
+    graph["frames"] = {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "frames/f"}}
+
+    rows, files, verdicts, same = [], [], [], True
+    with tempfile.TemporaryDirectory(prefix="hv15-demo-") as folder:
+        print("Starting ComfyUI ...", flush=True)
+        host = Host(Path(folder))
+        try:
+            host.wait()
+            for mode in ("tiled", "seamless"):
+                results = []
+                for devices in two_choices():
+                    run = run_fresh(host, graph, mode, devices)
+                    rows.append((mode, devices, run))
+                    results.append(frames_of(host, run))
+                video = saved(host, run.outputs["save"]["images"][0])
+                files.append(Path(shutil.copy(video, options.output / f"text_to_video_{mode}{video.suffix}")))
+                files.append(contact_sheet(files[-1], options.output / f"text_to_video_{mode}.jpg"))
+                difference = int(np.abs(results[0].astype(int) - results[1].astype(int)).max())
+                same &= difference <= (SEAMLESS_LEVELS if mode == "seamless" else 0)
+                verdicts.append(f"{mode}: {describe(difference)}")
+        finally:
+            host.close()
+    print_table(rows)
+    print("\nFrames of one rank against those of two")
+    print("\n".join(f"  {verdict}" for verdict in verdicts))
+    print("\nFiles")
+    print("\n".join(f"  {file}" for file in files))
+    if not same:
+        print("\nOne rank and two ranks do not agree.", file=sys.stderr)
+    return 0 if same else 1
+
+
+def two_choices() -> tuple[str, str]:
+    """Devices for one rank and for two: GPUs where there are two, else CPUs."""
+    import torch
+
+    return ("cuda:0", "cuda:0,cuda:1") if torch.cuda.device_count() > 1 else ("cpu", "cpu,cpu")
+
+
+def run_fresh(host: Host, graph: dict, mode: str, devices: str) -> Run:
+    """Run the whole graph, with nothing taken from ComfyUI's cache, so that each stage has a time."""
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1.5)  # the server clears its cache between prompts, in its own time
+    graph["ranks"]["inputs"]["devices"] = devices
+    graph["decode"]["inputs"]["mode"] = mode
+    bar = ProgressBar(f"{mode}, {rank_count(devices)}")
+    run = host.run(graph, bar.follow)
+    bar.end()
+    if run.error:
+        raise SystemExit(f"{run.error['node_type']} failed: {run.error['exception_message']}")
+    return run
+
+
+class ProgressBar:
+    """What runs now, and how far it is, on one line of the terminal."""
+
+    WIDTH = 30
+
+    def __init__(self, title: str) -> None:
+        self.title, self.live = title, sys.stdout.isatty()
+
+    def follow(self, type: str, data: dict) -> None:
+        if type == "executing" and data.get("node"):
+            self.show(data["node"], 0)
+        elif type == "progress":
+            self.show(data["node"], data["value"] / max(1, data["max"]))
+
+    def show(self, node: str, part: float) -> None:
+        filled = round(self.WIDTH * part)
+        line = f"{self.title:18} {node:9} [{'#' * filled}{'.' * (self.WIDTH - filled)}] {part:4.0%}"
+        if self.live:
+            print(f"\r{line}", end="", flush=True)
+        elif part in (0, 1):
+            print(line, flush=True)
+
+    def end(self) -> None:
+        if self.live:
+            print()
+
+
+def saved(host: Host, entry: dict) -> Path:
+    return host.base / "output" / entry["subfolder"] / entry["filename"]
+
+
+def frames_of(host: Host, run: Run) -> np.ndarray:
+    """The frames that the run saved, [T, H, W, 3] in 0..255."""
+    return np.stack([np.asarray(Image.open(saved(host, entry))) for entry in run.outputs["frames"]["images"]])
+
+
+def contact_sheet(video: Path, target: Path, columns: int = 4, rows: int = 2) -> Path:
+    """Frames of a video, evenly spread over it, in one picture."""
+    with av.open(str(video)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    count = min(columns * rows, len(frames))
+    chosen = [frames[index] for index in np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    width, height = chosen[0].size
+    sheet = Image.new("RGB", (columns * width, -(-count // columns) * height))
+    for index, frame in enumerate(chosen):
+        sheet.paste(frame, (index % columns * width, index // columns * height))
+    sheet.save(target, quality=90)
+    return target
+
+
+def rank_count(devices: str) -> str:
+    count = devices.count(",") + 1
+    return f"{count} rank" + "s" * (count > 1)
+
+
+def describe(difference: int) -> str:
+    return "identical" if difference == 0 else f"differ by up to {difference} of 255 levels"
+
+
+def print_table(rows: list[tuple[str, str, Run]]) -> None:
+    print("\nSeconds" + " " * 21 + "".join(f"{name:>15}" for name in (*STAGES, "total")))
+    for mode, devices, run in rows:
+        times = [sum(run.seconds.get(node, 0) for node in nodes) for nodes in STAGES.values()]
+        cells = "".join(f"{value:15.2f}" for value in (*times, sum(run.seconds.values())))
+        print(f"{mode:10}{rank_count(devices):10}{devices[:7]:8}{cells}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Write example_workflows/: the API prompts as graphs, and ComfyUI's own HunyuanVideo-1.5 graphs with Distribute VAE.
+
+Run it after a prompt or a node's inputs changed, and after `make demo`, whose frames become the thumbnails.
+"""
+
+import json
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image
+
+from comfyui_host import Host
+from set_up import ROOT
+
+TARGET = ROOT / "example_workflows"
+PROMPTS = ("text_to_video", "image_to_video", "decode_saved_latent")
+STOCK = {
+    "core_text_to_video": "video_hunyuan_video_1.5_720p_t2v.json",
+    "core_image_to_video": "video_hunyuan_video_1.5_720p_i2v.json",
+}
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+COLUMN, ROW = 380, 60
+STEP = 24
+"""Pixels between two widgets of a node."""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="hv15-templates-") as folder:
+        host = Host(Path(folder))
+        try:
+            info = host.wait().get("/object_info")
+        finally:
+            host.close()
+    for name in PROMPTS:
+        prompt = json.loads((ROOT / "api_prompts" / f"{name}.json").read_text())
+        prompt["ranks"]["inputs"]["devices"] = "auto"
+        write(name, graph_of(prompt, info))
+    stock = Path(find_spec("comfyui_workflow_templates_media_video").origin).parent / "templates"
+    for name, file in STOCK.items():
+        write(name, distributed(json.loads((stock / file).read_text()), info))
+
+
+def write(name: str, graph: dict) -> None:
+    (TARGET / f"{name}.json").write_text(json.dumps(graph, indent=1) + "\n")
+    sheet = ROOT / "demo_output" / "text_to_video_seamless.jpg"
+    if sheet.exists():
+        with Image.open(sheet) as picture:
+            width, height = picture.size
+            picture.crop((0, 0, width // 2, height)).convert("RGB").save(TARGET / f"{name}.jpg", quality=85)
+    print(TARGET / f"{name}.json", file=sys.stderr)
+
+
+def graph_of(prompt: dict, info: dict) -> dict:
+    """An API prompt as the graph that the web UI opens, laid out from left to right."""
+    ids = {key: number for number, key in enumerate(prompt, 1)}
+    nodes = {key: empty_node(ids[key], node["class_type"], info, node["inputs"]) for key, node in prompt.items()}
+    links: list[list] = []
+    for key, node in prompt.items():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list):
+                connect(links, nodes[value[0]], value[1], nodes[key], name)
+    lay_out(prompt, nodes)
+    return {
+        "id": "",
+        "revision": 0,
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": list(nodes.values()),
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def empty_node(id: int, type: str, info: dict, values: dict) -> dict:
+    """A node with all its sockets and its widgets' values, not yet connected."""
+    about = info[type]
+    sockets, widgets, widget_values = [], [], []
+    for part in ("required", "optional"):
+        for name, (kind, *options) in ((name, spec) for name, spec in about["input"].get(part, {}).items()):
+            options = options[0] if options else {}
+            if isinstance(kind, list):
+                kind, default = "COMBO", kind[0] if kind else ""
+            else:
+                default = options.get("default", next(iter(options.get("options", ())), None))
+            if kind not in WIDGETS:
+                sockets.append(
+                    {"name": name, "type": kind, "link": None} | ({"shape": 7} if part == "optional" else {})
+                )
+                continue
+            widgets.append({"name": name, "type": kind, "widget": {"name": name}, "link": None})
+            widget_values.append(values.get(name, default))
+            if options.get("control_after_generate"):
+                widget_values.append("fixed")
+    outputs = [
+        {"name": name, "type": kind, "links": []}
+        for name, kind in zip(about["output_name"], about["output"], strict=True)
+    ]
+    height = 40 + STEP * (max(len(sockets), len(outputs)) + len(widget_values)) + 60 * ("positive" in values)
+    return {
+        "id": id,
+        "type": type,
+        "pos": [0, 0],
+        "size": [320, height],
+        "flags": {},
+        "order": id - 1,
+        "mode": 0,
+        "inputs": sockets + widgets,
+        "outputs": outputs,
+        "properties": {"Node name for S&R": type},
+        "widgets_values": widget_values,
+    }
+
+
+def connect(links: list[list], source: dict, output: int, target: dict, name: str, id: int | None = None) -> None:
+    slot = next(index for index, socket in enumerate(target["inputs"]) if socket["name"] == name)
+    id = id or len(links) + 1
+    source["outputs"][output]["links"].append(id)
+    target["inputs"][slot]["link"] = id
+    links.append([id, source["id"], output, target["id"], slot, source["outputs"][output]["type"]])
+
+
+def lay_out(prompt: dict, nodes: dict[str, dict]) -> None:
+    """Columns by the longest way from a node without inputs."""
+
+    def depth(key: str) -> int:
+        return max((1 + depth(v[0]) for v in prompt[key]["inputs"].values() if isinstance(v, list)), default=0)
+
+    bottoms: dict[int, int] = {}
+    for order, key in enumerate(sorted(prompt, key=depth)):
+        column, node = depth(key), nodes[key]
+        node["pos"] = [column * COLUMN, bottoms.get(column, 0)]
+        bottoms[column] = node["pos"][1] + node["size"][1] + ROW
+        node["order"] = order
+
+
+def distributed(graph: dict, info: dict) -> dict:
+    """A graph of core's nodes, with Distribute VAE between its VAELoader and whatever decodes."""
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    (loader,) = [node for node in nodes.values() if node["type"] == "VAELoader"]
+    decoders = {node["id"] for node in nodes.values() if node["type"] in ("VAEDecode", "VAEDecodeTiled")}
+    last = graph["last_node_id"]
+    ranks = empty_node(last + 1, "HV15RankGroup", info, {})
+    ours = empty_node(last + 2, "HV15DistributeVAE", info, {})
+    x, y = loader["pos"]
+    ranks["pos"], ours["pos"] = [x - 400, y + 160], [x - 400, y + 440]
+    for node in (ranks, ours):
+        node["order"] = len(nodes)
+    moved = [link for link in graph["links"] if link[1] == loader["id"] and link[3] in decoders]
+    for link in moved:
+        loader["outputs"][0]["links"].remove(link[0])
+        link[1], link[2] = ours["id"], 0
+        ours["outputs"][0]["links"].append(link[0])
+    first = graph["last_link_id"] + 1
+    connect(graph["links"], loader, 0, ours, "vae", first)
+    connect(graph["links"], ranks, 0, ours, "rank_group", first + 1)
+    graph["nodes"] += [ranks, ours]
+    graph |= {"last_node_id": last + 2, "last_link_id": first + 1}
+    return graph
+
+
+if __name__ == "__main__":
+    main()
