@@ -42,18 +42,27 @@ BACK = (
 """From diffusers' layout to the original."""
 
 OTHER_MODELS = (
-    ("decoder.middle.0.residual.0.gamma", "a Wan VAE"),
+    ("decoder.upsamples.0.upsamples.0.residual.2.weight", "a Wan 2.2 VAE"),
+    ("decoder.middle.0.residual.0.gamma", "a Wan 2.1 VAE"),
+    ("decoder.mid_block.attentions.0.to_qkv.weight", "a Wan or Qwen-Image VAE"),
     ("decoder.unpatcher3d.wavelets", "a Cosmos VAE"),
-    ("decoder.mid_block.resnets.0.conv1.weight", "an image VAE (Stable Diffusion or Flux, diffusers layout)"),
-    ("decoder.mid.block_1.conv1.weight", "an image VAE (Stable Diffusion, Flux or HunyuanImage)"),
-    ("decoder.up_blocks.0.upsamplers.0.conv.conv.bias_", "another VAE"),
-    ("post_quant_conv.conv.weight", "a HunyuanVideo 1.0 VAE"),
-    ("post_quant_conv.weight", "a VAE of another model (HunyuanVideo 1.0 or an image model)"),
+    ("decoder.conv_in.conv_s.weight", "a Cosmos VAE"),
+    ("decoder.up_blocks.0.res_blocks.0.conv1.conv.weight", "an LTX-Video VAE"),
+    ("decoder.up_blocks.0.resnets.0.norm1.conv_y.conv.weight", "a CogVideoX VAE"),
+    ("decoder.up_blocks.0.resnets.0.norm1.norm_layer.weight", "a Mochi VAE"),
+    ("decoder.blocks.2.blocks.3.stack.5.weight", "a Mochi VAE"),
+    ("blocks.2.blocks.3.stack.5.weight", "a Mochi VAE"),
+    ("decoder.layers.1.layers.0.beta", "an audio VAE"),
+    ("decoder.22.bias", "a small preview VAE (TAEHV or LightTAE)"),
     ("taesd_decoder.1.weight", "a TAESD preview VAE"),
     ("geo_decoder.cross_attn_decoder.ln_1.bias", "a Hunyuan3D VAE"),
+    ("decoder.mid.block_1.mix_factor", "a Stable Video Diffusion VAE"),
+    ("bn.running_mean", "a Flux 2 VAE"),
+    ("pixel_space_vae", "a pixel-space VAE"),
     ("model.diffusion_model.img_in.weight", "a diffusion model"),
     ("transformer_blocks.0.attn.to_q.weight", "a diffusion transformer"),
 )
+"""A key that tells another model's file, and the model."""
 
 
 class CheckpointError(ValueError):
@@ -110,13 +119,16 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             for key in tensors.keys():  # noqa: SIM118  not a mapping
                 part = tensors.get_slice(key)
                 shapes[key], dtypes[key] = tuple(part.get_shape()), part.get_dtype()
-    name = Path(path).name
+    name = "The VAE" if _is_handed_over(Path(path)) else Path(path).name
     layout = _layout(shapes, name)
     shapes = {to_diffusers(key): shape for key, shape in shapes.items()}
     widths, layers = _check(shapes, name)
-    first = dtypes[next(key for key in dtypes if to_diffusers(key) == "decoder.conv_in.conv.weight")]
-    if first not in _DTYPES:
-        raise CheckpointError(f"{name} stores its weights as {first}; float32, bfloat16 and float16 can be used.")
+    unusable = sorted(key for key, dtype in dtypes.items() if dtype not in _DTYPES)
+    if unusable:
+        raise CheckpointError(
+            f"{name} stores {unusable[0]} as {dtypes[unusable[0]]}; float32, bfloat16 and float16 can be used."
+        )
+    first = next(dtype for key, dtype in dtypes.items() if to_diffusers(key) == "decoder.conv_in.conv.weight")
     return Checkpoint(
         files,
         layout,
@@ -151,41 +163,94 @@ def share_state_dict(state_dict: Mapping[str, Tensor], folder: str | os.PathLike
 
     Either layout. Returns the file, readable by its owner alone. Raises CheckpointError as `open_checkpoint` does.
     """
-    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-    _layout(shapes, "The VAE")
-    _check({to_diffusers(key): shape for key, shape in shapes.items()}, "The VAE")
+    check_state_dict(state_dict)
     decoder = {
         to_diffusers(key): tensor.detach().to("cpu").contiguous()
         for key, tensor in state_dict.items()
         if key.startswith("decoder.")
     }
     path = Path(folder) / f"{name}.safetensors"
-    mask = os.umask(0o077)
-    try:
-        save_file(decoder, path)
-    finally:
-        os.umask(mask)
+    # Made before it is filled: at no time may others read it.
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600))
+    save_file(decoder, path)
+    path.chmod(0o600)
     return path
+
+
+def check_state_dict(state_dict: Mapping[str, Tensor]) -> str:
+    """The layout of weights in memory. Raises CheckpointError as `open_checkpoint` does."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    layout = _layout(shapes, "The VAE")
+    _check({to_diffusers(key): shape for key, shape in shapes.items()}, "The VAE")
+    for key, tensor in state_dict.items():
+        if tensor.dtype not in _DTYPES.values():
+            raise CheckpointError(f"The VAE holds {key} as {tensor.dtype}; float32, bfloat16 and float16 can be used.")
+    return layout
+
+
+def _is_handed_over(path: Path) -> bool:
+    """Whether this is an open file of a process of ours (see nodes/vae.py), which has no name to go by."""
+    return re.fullmatch(r"/proc/\d+/fd/\d+", str(path)) is not None
+
+
+INDEX = ".safetensors.index.json"
+DIFFUSERS_CLASS = "AutoencoderKLHunyuanVideo15"
 
 
 def _files(path: Path) -> tuple[Path, ...]:
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
-        index = folder / "diffusion_pytorch_model.safetensors.index.json"
+        _check_class(folder)
+        index = folder / f"diffusion_pytorch_model{INDEX}"
         if index.is_file():
-            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = tuple(folder / Path(part).name for part in parts)
-        else:
-            files = (folder / "diffusion_pytorch_model.safetensors",)
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(f"The folder {folder.name} has no {', '.join(missing)}.")
-        return files
+            return _parts(index)
+        file = folder / "diffusion_pytorch_model.safetensors"
+        if file.is_file():
+            return (file,)
+        others = sorted(folder.glob("*.safetensors"))
+        if len(others) == 1:  # a variant, such as diffusion_pytorch_model.fp16.safetensors
+            return (others[0],)
+        raise CheckpointError(f"The folder {folder.name} has no {file.name}.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path.name}.")
-    if path.suffix != ".safetensors":
+    if path.name.endswith(INDEX):
+        return _parts(path)
+    if path.suffix != ".safetensors" and not _is_handed_over(path):
         raise CheckpointError(f"{path.name} is not a .safetensors file; other formats can run code and are not read.")
     return (path,)
+
+
+def _check_class(folder: Path) -> None:
+    """Some models share this one's keys and shapes; a diffusers folder says which model it is."""
+    config = folder / "config.json"
+    if config.is_file():
+        found = _json(config).get("_class_name", DIFFUSERS_CLASS)
+        if found != DIFFUSERS_CLASS:
+            raise CheckpointError(
+                f"The folder {folder.name} holds a {found}, not HunyuanVideo-1.5's {DIFFUSERS_CLASS}."
+            )
+
+
+def _parts(index: Path) -> tuple[Path, ...]:
+    """The files that an index lists, all of them beside it."""
+    parts = _json(index).get("weight_map")
+    if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
+        raise CheckpointError(f"{index.name} has no weight_map that names the files.")
+    files = tuple(index.parent / Path(part).name for part in sorted(set(parts.values())))
+    missing = [file.name for file in files if not file.is_file() or file.suffix != ".safetensors"]
+    if missing:
+        raise CheckpointError(f"{index.name} names files that are not there: {_some(missing)}.")
+    return files
+
+
+def _json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path.name} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} holds no JSON object.")
+    return found
 
 
 def _open(file: Path):
@@ -198,19 +263,38 @@ def _open(file: Path):
 
 
 def _layout(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    attention = "decoder.mid_block.attentions.0.to_q.weight"
     if len(shapes.get("decoder.conv_in.conv.weight", ())) == 5:
-        if attention in shapes and "decoder.up_blocks.0.resnets.0.norm1.gamma" in shapes:
+        if (
+            "decoder.mid_block.attentions.0.to_q.weight" in shapes
+            and "decoder.up_blocks.0.resnets.0.norm1.gamma" in shapes
+        ):
             return "diffusers"
         if "decoder.mid.attn_1.q.weight" in shapes and "decoder.up.0.block.0.norm1.gamma" in shapes:
             return "core"
-        if "decoder.up.0.block.0.norm1.weight" in shapes:
-            raise CheckpointError(f"{name} is a HunyuanImage refiner or HunyuanVideo 1.0 VAE, not HunyuanVideo-1.5's.")
+    if model := _other_model(shapes):
+        raise CheckpointError(f"{name} is {model}, not HunyuanVideo-1.5's.")
+    some = ", ".join(sorted(shapes)[:3]) or "nothing"
+    more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
+    raise CheckpointError(f"{name} is not a HunyuanVideo-1.5 VAE: it holds {some}{more}.")
+
+
+def _other_model(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     for key, model in OTHER_MODELS:
         if key in shapes:
-            raise CheckpointError(f"{name} is {model}, not HunyuanVideo-1.5's.")
-    some = ", ".join(sorted(shapes)[:3]) or "nothing"
-    raise CheckpointError(f"{name} is not a HunyuanVideo-1.5 VAE: it holds {some} and {max(0, len(shapes) - 3)} more.")
+            return model
+    if "decoder.conv_in.conv.weight" in shapes:
+        norms = ("decoder.up.0.block.0.norm1.weight", "decoder.up_blocks.0.resnets.0.norm1.weight")
+        return "a HunyuanVideo 1.0 VAE" if any(norm in shapes for norm in norms) else None
+    first = shapes.get("decoder.conv_in.weight", ())
+    if len(first) == 5:
+        return "a HunyuanImage 3.0 VAE" if first[1] == 32 else "a video VAE of another model"
+    if len(first) == 4:
+        return {
+            4: "a Stable Diffusion VAE",
+            16: "a Flux or Stable Diffusion 3 VAE",
+            64: "a HunyuanImage 2.1 VAE",
+        }.get(first[1], "an image model's VAE")
+    return None
 
 
 def _check(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[tuple[int, ...], int]:
@@ -226,12 +310,13 @@ def _check(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[tuple[int,
         raise CheckpointError(f"{name} has {levels} decoder levels of widths {list(widths)}; HunyuanVideo-1.5 has 5.")
     latent = shapes["decoder.conv_in.conv.weight"][1]
     expected = _decoder_shapes(widths, layers + 1, latent)
-    decoder = {key: tuple(shape) for key, shape in shapes.items() if key.startswith("decoder.")}
-    missing, extra = sorted(expected.keys() - decoder.keys()), sorted(decoder.keys() - expected.keys())
-    wrong = sorted(key for key in expected.keys() & decoder.keys() if expected[key] != decoder[key])
+    if any(key.startswith("encoder.") for key in shapes):  # weights that were handed over have none
+        expected |= _encoder_shapes(tuple(reversed(widths)), layers, latent)
+    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    wrong = sorted(key for key in expected.keys() & shapes.keys() if expected[key] != tuple(shapes[key]))
     problems = [f"lacks {_some(missing)}"] * bool(missing) + [f"has unknown {_some(extra)}"] * bool(extra)
-    problems += [f"has {key} of shape {decoder[key]} where {expected[key]} belongs" for key in wrong[:3]]
-    if widths[0] % latent:
+    problems += [f"has {key} of shape {tuple(shapes[key])} where {expected[key]} belongs" for key in wrong[:3]]
+    if latent < 1 or widths[0] % latent:
         problems.append(f"has {latent} latent channels, which do not divide its width {widths[0]}")
     if problems:
         raise CheckpointError(f"{name} is not a complete HunyuanVideo-1.5 VAE: it {'; it '.join(problems)}.")
@@ -242,30 +327,54 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _decoder_shapes(widths: tuple[int, ...], resnets: int, latent: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
+Shapes = dict[str, tuple[int, ...]]
 
-    def conv(key: str, out: int, into: int, size: int = 3) -> None:
-        shapes[f"{key}.weight"], shapes[f"{key}.bias"] = (out, into, size, size, size), (out,)
 
-    def resnet(key: str, width: int) -> None:
-        for i in (1, 2):
-            shapes[f"{key}.norm{i}.gamma"] = (width, 1, 1, 1)
-            conv(f"{key}.conv{i}.conv", width, width)
+def _conv(shapes: Shapes, key: str, out: int, into: int, size: int = 3) -> None:
+    shapes[f"{key}.weight"], shapes[f"{key}.bias"] = (out, into, size, size, size), (out,)
 
-    conv("decoder.conv_in.conv", widths[0], latent)
+
+def _resnet(shapes: Shapes, key: str, width: int) -> None:
+    for i in (1, 2):
+        shapes[f"{key}.norm{i}.gamma"] = (width, 1, 1, 1)
+        _conv(shapes, f"{key}.conv{i}.conv", width, width)
+
+
+def _middle(shapes: Shapes, key: str, width: int) -> None:
     for i in range(2):
-        resnet(f"decoder.mid_block.resnets.{i}", widths[0])
-    shapes["decoder.mid_block.attentions.0.norm.gamma"] = (widths[0], 1, 1, 1)
+        _resnet(shapes, f"{key}.resnets.{i}", width)
+    shapes[f"{key}.attentions.0.norm.gamma"] = (width, 1, 1, 1)
     for part in ("to_q", "to_k", "to_v", "proj_out"):
-        conv(f"decoder.mid_block.attentions.0.{part}", widths[0], widths[0], 1)
+        _conv(shapes, f"{key}.attentions.0.{part}", width, width, 1)
+
+
+def _decoder_shapes(widths: tuple[int, ...], resnets: int, latent: int) -> Shapes:
+    """widths: deepest first. The first two upsamplers double time as well."""
+    shapes: Shapes = {}
+    _conv(shapes, "decoder.conv_in.conv", widths[0], latent)
+    _middle(shapes, "decoder.mid_block", widths[0])
     for level, width in enumerate(widths):
         for i in range(resnets):
-            resnet(f"decoder.up_blocks.{level}.resnets.{i}", width)
+            _resnet(shapes, f"decoder.up_blocks.{level}.resnets.{i}", width)
         if level + 1 < len(widths):
-            conv(
-                f"decoder.up_blocks.{level}.upsamplers.0.conv.conv", widths[level + 1] * (8 if level < 2 else 4), width
-            )
+            out = widths[level + 1] * (8 if level < 2 else 4)
+            _conv(shapes, f"decoder.up_blocks.{level}.upsamplers.0.conv.conv", out, width)
     shapes["decoder.norm_out.gamma"] = (widths[-1], 1, 1, 1)
-    conv("decoder.conv_out.conv", 3, widths[-1])
+    _conv(shapes, "decoder.conv_out.conv", 3, widths[-1])
+    return shapes
+
+
+def _encoder_shapes(widths: tuple[int, ...], resnets: int, latent: int) -> Shapes:
+    """widths: highest resolution first. The last two downsamplers halve time as well."""
+    shapes: Shapes = {}
+    _conv(shapes, "encoder.conv_in.conv", widths[0], 3)
+    for level, width in enumerate(widths):
+        for i in range(resnets):
+            _resnet(shapes, f"encoder.down_blocks.{level}.resnets.{i}", width)
+        if level + 1 < len(widths):
+            out = widths[level + 1] // (8 if level >= 2 else 4)
+            _conv(shapes, f"encoder.down_blocks.{level}.downsamplers.0.conv.conv", out, width)
+    _middle(shapes, "encoder.mid_block", widths[-1])
+    shapes["encoder.norm_out.gamma"] = (widths[-1], 1, 1, 1)
+    _conv(shapes, "encoder.conv_out.conv", 2 * latent, widths[-1])
     return shapes
