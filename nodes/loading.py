@@ -16,15 +16,22 @@ from .tiny import TINY
 from .vae import DTYPES, diffusers_folders, load_vae, tiny_folder
 
 PIPELINES = ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+"""The parts with weights that both pipelines have."""
+
+CLASSES = {"transformer": "HunyuanVideo15Transformer3DModel", "vae": "AutoencoderKLHunyuanVideo15"}
+"""Classes without which a pipeline of that name is not one."""
+
 OFFLOADS = ("model", "none", "group")
 
 
 class LoadedPipeline:
     """What travels on HV15_PIPELINE: a diffusers pipeline whose parts ComfyUI moves.
 
-    offload: "model" puts a part on the device while it works, and ComfyUI may take it away when something else needs
-    the room; "none" puts all parts there at once; "group" streams the transformer through the device a few layers at
-    a time (diffusers' group offloading).
+    offload: "model" puts a part on the device while it works; "none" puts all parts there at once and leaves them;
+    "group" does as "model", but streams the transformer through the device layer by layer (diffusers' group
+    offloading). With any of them ComfyUI may take parts away when something else needs the room, and other models make
+    room for them. Without an accelerator nothing moves.
     """
 
     def __init__(self, pipeline: object, offload: str) -> None:
@@ -35,7 +42,7 @@ class LoadedPipeline:
                 _Holder(part), self.device, comfy.model_management.unet_offload_device()
             )
             for name, part in pipeline.components.items()
-            if isinstance(part, torch.nn.Module)
+            if isinstance(part, torch.nn.Module) and not any(p.is_meta for p in part.parameters())
         }
         if offload == "group" and self.device.type != "cpu":
             pipeline.transformer.enable_group_offload(
@@ -49,11 +56,20 @@ class LoadedPipeline:
         return type(self.pipeline).__name__ == PIPELINES[1]
 
     @contextmanager
-    def on_device(self, *names: str) -> Iterator[None]:
-        """Have the named parts on the device; with "none", all of them."""
-        wanted = self.patchers if self.offload == "none" else [name for name in names if name in self.patchers]
-        comfy.model_management.load_models_gpu([self.patchers[name] for name in wanted], force_full_load=True)
-        yield
+    def on_device(self, *names: str, working_memory: int = 0) -> Iterator[None]:
+        """Have the named parts on the device (with "none", all of them), and bytes for their work beside them."""
+        wanted = list(self.patchers) if self.offload == "none" else [name for name in names if name in self.patchers]
+        patchers = [self.patchers[name] for name in wanted]
+        if not patchers:  # the part streams itself; its work needs room all the same
+            comfy.model_management.free_memory(
+                max(working_memory, comfy.model_management.minimum_inference_memory()), self.device
+            )
+        comfy.model_management.load_models_gpu(patchers, memory_required=working_memory, force_full_load=True)
+        try:
+            yield
+        finally:
+            if self.offload != "none":
+                _unload(patchers)
 
     def call_class(self) -> type:
         """The pipeline's class, computing on the device wherever its parts are at the moment."""
@@ -70,44 +86,81 @@ class _Holder(torch.nn.Module):
         self.device = torch.device("cpu")
 
 
+def _unload(patchers: list[comfy.model_patcher.ModelPatcher]) -> None:
+    """Take the models off the device, in ComfyUI's books too."""
+    loaded = comfy.model_management.current_loaded_models
+    for entry in [entry for entry in loaded if any(entry.model is patcher for patcher in patchers)]:
+        loaded.remove(entry)
+        entry.model_unload()
+    comfy.model_management.soft_empty_cache()
+
+
 def load_pipeline(folder: Path, dtype: torch.dtype, offload: str) -> LoadedPipeline:
     """Load a diffusers folder. Raises ValueError that names the file that is missing or the class that is wrong."""
     import diffusers
 
-    check_folder(folder)
-    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    pipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    name = check_folder(folder)
+    parts = {}
+    if name == PIPELINES[0]:  # from text, only the VAE's description is used: spare its weights the memory
+        with torch.device("meta"):
+            parts["vae"] = diffusers.AutoencoderKLHunyuanVideo15.from_config(
+                diffusers.AutoencoderKLHunyuanVideo15.load_config(folder / "vae")
+            )
+    pipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     return LoadedPipeline(pipeline, offload)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not a complete HunyuanVideo-1.5 pipeline in diffusers' format."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder.name} has no model_index.json; a diffusers pipeline has one.")
-    parts = json.loads(index.read_text())
-    if parts.get("_class_name") not in PIPELINES:
-        raise ValueError(
-            f"{folder.name} holds a {parts.get('_class_name')}; this node loads {' and '.join(PIPELINES)}."
-        )
+def check_folder(folder: Path) -> str:
+    """The class of the pipeline in the folder. Raises ValueError unless it is a complete HunyuanVideo-1.5 pipeline."""
+    parts = _read_json(folder, "model_index.json")
+    name = parts.get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"{folder.name} holds a {name}; this node loads {' and '.join(PIPELINES)}.")
+    missing = [part for part in PARTS if part not in parts]
+    if missing:
+        raise ValueError(f"{folder.name}/model_index.json has no {missing[0]}; a {name} has one.")
     for part, value in parts.items():
         if part.startswith("_") or not isinstance(value, list) or value[0] is None:
             continue
-        inside = folder / part
-        if not inside.is_dir():
+        if value[1] != CLASSES.get(part, value[1]):
+            raise ValueError(f"{folder.name}: its {part} is a {value[1]}; a {name} has a {CLASSES[part]}.")
+        if not (folder / part).is_dir():
             raise ValueError(f"{folder.name} has no folder {part}, where its {value[1]} belongs.")
-        if part in ("transformer", "vae", "text_encoder", "text_encoder_2", "image_encoder"):
-            for wanted in ("config.json", "*.safetensors"):
-                if not list(inside.glob(wanted)):
-                    raise ValueError(f"{folder.name}/{part} has no {wanted}.")
+        if part in PARTS or part == "image_encoder":
+            _check_weights(folder, part)
+    return name
+
+
+def _check_weights(folder: Path, part: str) -> None:
+    """Refuse a part without its config or with weights that are not all there."""
+    _read_json(folder, f"{part}/config.json")
+    indexes = [path.name for path in (folder / part).glob("*.safetensors.index.json")]
+    for index in indexes:
+        for shard in sorted(set(_read_json(folder, f"{part}/{index}")["weight_map"].values())):
+            if not (folder / part / shard).is_file():
+                raise ValueError(f"{folder.name}/{part} has no {shard}, which {index} names.")
+    if not indexes and not list((folder / part).glob("*.safetensors")):
+        raise ValueError(f"{folder.name}/{part} has no *.safetensors.")
+
+
+def _read_json(folder: Path, name: str) -> dict:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder.name} has no {name}; a HunyuanVideo-1.5 folder for diffusers has one.") from None
+    except ValueError as error:
+        raise ValueError(f"{folder.name}/{name} cannot be read as JSON ({error}); download it again.") from None
 
 
 def pipeline_dtype(choice: str) -> torch.dtype:
-    """The dtype of a choice; auto is bfloat16, or float32 on the CPU."""
+    """The dtype of a choice. auto is bfloat16, float16 on a device without it, and float32 on the CPU."""
     if choice != "auto":
         return DTYPES[choice]
-    return torch.float32 if comfy.model_management.get_torch_device().type == "cpu" else torch.bfloat16
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float16
 
 
 class LoadPipeline(io.ComfyNode):
@@ -126,13 +179,16 @@ class LoadPipeline(io.ComfyNode):
                     tooltip="A folder of models/diffusers, such as HunyuanVideo-1.5-480p_t2v.",
                 ),
                 io.Combo.Input(
-                    "dtype", options=["auto", *DTYPES], tooltip="auto: bfloat16, or float32 without an accelerator."
+                    "dtype",
+                    options=["auto", *DTYPES],
+                    tooltip="Precision of all parts. auto: bfloat16, or float32 without an accelerator.",
                 ),
                 io.Combo.Input(
                     "offload",
                     options=list(OFFLOADS),
                     tooltip="model: a part is on the device while it works. none: all parts stay there. group: the "
-                    "transformer streams through, for little memory.",
+                    "transformer streams through it layer by layer, for little memory. Without an accelerator nothing "
+                    "moves.",
                 ),
             ],
             outputs=[

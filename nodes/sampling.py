@@ -1,7 +1,8 @@
 """Sampling with diffusers' own pipelines, watched step by step.
 
 The pipelines have no step callback, but they call their scheduler once a step: a scheduler that reports is all it
-takes, and the latents stay exactly the pipeline's.
+takes, and the latents stay exactly the pipeline's. The pipeline that was loaded is shared and never changed: each run
+makes a shell of its own around the same parts, with its own scheduler and guider.
 """
 
 from collections.abc import Callable
@@ -26,13 +27,13 @@ SIDE, RATE = 16, 4
 
 
 class ReportingScheduler(FlowMatchEulerDiscreteScheduler):
-    """Tells `on_step` the latents after each step; what that raises ends the sampling."""
+    """Tells `on_step` at each step what the model now believes the end to be; what that raises ends the sampling."""
 
     on_step: Callable[[Tensor], None]
 
-    def step(self, *args: object, **options: object) -> tuple:
-        result = super().step(*args, **options)
-        self.on_step(result[0])
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> tuple:
+        result = super().step(model_output, timestep, sample, **options)
+        self.on_step(sample - self.sigmas[self.step_index - 1].to(sample) * model_output)
         return result
 
 
@@ -57,6 +58,14 @@ def check_size(width: int, height: int, frames: int) -> None:
         raise ValueError(f"frames is {frames}; it must be a multiple of {RATE} and one. Try {below} or {below + RATE}.")
 
 
+def working_memory(transformer: torch.nn.Module, width: int, height: int, frames: int) -> int:
+    """Bytes that the transformer's activations take, roughly: tensors over all tokens at a block's widest."""
+    config = transformer.config
+    tokens = ((frames - 1) // RATE + 1) * (height // SIDE) * (width // SIDE) // config.patch_size**2
+    inner = config.num_attention_heads * config.attention_head_dim
+    return int(tokens * inner * (8 + 2 * config.mlp_ratio) * transformer.dtype.itemsize)
+
+
 @torch.inference_mode()
 def sample(
     loaded: LoadedPipeline,
@@ -69,7 +78,7 @@ def sample(
     shift: float,
     seed: int,
     start_image: Tensor | None = None,
-    on_step: Callable[[Tensor], None] = lambda latents: None,
+    on_step: Callable[[Tensor], None] = lambda expected: None,
 ) -> Tensor:
     """Latents [1, 32, t, height / 16, width / 16] in VAE space, float32 on the CPU.
 
@@ -102,7 +111,7 @@ def sample(
         arguments = {"image": Image.fromarray(pixels.cpu().numpy())}
     texts = {k: t.to(loaded.device) for k, t in {**conditioning.positive, **conditioning.negative}.items()}
     needed = ("transformer", "vae", "image_encoder") if loaded.takes_image else ("transformer",)
-    with loaded.on_device(*needed):
+    with loaded.on_device(*needed, working_memory=working_memory(original.transformer, width, height, frames)):
         latents = pipeline(
             **texts,
             **arguments,
@@ -125,9 +134,9 @@ class Sampler(io.ComfyNode):
             inputs=[
                 sockets.Pipeline.Input("pipeline", tooltip="From Load HunyuanVideo-1.5."),
                 sockets.Conditioning.Input("conditioning", tooltip="From HunyuanVideo-1.5 Text Encode."),
-                io.Int.Input("width", default=848, min=16, max=8192, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=8192, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("frames", default=121, min=1, max=1025, tooltip="A multiple of 4, and one."),
+                io.Int.Input("width", default=848, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("frames", default=121, min=1, max=1025, step=4, tooltip="A multiple of 4, and one."),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
                 io.Float.Input("guidance", default=6.0, min=0.0, max=30.0, step=0.1, tooltip="Guidance scale."),
                 io.Float.Input(
@@ -149,9 +158,9 @@ class Sampler(io.ComfyNode):
         previewer = latent_preview.get_previewer(pipeline.device, comfy.latent_formats.HunyuanVideo15())
         scale = pipeline.pipeline.vae.config.scaling_factor
 
-        def on_step(latents: Tensor) -> None:
+        def on_step(expected: Tensor) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            picture = previewer and previewer.decode_latent_to_preview_image("JPEG", latents.float() / scale)
+            picture = previewer and previewer.decode_latent_to_preview_image("JPEG", expected.float() / scale)
             bar.update_absolute(bar.current + 1, preview=picture or None)
 
         comfy.model_management.throw_exception_if_processing_interrupted()

@@ -1,21 +1,25 @@
 """A whole HunyuanVideo-1.5 pipeline in miniature: every part, small widths, seeded random weights.
 
 It is made on the spot, with no download, in diffusers' format, and loads like a real checkpoint. Its videos are
-coloured noise; what it shows is that everything works.
+coloured noise; what it shows is that everything works. Each weight is drawn by integer arithmetic from a seed that is
+its own name, so that the model is the same on every machine and whatever order libraries make their layers in.
 """
 
+import inspect
 import json
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
 TINY = {"tiny (built in)": "t2v", "tiny i2v (built in)": "i2v"}
 """Names in the model lists, and the kind that each is."""
 
-VERSION = 1
+VERSION = 2
 """Part of the folder's name: raise it when the weights change."""
 
 
@@ -29,12 +33,10 @@ def ensure_tiny(kind: str, parent: Path) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".hv15-tiny-", dir=parent))
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(20260101)
-                build(kind).save_pretrained(draft)
+            build(kind).save_pretrained(draft)
             os.rename(draft, folder)
         except OSError:
-            if not folder.is_dir():
+            if not folder.is_dir():  # else another process was first, with the same files
                 raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -42,7 +44,7 @@ def ensure_tiny(kind: str, parent: Path) -> Path:
 
 
 def build(kind: str):
-    """The pipeline itself, with weights drawn from torch's generator."""
+    """The pipeline itself."""
     from diffusers import (
         AutoencoderKLHunyuanVideo15,
         ClassifierFreeGuidance,
@@ -63,7 +65,8 @@ def build(kind: str):
     )
 
     width = 32
-    tokenizer = _tokenizer()
+    prompt = inspect.signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
+    tokenizer = _tokenizer(prompt["system_message"].default, prompt["crop_start"].default)
     parts = {
         "transformer": HunyuanVideo15Transformer3DModel(
             num_attention_heads=2,
@@ -90,6 +93,8 @@ def build(kind: str):
                 num_hidden_layers=4,
                 num_attention_heads=2,
                 num_key_value_heads=1,
+                bos_token_id=None,
+                eos_token_id=None,
                 rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
             )
         ),
@@ -99,6 +104,7 @@ def build(kind: str):
         ),
     }
     if kind == "t2v":
+        _draw(parts)
         return HunyuanVideo15Pipeline(**parts)
     parts["image_encoder"] = SiglipVisionModel(
         SiglipVisionConfig(
@@ -111,21 +117,44 @@ def build(kind: str):
         )
     )
     parts["feature_extractor"] = SiglipImageProcessor(size={"height": 384, "width": 384})
+    _draw(parts)
     return HunyuanVideo15ImageToVideoPipeline(**parts)
 
 
-def _tokenizer():
-    """A byte-level Qwen2 tokenizer with no merges: one token a byte, and the chat marks."""
+@torch.no_grad()
+def _draw(parts: dict) -> None:
+    """Give every weight uniform numbers that keep the variance of what goes through it; norms stay as they are."""
+    for part, model in parts.items():
+        if not isinstance(model, torch.nn.Module):
+            continue
+        tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Embedding)}
+        for name, weight in model.named_parameters():
+            if name.endswith("gamma") or (weight.ndim == 1 and not name.endswith("bias")):
+                continue
+            inputs = 1 if id(weight) in tables else weight[0].numel()
+            bound = 0.02 if weight.ndim == 1 else (3 / inputs) ** 0.5
+            random = np.random.Generator(np.random.PCG64(zlib.crc32(f"{part}.{name}".encode())))
+            weight.copy_(torch.from_numpy(((random.random(weight.shape) * 2 - 1) * bound).astype(np.float32)))
+
+
+def _tokenizer(system_message: str, crop_start: int):
+    """A byte-level Qwen2 tokenizer with no merges: one token a byte, and the chat marks.
+
+    The pipeline cuts off `crop_start` tokens, which is where the prompt begins with the real vocabulary. To make it
+    begin there with this one, the end of the system message is a token of its own, as long as it takes.
+    """
     from transformers import Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate([*bytes_to_unicode().values(), *marks])}
+    around = 3 + len("system\n\nuser\n")  # tokens before the prompt that are not the system message's
+    tail = system_message[crop_start - 1 - around :]
+    vocabulary = {token: i for i, token in enumerate([*bytes_to_unicode().values(), *marks, tail])}
     with tempfile.TemporaryDirectory() as folder:
         vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab.write_text(json.dumps(vocabulary))
         merges.write_text("#version: 0.2\n")
-        tokenizer = Qwen2Tokenizer(vocab=str(vocab), merges=str(merges), additional_special_tokens=marks[1:])
+        tokenizer = Qwen2Tokenizer(vocab=str(vocab), merges=str(merges), additional_special_tokens=[*marks[1:], tail])
     tokenizer.pad_token = marks[0]
     tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

@@ -1,0 +1,116 @@
+"""Loading: folders that are not a whole pipeline are named for what they lack, and ComfyUI moves the parts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def folder(tiny_folders, tmp_path) -> Path:
+    """A copy of the tiny text-to-video pipeline, to be damaged."""
+    return Path(shutil.copytree(tiny_folders["t2v"], tmp_path / "Model"))
+
+
+def edit(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def shard(folder: Path) -> None:
+    """Make the transformer's weights two files, of which one is missing."""
+    transformer = folder / "transformer"
+    (transformer / "diffusion_pytorch_model.safetensors").rename(transformer / "part-1-of-2.safetensors")
+    names = {"weight_map": {"a": "part-1-of-2.safetensors", "b": "part-2-of-2.safetensors"}}
+    (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(names))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), "Model has no model_index.json"),
+        (lambda f: (f / "model_index.json").write_text("{"), "model_index.json cannot be read"),
+        (lambda f: edit(f / "model_index.json", _class_name="WanPipeline"), "holds a WanPipeline"),
+        (
+            lambda f: edit(f / "model_index.json", vae=["diffusers", "AutoencoderKLWan"]),
+            "its vae is a AutoencoderKLWan",
+        ),
+        (lambda f: shutil.rmtree(f / "text_encoder"), "no folder text_encoder, where its Qwen2_5_VLTextModel"),
+        (lambda f: (f / "vae" / "config.json").unlink(), "no vae/config.json"),
+        (lambda f: (f / "text_encoder_2" / "model.safetensors").unlink(), "text_encoder_2 has no *.safetensors"),
+        (shard, "transformer has no part-2-of-2.safetensors"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_named_for_what_it_lacks(pack, folder, damage, words):
+    pack.loading.check_folder(folder)
+    damage(folder)
+    with pytest.raises(ValueError) as refusal:
+        pack.loading.load_pipeline(folder, torch.float32, "none")
+    assert words in str(refusal.value)
+
+
+def test_folders_of_models_diffusers_are_listed_and_loaded(pack, tiny_folders, monkeypatch, tmp_path):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda kind: [str(tmp_path / "none"), str(tmp_path)])
+    shutil.copytree(tiny_folders["i2v"], tmp_path / "HunyuanVideo-1.5-480p_i2v")
+    (tmp_path / "something else").mkdir()
+    (model, *_) = pack.loading.LoadPipeline.define_schema().inputs
+    assert model.options == ["tiny (built in)", "tiny i2v (built in)", "HunyuanVideo-1.5-480p_i2v"]
+    pipeline, vae = pack.loading.LoadPipeline.execute("HunyuanVideo-1.5-480p_i2v", "auto", "model").result
+    assert pipeline.takes_image and vae.latent_channels == 32
+    with pytest.raises(ValueError, match="no folder gone"):
+        pack.loading.LoadPipeline.execute("gone", "auto", "model")
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_all_parts_have_the_dtype_that_was_chosen(pack, name):
+    pipeline, vae = pack.loading.LoadPipeline.execute("tiny (built in)", name, "none").result
+    dtype = getattr(torch, name)
+    parts = [pipeline.pipeline.transformer, pipeline.pipeline.text_encoder, pipeline.pipeline.text_encoder_2]
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} <= {dtype, torch.float32}
+    assert pipeline.pipeline.transformer.dtype == pipeline.pipeline.text_encoder.dtype == vae.vae_dtype == dtype
+
+
+def test_text_to_video_holds_no_second_copy_of_the_vae(pack, tiny_folders):
+    text, image = (pack.loading.load_pipeline(tiny_folders[kind], torch.float32, "none") for kind in ("t2v", "i2v"))
+    assert "vae" not in text.patchers and all(p.is_meta for p in text.pipeline.vae.parameters())
+    assert "vae" in image.patchers
+
+
+def loaded_parts(loaded) -> set[str]:
+    """Names of the parts that ComfyUI counts as loaded."""
+    import comfy.model_management as management
+
+    entries = [entry.model for entry in management.current_loaded_models]
+    return {name for name, patcher in loaded.patchers.items() if any(entry is patcher for entry in entries)}
+
+
+def test_model_offload_counts_a_part_as_loaded_while_it_works(pack, tiny_folders):
+    loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "model")
+    with loaded.on_device("text_encoder"):
+        assert loaded_parts(loaded) == {"text_encoder"}
+    assert loaded_parts(loaded) == set()
+    with pytest.raises(RuntimeError), loaded.on_device("transformer"):
+        raise RuntimeError
+    assert loaded_parts(loaded) == set()
+
+
+def test_without_offload_all_parts_stay_until_comfyui_frees_them(pack, tiny_folders):
+    import comfy.model_management as management
+
+    loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "none")
+    with loaded.on_device("text_encoder"):
+        pass
+    assert loaded_parts(loaded) == {"transformer", "text_encoder", "text_encoder_2"}
+    management.unload_all_models()
+    assert loaded_parts(loaded) == set()
+    with loaded.on_device("transformer"):
+        assert "transformer" in loaded_parts(loaded)
+
+
+def test_the_room_asked_for_grows_with_the_video(pack, tiny_folders):
+    transformer = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "none").pipeline.transformer
+    small, large = (pack.sampling.working_memory(transformer, 848, 480, frames) for frames in (5, 121))
+    assert 0 < small * 15 < large
