@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..distributed import Cancelled
-from ..distributed.plan import MODES
+from ..distributed.plan import MODES, Job, check_job
 from . import sockets
 from .groups import GroupDescription, live_group
 from .memory import make_room
@@ -26,10 +26,12 @@ def decode_on_ranks(
     """Decode a LATENT's samples, [B, 32, t, H, W] in VAE space, to frames [B, T, H', W', 3] in 0..1.
 
     Shows progress and previews on the node that runs, and ends with ComfyUI's own interruption when interrupted.
-    Raises ValueError for input that is not HunyuanVideo-1.5's, before anything is started.
+    Raises ValueError for input that is not HunyuanVideo-1.5's, before anything is started or unloaded.
     """
     check_latent(latent)
     source = rank_source(check_vae(vae))
+    check_pair(latent, vae)
+    check_job(Job(tuple(latent.shape), mode, tile_size, overlap), 1)
     group = live_group(description or GroupDescription())
     group.start()
     make_room(group)
@@ -76,6 +78,9 @@ class Progress:
 
 def check_latent(latent: Tensor) -> None:
     """Refuse what is not a video latent of this model, in words for the person at the graph."""
+    if not isinstance(latent, Tensor) or latent.is_nested or not latent.is_floating_point():
+        kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
+        raise ValueError(f"The latent holds {kind}; it must be one tensor of floating point numbers.")
     if latent.ndim == 4:
         raise ValueError(
             f"The latent has shape {list(latent.shape)}, that of an image model. Distributed decoding takes video "
@@ -86,6 +91,18 @@ def check_latent(latent: Tensor) -> None:
             f"The latent has {latent.ndim} dimensions, {list(latent.shape)}; a video latent has 5: "
             "[batch, 32, frames, height, width]."
         )
+
+
+def check_pair(latent: Tensor, vae: object) -> None:
+    """Refuse a latent that the VAE cannot decode, and one that the sampler spoiled."""
+    if latent.shape[1] != vae.latent_channels:
+        raise ValueError(
+            f"The latent has {latent.shape[1]} channels and the VAE decodes {vae.latent_channels}. They are not of the "
+            "same model."
+        )
+    bad = latent.numel() - int(torch.isfinite(latent).sum())
+    if bad:
+        raise ValueError(f"{bad} of the latent's {latent.numel()} values are not finite; the sampler went astray.")
 
 
 def check_vae(vae: object) -> object:

@@ -54,7 +54,16 @@ def announce(group: RankGroup) -> None:
     from server import PromptServer
 
     if getattr(PromptServer, "instance", None):
-        PromptServer.instance.send_sync("hv15.group", group.status())
+        try:
+            PromptServer.instance.send_sync("hv15.group", public_status(group))
+        except RuntimeError:
+            log.debug("ComfyUI's loop has ended; nobody is left to tell.")
+
+
+def public_status(group: RankGroup) -> dict:
+    """A group's status without its error's log lines, which may hold paths."""
+    status = group.status()
+    return {**status, "error": status["error"] and status["error"].split("\n")[0]}
 
 
 @atexit.register

@@ -7,15 +7,17 @@ import asyncio
 
 from aiohttp import web
 
-from .groups import all_groups, find_group
+from .groups import all_groups, find_group, public_status
 
 
 def add_routes(routes: web.RouteTableDef) -> None:
-    """Add the pack's routes to the server's."""
+    """Add the pack's routes to the server's, once."""
+    if any(getattr(route, "path", None) == "/hv15/groups" for route in routes):
+        return
 
     @routes.get("/hv15/groups")
     async def groups(_: web.Request) -> web.Response:
-        return web.json_response([_public(group) for group in all_groups()])
+        return web.json_response([public_status(group) for group in all_groups()])
 
     @routes.post("/hv15/groups/{id}/{action:restart|stop}")
     async def act(request: web.Request) -> web.Response:
@@ -25,10 +27,4 @@ def add_routes(routes: web.RouteTableDef) -> None:
         await asyncio.to_thread(group.stop)
         if request.match_info["action"] == "restart":
             await asyncio.to_thread(group.start)
-        return web.json_response(_public(group))
-
-
-def _public(group) -> dict:
-    """A group's status without its error's log lines, which may hold paths."""
-    status = group.status()
-    return {**status, "error": status["error"] and status["error"].split("\n")[0]}
+        return web.json_response(public_status(group))

@@ -1,7 +1,13 @@
 """HunyuanVideo-1.5's VAE as ComfyUI's own VAE object, from either layout and at any width."""
 
+import hashlib
 import logging
 import math
+import os
+import sys
+import tempfile
+import threading
+import weakref
 from pathlib import Path
 
 import comfy.model_management
@@ -13,7 +19,15 @@ from comfy.ldm.models.autoencoder import AutoencodingEngine
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..distributed.weights import Checkpoint, CheckpointError, all_tensors, open_checkpoint, to_core
+from ..distributed.weights import (
+    Checkpoint,
+    CheckpointError,
+    all_tensors,
+    check_state_dict,
+    open_checkpoint,
+    share_state_dict,
+    to_core,
+)
 from .sockets import CATEGORY
 from .tiny import TINY, ensure_tiny
 
@@ -41,7 +55,9 @@ class HunyuanVideo15VAE(comfy.sd.VAE):
             "upsample_match_channel": True,
             "z_channels": checkpoint.latent_channels,
         }
-        self.source = source
+        # Core's own constructor, given its smallest model, sets whatever attributes this version of core has.
+        super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
+        self.source, self.source_identity = source, checkpoint.identity
         self.latent_channels, self.latent_dim, self.output_channels = checkpoint.latent_channels, 3, 3
         self.upscale_ratio = (lambda t: max(0, t * 4 - 3), 16, 16)
         self.upscale_index_formula = (4, 16, 16)
@@ -55,16 +71,15 @@ class HunyuanVideo15VAE(comfy.sd.VAE):
         self.memory_used_encode = lambda shape, dtype: 1400 * 9 * shape[-2] * shape[-1] * dtype.itemsize
         self.memory_used_decode = lambda shape, dtype: 2800 * 4 * shape[-2] * shape[-1] * 256 * dtype.itemsize
         refiner = "comfy.ldm.hunyuan_video.vae_refiner"
-        self.first_stage_model = AutoencodingEngine(
-            regularizer_config={"target": "comfy.ldm.models.autoencoder.EmptyRegularizer"},
-            encoder_config={"target": f"{refiner}.Encoder", "params": config},
-            decoder_config={"target": f"{refiner}.Decoder", "params": config},
-        ).eval()
+        with torch.device("meta"):
+            self.first_stage_model = AutoencodingEngine(
+                regularizer_config={"target": "comfy.ldm.models.autoencoder.EmptyRegularizer"},
+                encoder_config={"target": f"{refiner}.Encoder", "params": config},
+                decoder_config={"target": f"{refiner}.Decoder", "params": config},
+            ).eval()
         weights = {to_core(key): tensor for key, tensor in all_tensors(checkpoint).items()}
-        missing, unknown = self.first_stage_model.load_state_dict(weights, strict=False)
-        missing = [key for key in missing if not key.startswith("encoder.")] if not checkpoint.has_encoder else missing
-        if missing or unknown:
-            raise CheckpointError(f"{source.name} lacks {missing[:3]} and has unknown {unknown[:3]}.")
+        # The tensors stay mapped from the file: what ranks decode is never read here.
+        self.first_stage_model.load_state_dict(weights, strict=True, assign=True)
         self.device = comfy.model_management.vae_device()
         self.vae_dtype = dtype or comfy.model_management.vae_dtype(self.device, self.working_dtypes)
         self.first_stage_model.to(self.vae_dtype)
@@ -83,13 +98,82 @@ def load_vae(path: str | Path, dtype: str = "auto") -> HunyuanVideo15VAE:
     Raises CheckpointError for what is not a complete HunyuanVideo-1.5 VAE.
     """
     checkpoint = open_checkpoint(path)
+    if not checkpoint.has_encoder:
+        raise CheckpointError(f"{Path(path).name} is not a complete HunyuanVideo-1.5 VAE: it has a decoder alone.")
     log.info("%s: HunyuanVideo-1.5 VAE in %s layout, %s.", Path(path).name, checkpoint.layout, checkpoint.dtype)
     return HunyuanVideo15VAE(checkpoint, Path(path), DTYPES.get(dtype))
 
 
-def rank_source(vae: comfy.sd.VAE) -> Path | dict[str, Tensor]:
-    """What ranks decode with: the checkpoint on disk where it is known, else the weights in memory."""
-    return getattr(vae, "source", None) or vae.get_sd()
+def rank_source(vae: comfy.sd.VAE) -> Path:
+    """The file or folder that ranks map: the VAE's checkpoint, or where that is not known, its weights handed over.
+
+    Weights in memory are written once, for all groups, until they change or their model is gone. Raises
+    CheckpointError for a VAE that is not HunyuanVideo-1.5's, or that was not loaded whole.
+    """
+    source = getattr(vae, "source", None)
+    if source is not None:
+        try:
+            if open_checkpoint(source).identity == vae.source_identity:
+                return source
+        except (CheckpointError, OSError):
+            pass  # the file is gone or another by now; the VAE still has its weights
+    model = vae.first_stage_model
+    weights = vae.get_sd()
+    layout = check_state_dict(weights)
+    with _lock:
+        mark = _fingerprint(weights)
+        handed = _handed.get(model)
+        if handed is None or handed.mark != mark:
+            log.info("Handing a HunyuanVideo-1.5 VAE in memory (%s layout) over to the ranks.", layout)
+            if handed:
+                handed.close()
+            handed = _handed[model] = _Handed(weights, mark)
+            weakref.finalize(model, handed.close)
+        return handed.path
+
+
+_lock = threading.Lock()
+_handed: "weakref.WeakKeyDictionary[torch.nn.Module, _Handed]" = weakref.WeakKeyDictionary()
+SAMPLES = 64
+
+
+class _Handed:
+    """Weights written to a file for ranks. On Linux it has no name, so that it goes with this process at the latest."""
+
+    def __init__(self, weights: dict[str, Tensor], mark: str) -> None:
+        self.mark = mark
+        self._folder = tempfile.TemporaryDirectory(prefix="hv15-vae-")
+        self.path = share_state_dict(weights, self._folder.name)
+        self._descriptor: int | None = None
+        if sys.platform == "linux":
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self.path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+            self._folder.cleanup()
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        self._folder.cleanup()
+
+
+def _fingerprint(weights: dict[str, Tensor]) -> str:
+    """Some numbers of every tensor of the decoder: cheap, and the same wherever the weights are moved.
+
+    Raises CheckpointError where they show that a tensor was never loaded: core only warns of keys that a file lacks,
+    which is all of a diffusers-layout file's, and leaves the memory as it found it.
+    """
+    decoder = {key: tensor for key, tensor in sorted(weights.items()) if key.startswith("decoder.")}
+    picked = [tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)].float() for tensor in decoder.values()]
+    numbers = torch.cat(picked).cpu().split([len(part) for part in picked])
+    for key, values in zip(decoder, numbers, strict=True):
+        empty = key.endswith((".weight", ".gamma")) and not values.any() and not weights[key].any()
+        if empty or not values.isfinite().all():
+            raise CheckpointError(
+                f"The VAE was not loaded whole: its {key} is {'all zeros' if empty else 'not finite'}. ComfyUI's own "
+                "loader does not read diffusers' layout; load the file with Load HunyuanVideo-1.5 VAE."
+            )
+    return hashlib.sha256(torch.cat(numbers).numpy().tobytes()).hexdigest()
 
 
 def tiny_folder(name: str) -> Path:
@@ -100,7 +184,18 @@ def tiny_folder(name: str) -> Path:
 def vae_choices() -> list[str]:
     """Names for the list: the built-in model, files in models/vae, folders in models/diffusers with a VAE."""
     files = [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
-    return [next(iter(TINY)), *files, *(f"{folder.name}/vae" for folder in diffusers_folders())]
+    return [next(iter(TINY)), *files, *vae_folders()]
+
+
+def vae_folders() -> dict[str, Path]:
+    """Folders of models/diffusers that are a VAE or, as pipelines do, have one, by their name in the list."""
+    found: dict[str, Path] = {}
+    for parent in folder_paths.get_folder_paths("diffusers"):
+        for child in sorted(Path(parent).iterdir()) if Path(parent).is_dir() else ():
+            for name, folder in ((f"{child.name}/vae", child / "vae"), (child.name, child)):
+                if any(folder.glob("diffusion_pytorch_model*.safetensors")):
+                    found.setdefault(name, folder)
+    return found
 
 
 def diffusers_folders() -> list[Path]:
@@ -116,9 +211,8 @@ def vae_path(name: str) -> Path:
     """Where the VAE of that name lies."""
     if name in TINY:
         return tiny_folder(name) / "vae"
-    for folder in diffusers_folders():
-        if name == f"{folder.name}/vae":
-            return folder / "vae"
+    if folder := vae_folders().get(name):
+        return folder
     return Path(folder_paths.get_full_path_or_raise("vae", name))
 
 

@@ -1,0 +1,256 @@
+"""The VAE between core and the ranks: core's own classes, at reduced width, beside diffusers and our decoder."""
+
+import copy
+import gc
+import importlib.util
+import math
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDTHS = (8, 16, 32, 64, 64)
+REFINER = "comfy.ldm.hunyuan_video.vae_refiner"
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """The pack's `nodes.vae`, imported as ComfyUI imports it, in this process and on the CPU."""
+    from set_up import comfyui_path
+
+    sys.path.append(str(comfyui_path()))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.base_directory = str(tmp_path_factory.mktemp("base"))
+    spec = importlib.util.spec_from_file_location(
+        "hv15_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    sys.modules["hv15_pack"] = importlib.util.module_from_spec(spec)
+    return importlib.import_module("hv15_pack.nodes.vae")
+
+
+def core_model(pack):
+    """Core's own model with random weights."""
+    from comfy.ldm.models.autoencoder import AutoencodingEngine
+
+    config = {"block_out_channels": list(WIDTHS), "in_channels": 3, "out_channels": 3, "num_res_blocks": 2}
+    config |= {"ffactor_spatial": 16, "ffactor_temporal": 4, "z_channels": 32}
+    torch.manual_seed(1)
+    model = AutoencodingEngine(
+        regularizer_config={"target": "comfy.ldm.models.autoencoder.EmptyRegularizer"},
+        encoder_config={"target": f"{REFINER}.Encoder", "params": config},
+        decoder_config={"target": f"{REFINER}.Decoder", "params": config},
+    ).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if name.endswith("gamma"):
+            parameter.uniform_(0.5, 1.5)
+        else:
+            parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.02)
+    return model
+
+
+@pytest.fixture
+def core(pack, tmp_path):
+    """Core's model, and a file of it as core saves one."""
+    model = core_model(pack)
+    path = tmp_path / "core.safetensors"
+    save_file(model.state_dict(), path)
+    return SimpleNamespace(model=model, path=path)
+
+
+def loaded_by_core(model):
+    """What core's VAELoader leaves of a file: a VAE whose file nobody knows."""
+    import comfy.sd
+
+    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    vae.first_stage_model, vae.latent_channels = model, 32
+    return vae
+
+
+def diffusers_decode(path, latent):
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    from distributed.weights import all_tensors, open_checkpoint
+
+    model = AutoencoderKLHunyuanVideo15(block_out_channels=WIDTHS).eval()
+    model.load_state_dict(all_tensors(open_checkpoint(path)))
+    with torch.inference_mode():
+        return to_frames(model.decode(latent).sample)
+
+
+def to_frames(video):
+    return ((video.movedim(1, -1) + 1) / 2).clamp(0, 1)
+
+
+def ranks_decode(path, latent):
+    """As a single rank decodes."""
+    from distributed.engine import Engine
+    from distributed.plan import Job
+    from distributed.weights import decoder_tensors, open_checkpoint
+
+    job = Job(tuple(latent.shape))
+    frames = torch.empty(job.frames_shape)
+    watch = SimpleNamespace(progress=lambda done, total: None, cancelled=lambda: False)
+    engine = Engine(decoder_tensors(open_checkpoint(path)), torch.device("cpu"), torch.float32)
+    engine.decode(job, latent, frames, watch)
+    return frames
+
+
+def latent(frames):
+    return torch.randn(1, 32, frames, 3, 4, generator=torch.Generator().manual_seed(frames))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_core_checkpoint_decodes_on_ranks_as_diffusers_decodes_it(core, frames):
+    found, expected = ranks_decode(core.path, latent(frames)), diffusers_decode(core.path, latent(frames))
+    assert expected.std() > 0.01
+    assert (found - expected).abs().max() <= 1e-5
+
+
+def test_one_frame_is_core_s_own(core):
+    with torch.inference_mode():
+        expected = to_frames(core.model.decode(latent(1)))
+    assert (ranks_decode(core.path, latent(1)) - expected).abs().max() <= 1e-5
+
+
+def test_more_frames_differ_from_core_s_by_the_causal_mask_alone(core):
+    """Core lets a frame attend to later ones. Given the mask, it is the model that ranks decode."""
+    found = ranks_decode(core.path, latent(3))
+
+    def causal(q, k, v):
+        batch, channels, *places = q.shape
+        q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (q, k, v))
+        frame = torch.arange(places[0]).repeat_interleave(places[1] * places[2])
+        mask = frame[:, None] >= frame[None, :]
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.squeeze(1).transpose(1, 2).reshape(batch, channels, *places)
+
+    with torch.inference_mode():
+        unmasked = to_frames(core.model.decode(latent(3)))
+        core.model.decoder.mid.attn_1.optimized_attention = causal
+        masked = to_frames(core.model.decode(latent(3)))
+    assert (found - masked).abs().max() <= 1e-5
+    assert (found - unmasked).abs().max() > 1e-4
+
+
+def test_either_layout_becomes_the_vae_that_core_would_have_made(pack, core, tmp_path):
+    from distributed.weights import to_diffusers
+
+    renamed = tmp_path / "diffusers.safetensors"
+    save_file({to_diffusers(key): tensor for key, tensor in core.model.state_dict().items()}, renamed)
+    image = torch.rand(5, 48, 64, 3)
+    with torch.inference_mode():
+        # Core's encoder draws from the latent's distribution.
+        torch.manual_seed(5)
+        expected = core.model.encode(image.movedim(-1, 0).unsqueeze(0) * 2 - 1)
+        for path in (core.path, renamed):
+            vae = pack.load_vae(path, "float32")
+            weights = vae.get_sd()
+            assert weights.keys() == core.model.state_dict().keys()
+            assert all(torch.equal(weights[key], tensor) for key, tensor in core.model.state_dict().items())
+            torch.manual_seed(5)
+            assert torch.allclose(vae.encode(image), expected, atol=1e-5)
+            assert vae.spacial_compression_decode() == 16 and vae.temporal_compression_decode() == 4
+            frames = vae.decode(latent(1))
+            assert torch.allclose(frames, to_frames(core.model.decode(latent(1))), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_vae_loads_in_the_dtype_that_was_asked_for(pack, core, tmp_path, dtype):
+    path = tmp_path / "half.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in core.model.state_dict().items()}, path)
+    for name, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        vae = pack.load_vae(path, name)
+        assert {tensor.dtype for tensor in vae.get_sd().values()} == {wanted}
+
+
+def test_a_file_on_disk_is_what_ranks_map(pack, core):
+    vae = pack.load_vae(core.path)
+    assert pack.rank_source(vae) == core.path
+    assert pack.rank_source(copy.copy(vae)) == core.path
+
+
+def test_a_file_that_changed_or_went_is_not_what_was_loaded(pack, core):
+    vae = pack.load_vae(core.path)
+    before = ranks_decode(core.path, latent(1))
+    # Replaced as downloads are: the old file's pages stay with those who mapped them.
+    other = core.path.with_name("other.safetensors")
+    save_file({key: tensor * 1.1 for key, tensor in core.model.state_dict().items()}, other)
+    os.replace(other, core.path)
+    source = pack.rank_source(vae)
+    assert source != core.path and torch.equal(ranks_decode(source, latent(1)), before)
+    core.path.unlink()
+    assert pack.rank_source(vae) == source
+
+
+def test_weights_in_memory_are_handed_over_once_wherever_they_move(pack, core):
+    vae = loaded_by_core(core.model)
+    source = pack.rank_source(vae)
+    assert torch.equal(ranks_decode(source, latent(3)), ranks_decode(core.path, latent(3)))
+    for parameter in core.model.parameters():  # as when core moves them between devices
+        parameter.data = parameter.data.clone()
+    assert pack.rank_source(vae) == source == pack.rank_source(copy.copy(vae))
+
+
+def test_changed_weights_are_handed_over_anew(pack, core):
+    vae = loaded_by_core(core.model)
+    before = ranks_decode(pack.rank_source(vae), latent(1))
+    for parameter in core.model.decoder.parameters():
+        parameter.data *= 1.1
+    assert not torch.equal(ranks_decode(pack.rank_source(vae), latent(1)), before)
+
+
+def test_two_vaes_are_never_taken_for_each_other(pack, core):
+    """Not even where the second takes the first's place in memory, as a key made of addresses would have it."""
+    vae = loaded_by_core(core.model)
+    first = ranks_decode(pack.rank_source(vae), latent(1))
+    other = loaded_by_core(copy.deepcopy(core.model))
+    for parameter in other.first_stage_model.parameters():
+        parameter.data *= 1.1
+    assert not torch.equal(ranks_decode(pack.rank_source(other), latent(1)), first)
+    assert torch.equal(ranks_decode(pack.rank_source(vae), latent(1)), first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file in a private folder is used")
+def test_what_was_handed_over_has_no_name_on_disk_and_goes_with_its_vae(pack, tmp_path):
+    vae = loaded_by_core(core_model(pack))
+    source = pack.rank_source(vae)
+    assert source.is_file() and "(deleted)" in os.readlink(source)
+    assert source.stat().st_mode & 0o077 == 0
+    del vae
+    gc.collect()
+    assert not source.exists()
+
+
+def test_a_diffusers_file_that_core_s_loader_did_not_read_is_found_out(pack, core):
+    """Core warns of missing keys and goes on with whatever the memory held."""
+    core.model.decoder.mid.block_1.conv1.conv.weight.zero_()
+    with pytest.raises(ValueError, match=r"not loaded whole.*Load HunyuanVideo-1\.5 VAE"):
+        pack.rank_source(loaded_by_core(core.model))
+    core.model.decoder.mid.block_1.conv1.conv.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        pack.rank_source(loaded_by_core(core.model))
+
+
+def test_another_model_s_vae_is_refused_by_name(pack):
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    model = AutoencoderKL(block_out_channels=(32,), **blocks)
+    vae = SimpleNamespace(first_stage_model=model, get_sd=model.state_dict)
+    with pytest.raises(ValueError, match="Stable Diffusion"):
+        pack.rank_source(vae)
+
+
+def test_a_decoder_alone_is_no_vae_for_core(pack, core, tmp_path):
+    weights = {key: tensor for key, tensor in core.model.state_dict().items() if key.startswith("decoder.")}
+    save_file(weights, tmp_path / "decoder.safetensors")
+    with pytest.raises(ValueError, match="decoder alone"):
+        pack.load_vae(tmp_path / "decoder.safetensors")
