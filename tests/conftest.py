@@ -1,8 +1,10 @@
 """A real ComfyUI server for the tests that need one, and a check that nothing is left behind."""
 
 import json
+import os
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -10,6 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
+
+RUN = uuid.uuid4().hex
+"""In the environment of whatever these tests start, so that other people's processes are not taken for ours."""
+os.environ["HV15_TEST_RUN"] = RUN
 
 
 @pytest.fixture(scope="session")
@@ -35,24 +41,24 @@ def prompt():
 
 
 def rank_processes() -> list[psutil.Process]:
-    """Processes on this machine that are ranks of ours, or their launchers."""
+    """Ranks, or their launchers, that these tests started, however indirectly."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or ())
         if "distributed.worker" in command or "misbehaving" in command:
-            found.append(process)
+            try:
+                if process.environ().get("HV15_TEST_RUN") == RUN:
+                    found.append(process)
+            except psutil.Error:
+                continue  # it ended meanwhile, or is someone else's
     return found
 
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_behind():
     """When all tests are done, no rank may be left, whatever was done to its group."""
-    before = {process.pid for process in rank_processes()}
     yield
     limit = time.monotonic() + 15
-    while time.monotonic() < limit:
-        left = [process for process in rank_processes() if process.pid not in before]
-        if not left:
-            return
+    while left := rank_processes():
+        assert time.monotonic() < limit, f"processes are left: {left}"
         time.sleep(0.5)
-    raise AssertionError(f"processes are left: {left}")
