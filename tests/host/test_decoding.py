@@ -1,0 +1,186 @@
+"""Decoding in a real ComfyUI: every checkpoint layout, core's nodes on our VAE, and what is refused."""
+
+import json
+
+import aiohttp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from distributed.weights import all_tensors, open_checkpoint, to_core
+
+LATENT = torch.randn(1, 32, 2, 3, 4, generator=torch.Generator().manual_seed(3))
+
+
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def ranks(devices="cpu,cpu", **options):
+    defaults = {"backend": "auto", "dtype": "auto", "keep_loaded": "keep", "start_timeout": 180, "stall_timeout": 120}
+    return node("HV15RankGroup", devices=devices, **defaults | options)
+
+
+def graph(vae_name="tiny (built in)", mode="seamless", tile_size=256, overlap=64, **options):
+    """Decode a saved latent with our node."""
+    return {
+        "latent": node("LoadLatent", latent="decoding.latent"),
+        "vae": node("HV15LoadVAE", vae_name=vae_name, dtype="float32"),
+        "ranks": ranks(**options),
+        "decode": node(
+            "HV15DistributedVAEDecode",
+            samples=["latent", 0],
+            vae=["vae", 0],
+            rank_group=["ranks", 0],
+            mode=mode,
+            tile_size=tile_size,
+            overlap=overlap,
+        ),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="decoding"),
+    }
+
+
+def drop_in(kind="VAEDecode", **inputs):
+    """Decode it with a core node, given our VAE."""
+    prompt = graph()
+    settings = {"mode": "seamless", "tile_size": 256, "overlap": 64}
+    prompt["distributed"] = node("HV15DistributeVAE", vae=["vae", 0], rank_group=["ranks", 0], **settings)
+    prompt["decode"] = node(kind, samples=["latent", 0], vae=["distributed", 0], **inputs)
+    return prompt
+
+
+@pytest.fixture(scope="module")
+def server(host):
+    """The host, with a latent and the tiny VAE in every layout."""
+    save_latent(host, LATENT)
+    tiny = graph()
+    assert host.run(tiny).error is None
+    (folder,) = host.base.glob("user/hv15_tiny/*t2v*/vae")
+    weights = all_tensors(open_checkpoint(folder))
+    place = host.base / "models" / "vae"
+    place.mkdir(exist_ok=True)
+    save_file(weights, place / "diffusers.safetensors")
+    save_file({to_core(key): tensor for key, tensor in weights.items()}, place / "core.safetensors")
+    halves = {to_core(key): tensor.half() for key, tensor in weights.items()}
+    save_file(halves, place / "fp16.safetensors")
+    save_file({key: tensor for key, tensor in weights.items() if "norm_out" not in key}, place / "lacking.safetensors")
+    save_file({"decoder.middle.0.residual.0.gamma": torch.ones(1)}, place / "wan.safetensors")
+    (place / "renamed.safetensors").write_bytes(b"\x80\x04\x95 a pickle, by its first bytes")
+    alone = host.base / "models" / "diffusers" / "alone"
+    alone.mkdir(parents=True, exist_ok=True)
+    save_file(weights, alone / "diffusion_pytorch_model.safetensors")
+    return host
+
+
+def save_latent(host, latent):
+    file = host.base / "input" / "decoding.latent"
+    save_file({"latent_tensor": latent, "latent_format_version_0": torch.tensor([])}, file)
+
+
+def frames(server, prompt):
+    run = server.run(prompt)
+    assert run.error is None, run.error["exception_message"]
+    names = [image["filename"] for image in run.outputs["save"]["images"]]
+    return np.stack([np.asarray(Image.open(server.base / "output" / name)) for name in names])
+
+
+@pytest.fixture(scope="module")
+def expected(server):
+    return frames(server, graph())
+
+
+@pytest.mark.parametrize("name", ["diffusers.safetensors", "core.safetensors", "alone"])
+def test_every_layout_decodes_to_the_same_frames(server, expected, name):
+    assert expected.shape == (5, 48, 64, 3) and expected.std() > 1
+    assert np.array_equal(frames(server, graph(name)), expected)
+
+
+def test_a_half_precision_file_decodes_to_nearly_the_same_frames(server, expected):
+    assert np.abs(frames(server, graph("fp16.safetensors")).astype(int) - expected).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wan.safetensors", "Wan 2.1"),
+        ("lacking.safetensors", "norm_out.gamma"),
+        ("renamed.safetensors", "cannot be read as safetensors"),
+    ],
+)
+def test_files_that_are_not_the_model_s_are_refused_in_words_and_the_next_prompt_works(server, expected, name, words):
+    run = server.run(graph(name))
+    assert words in run.error["exception_message"] and run.error["node_type"] == "HV15LoadVAE"
+    assert np.array_equal(frames(server, graph()), expected)
+
+
+def test_core_s_decode_of_our_vae_gives_the_decode_node_s_frames(server, expected):
+    assert np.array_equal(frames(server, drop_in()), expected)
+
+
+def test_core_s_tile_sizes_are_honoured(server):
+    sizes = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
+    save_latent(server, torch.randn(1, 32, 2, 6, 7, generator=torch.Generator().manual_seed(4)))
+    try:
+        theirs = frames(server, drop_in("VAEDecodeTiled", **sizes))
+        assert np.array_equal(theirs, frames(server, graph(mode="tiled", tile_size=64, overlap=16)))
+        assert not np.array_equal(theirs, frames(server, graph(mode="tiled", tile_size=48, overlap=16)))
+    finally:
+        save_latent(server, LATENT)
+
+
+def test_encoding_through_our_vae_is_core_s(server):
+    prompt = drop_in()
+    prompt["image"] = node("EmptyImage", width=64, height=48, batch_size=5, color=0x3377BB)
+    for name, vae in (("ours", "distributed"), ("core", "vae")):
+        prompt[f"encode_{name}"] = node("VAEEncode", pixels=["image", 0], vae=[vae, 0])
+        prompt[f"decode_{name}"] = node("VAEDecode", samples=[f"encode_{name}", 0], vae=["distributed", 0])
+        prompt[f"save_{name}"] = node("SaveImage", images=[f"decode_{name}", 0], filename_prefix=name)
+    run = server.run(prompt)
+    assert run.error is None, run.error["exception_message"]
+    pictures = [
+        [np.asarray(Image.open(server.base / "output" / image["filename"])) for image in run.outputs[save]["images"]]
+        for save in ("save_ours", "save_core")
+    ]
+    # Core's encoder draws from the latent's distribution, so the two are alike and not equal.
+    assert np.shape(pictures[0]) == np.shape(pictures[1]) == (5, 48, 64, 3)
+
+
+@pytest.mark.parametrize("change", [{}, {"keep_loaded": "release"}, {"keep_loaded": "stop"}, {"devices": "cpu"}])
+def test_decodes_after_a_stop_are_the_same(server, expected, change):
+    for _ in range(2):
+        assert np.abs(frames(server, graph(**change)).astype(int) - expected).max() <= 1
+        for group in server.get("/hv15/groups"):
+            server.post(f"/hv15/groups/{group['id']}/stop")
+        assert {group["state"] for group in server.get("/hv15/groups")} == {"stopped"}
+        server.post("/free", {"unload_models": True, "free_memory": True})
+
+
+def test_a_batch_decodes_to_each_one_s_frames_in_turn(server, expected):
+    save_latent(server, torch.cat([LATENT, LATENT.flip(0) * 0.5]))
+    try:
+        both = frames(server, graph())
+    finally:
+        save_latent(server, LATENT)
+    assert both.shape == (10, 48, 64, 3) and np.array_equal(both[:5], expected)
+
+
+def test_tiles_that_overlap_themselves_are_refused(server):
+    run = server.run(graph(mode="tiled", tile_size=64, overlap=64))
+    assert run.error and "overlap" in run.error["exception_message"]
+
+
+def test_the_routes_take_known_ids_alone_and_reveal_no_paths(server, expected):
+    answer = server.get("/hv15/groups")
+    assert answer and all(group.keys() >= {"id", "state", "ranks"} for group in answer)
+    assert str(server.base) not in json.dumps(answer) and "/tmp" not in json.dumps(answer)
+
+    async def statuses():
+        paths = ["/hv15/groups/nosuch/stop", "/hv15/groups/nosuch/restart", f"/hv15/groups/{answer[0]['id']}/kill"]
+        async with aiohttp.ClientSession() as session:
+            return [(await session.post(server.url + path)).status for path in paths]
+
+    import asyncio
+
+    assert asyncio.run(statuses())[:2] == [404, 404] and asyncio.run(statuses())[2] in (404, 405)
