@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench lint setup
+.PHONY: demo test bench soak lint setup
 
 setup: .venv/.ready
 
@@ -18,6 +18,10 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.decode
+
+# The long forms of the reliability tests; `make test` runs short ones.
+soak: setup
+	HV15_SOAK=1 $(BIN)/python -m pytest tests/ranks -s -k "soak or kill" --timeout 3600
 
 lint: setup
 	$(BIN)/ruff format --check .
