@@ -254,3 +254,72 @@ def test_a_decoder_alone_is_no_vae_for_core(pack, core, tmp_path):
     save_file(weights, tmp_path / "decoder.safetensors")
     with pytest.raises(ValueError, match="decoder alone"):
         pack.load_vae(tmp_path / "decoder.safetensors")
+
+
+@pytest.fixture
+def asked(pack, monkeypatch):
+    """What the drop-in VAE asks of ranks, without any."""
+    distribute = importlib.import_module("hv15_pack.nodes.distribute")
+    calls = []
+    monkeypatch.setattr(distribute, "decode_on_ranks", lambda latent, vae, group, *how: calls.append(how))
+    return SimpleNamespace(calls=calls, DistributedVAE=distribute.DistributedVAE)
+
+
+def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked):
+    import comfy.model_management
+    import comfy.sd
+
+    vae = pack.load_vae(core.path, "float32")
+    twin = asked.DistributedVAE(vae, None, "seamless", 256, 64)
+    again = copy.copy(asked.DistributedVAE(twin, None, "tiled", 128, 32))
+    assert isinstance(again, comfy.sd.VAE) and again.patcher is vae.patcher
+    assert again.get_sd().keys() == vae.get_sd().keys() and pack.rank_source(again) == core.path
+    twin.decode(latent(1))
+    again.decode(latent(1), vae_options={})
+    again.decode_tiled(latent(1))
+    again.decode_tiled(latent(1), tile_x=8, tile_y=4, overlap=1, tile_t=16, overlap_t=2)
+    assert asked.calls == [
+        ("seamless", 256, 64),
+        ("tiled", 128, 32),
+        ("tiled", 128, 32),
+        ("tiled", 64, 16),
+    ]
+    loaded = [model.model for model in comfy.model_management.current_loaded_models]
+    assert vae.patcher not in loaded, "core's model was loaded for a decode that ranks do"
+
+
+def test_free_and_memory_pressure_release_the_ranks(pack):
+    import comfy.model_management
+
+    memory = importlib.import_module("hv15_pack.nodes.memory")
+    released = []
+    group = SimpleNamespace(id="a group", devices=("cpu", "cpu"), release=lambda: released.append(1))
+    memory.make_room(group)
+    memory.make_room(group)
+    assert not released
+    comfy.model_management.unload_all_models()
+    assert len(released) == 1
+    comfy.model_management.unload_all_models()
+    assert len(released) == 1
+    memory.make_room(group)
+    comfy.model_management.free_memory(1e30, comfy.model_management.get_torch_device())
+    assert len(released) == 2
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (torch.zeros(1, 32, 4, 4), "image model"),
+        (torch.zeros(32), "1 dimensions"),
+        (torch.zeros(1, 16, 1, 2, 2), "16 channels"),
+        (torch.full((1, 32, 1, 2, 2), float("inf")), "128 of the latent's 128 values are not finite"),
+        (torch.zeros(1, 32, 1, 2, 2, dtype=torch.int64), "int64"),
+        (torch.zeros(1, 32, 0, 2, 2), "no empty dimension"),
+        ([1, 2], "list"),
+    ],
+)
+def test_a_bad_latent_is_refused_before_a_group_is_even_made(pack, core, samples, words):
+    decoding, groups = (importlib.import_module(f"hv15_pack.nodes.{name}") for name in ("decoding", "groups"))
+    with pytest.raises(ValueError, match=words):
+        decoding.decode_on_ranks(samples, pack.load_vae(core.path), None, "seamless", 256, 64)
+    assert groups.all_groups() == []
