@@ -1,5 +1,6 @@
 """Loading a diffusers pipeline, and moving its parts under ComfyUI's memory management."""
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,19 @@ CLASSES = {"transformer": "HunyuanVideo15Transformer3DModel", "vae": "Autoencode
 OFFLOADS = ("model", "none", "group")
 
 
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """Has a model on the device as a whole or not at all.
+
+    ComfyUI's own models can leave some layers behind and fetch them when they run; diffusers' cannot.
+    """
+
+    def partially_load(self, device_to: torch.device, extra_memory: float = 0, **options: object) -> int:
+        return super().partially_load(device_to, 1e32, **options)
+
+    def partially_unload(self, *args: object, **options: object) -> int:
+        return 0  # nothing freed, upon which ComfyUI unloads it as a whole
+
+
 class LoadedPipeline:
     """What travels on HV15_PIPELINE: a diffusers pipeline whose parts ComfyUI moves.
 
@@ -35,19 +49,17 @@ class LoadedPipeline:
     """
 
     def __init__(self, pipeline: object, offload: str) -> None:
+        if offload == "group" and importlib.util.find_spec("accelerate") is None:
+            raise ValueError("Offload group needs the package accelerate: install it, or choose model.")
         self.pipeline, self.offload = pipeline, offload
         self.device = comfy.model_management.get_torch_device()
         self.patchers = {
-            name: comfy.model_patcher.ModelPatcher(
-                _Holder(part), self.device, comfy.model_management.unet_offload_device()
-            )
+            name: WholePatcher(_Holder(part), self.device, comfy.model_management.unet_offload_device())
             for name, part in pipeline.components.items()
             if isinstance(part, torch.nn.Module) and not any(p.is_meta for p in part.parameters())
         }
         if offload == "group" and self.device.type != "cpu":
-            pipeline.transformer.enable_group_offload(
-                onload_device=self.device, offload_type="leaf_level", use_stream=self.device.type == "cuda"
-            )
+            stream_layers(pipeline.transformer, self.device)
             del self.patchers["transformer"]
 
     @property
@@ -86,6 +98,11 @@ class _Holder(torch.nn.Module):
         self.device = torch.device("cpu")
 
 
+def stream_layers(model: torch.nn.Module, device: torch.device) -> None:
+    """Have each layer come to the device when it runs and leave afterwards; on CUDA the next one comes meanwhile."""
+    model.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
+
+
 def _unload(patchers: list[comfy.model_patcher.ModelPatcher]) -> None:
     """Take the models off the device, in ComfyUI's books too."""
     loaded = comfy.model_management.current_loaded_models
@@ -101,12 +118,14 @@ def load_pipeline(folder: Path, dtype: torch.dtype, offload: str) -> LoadedPipel
 
     name = check_folder(folder)
     parts = {}
-    if name == PIPELINES[0]:  # from text, only the VAE's description is used: spare its weights the memory
+    if name == PIPELINES[0]:  # from text alone, only the VAE's description is used: spare its weights the memory
         with torch.device("meta"):
             parts["vae"] = diffusers.AutoencoderKLHunyuanVideo15.from_config(
                 diffusers.AutoencoderKLHunyuanVideo15.load_config(folder / "vae")
             )
     pipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+    if name == PIPELINES[1]:
+        pipeline.vae.decoder = None  # an image is only encoded; videos are decoded by other nodes
     pipeline.set_progress_bar_config(disable=True)
     return LoadedPipeline(pipeline, offload)
 

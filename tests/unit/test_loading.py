@@ -76,7 +76,7 @@ def test_all_parts_have_the_dtype_that_was_chosen(pack, name):
 def test_text_to_video_holds_no_second_copy_of_the_vae(pack, tiny_folders):
     text, image = (pack.loading.load_pipeline(tiny_folders[kind], torch.float32, "none") for kind in ("t2v", "i2v"))
     assert "vae" not in text.patchers and all(p.is_meta for p in text.pipeline.vae.parameters())
-    assert "vae" in image.patchers
+    assert "vae" in image.patchers and image.pipeline.vae.decoder is None
 
 
 def loaded_parts(loaded) -> set[str]:
@@ -114,3 +114,50 @@ def test_the_room_asked_for_grows_with_the_video(pack, tiny_folders):
     transformer = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "none").pipeline.transformer
     small, large = (pack.sampling.working_memory(transformer, 848, 480, frames) for frames in (5, 121))
     assert 0 < small * 15 < large
+
+
+def test_a_part_is_on_the_device_whole_or_not_at_all(pack, tiny_folders, monkeypatch):
+    import comfy.model_management as management
+
+    loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "none")
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    with loaded.on_device("transformer"):
+        patcher = loaded.patchers["transformer"]
+        assert patcher.loaded_size() == patcher.model_size()
+        (entry,) = [entry for entry in management.current_loaded_models if entry.model is patcher]
+        assert entry.model_unload(memory_to_free=1000) and patcher.loaded_size() == 0
+        management.current_loaded_models.remove(entry)
+
+
+def test_a_pipeline_that_is_dropped_leaves_comfyuis_books(pack, tiny_folders):
+    import gc
+
+    import comfy.model_management as management
+
+    loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "none")
+    with loaded.on_device("transformer"):
+        assert loaded_parts(loaded)
+    patchers = {id(patcher) for patcher in loaded.patchers.values()}
+    del loaded
+    gc.collect()
+    management.cleanup_models_gc()
+    assert not patchers & {id(entry.model) for entry in management.current_loaded_models}
+
+
+def test_a_transformer_that_streams_its_layers_gives_the_same_latents(pack, tiny_folders):
+    pytest.importorskip("accelerate")  # diffusers streams with it
+    size = {"width": 48, "height": 32, "frames": 5, "steps": 2, "guidance": 3.0, "shift": 5.0, "seed": 5}
+    results = []
+    for streams in (False, True):
+        loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "model")
+        if streams:
+            pack.loading.stream_layers(loaded.pipeline.transformer, torch.device("cpu"))
+            del loaded.patchers["transformer"]
+        results.append(pack.sampling.sample(loaded, pack.text.encode(loaded, "a fox", ""), **size))
+    assert torch.equal(*results)
+
+
+def test_group_offload_without_accelerate_is_refused_by_name(pack, tiny_folders, monkeypatch):
+    monkeypatch.setattr(pack.loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package accelerate"):
+        pack.loading.LoadedPipeline(object(), "group")
