@@ -323,3 +323,23 @@ def test_a_bad_latent_is_refused_before_a_group_is_even_made(pack, core, samples
     with pytest.raises(ValueError, match=words):
         decoding.decode_on_ranks(samples, pack.load_vae(core.path), None, "seamless", 256, 64)
     assert groups.all_groups() == []
+
+
+def test_real_ranks_map_what_was_handed_over_and_another_vae_restarts_nothing(pack, core):
+    from distributed import RankGroup
+
+    vaes = [loaded_by_core(core.model), loaded_by_core(copy.deepcopy(core.model))]
+    for parameter in vaes[1].first_stage_model.parameters():
+        parameter.data *= 1.1
+    with RankGroup(devices=["cpu", "cpu"]) as group:
+        pids = [rank["pid"] for rank in group.status()["ranks"]]
+        for vae in (*vaes, vaes[0]):
+            source = pack.rank_source(vae)
+            assert torch.allclose(group.decode(latent(3), source), ranks_decode(source, latent(3)), atol=1e-5)
+        first = vaes.pop(0)
+        source = pack.rank_source(first)
+        del vae, first, core.model
+        gc.collect()
+        assert not source.exists(), "the weights of a VAE that is gone are still held"
+        assert torch.isfinite(group.decode(latent(3), pack.rank_source(vaes[0]))).all()
+        assert [rank["pid"] for rank in group.status()["ranks"]] == pids
