@@ -74,7 +74,7 @@ def test_processes_that_make_it_at_once_leave_one_whole_folder(tmp_path, tiny_fo
     )
     command = [sys.executable, "-c", code, str(TINY.parent), str(tmp_path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    results = [(*process.communicate(timeout=240), process.returncode) for process in processes]
     assert all(code == 0 for *_, code in results), results
     (folder,) = tmp_path.iterdir()
     assert {out.strip().splitlines()[-1] for out, *_ in results} == {str(folder)}
