@@ -6,6 +6,7 @@ Run it after a prompt or a node's inputs changed, and after `make demo`, whose f
 import json
 import sys
 import tempfile
+import uuid
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main() -> None:
     for name in PROMPTS:
         prompt = json.loads((ROOT / "api_prompts" / f"{name}.json").read_text())
         prompt["ranks"]["inputs"]["devices"] = "auto"
-        write(name, graph_of(prompt, info))
+        write(name, graph_of(name, prompt, info))
     stock = Path(find_spec("comfyui_workflow_templates_media_video").origin).parent / "templates"
     for name, file in STOCK.items():
         write(name, distributed(json.loads((stock / file).read_text()), info))
@@ -52,18 +53,19 @@ def write(name: str, graph: dict) -> None:
     print(TARGET / f"{name}.json", file=sys.stderr)
 
 
-def graph_of(prompt: dict, info: dict) -> dict:
+def graph_of(name: str, prompt: dict, info: dict) -> dict:
     """An API prompt as the graph that the web UI opens, laid out from left to right."""
+    graph_id = str(uuid.uuid5(uuid.NAMESPACE_OID, name))
     ids = {key: number for number, key in enumerate(prompt, 1)}
     nodes = {key: empty_node(ids[key], node["class_type"], info, node["inputs"]) for key, node in prompt.items()}
     links: list[list] = []
     for key, node in prompt.items():
-        for name, value in node["inputs"].items():
+        for input, value in node["inputs"].items():
             if isinstance(value, list):
-                connect(links, nodes[value[0]], value[1], nodes[key], name)
+                connect(links, nodes[value[0]], value[1], nodes[key], input)
     lay_out(prompt, nodes)
     return {
-        "id": "",
+        "id": graph_id,
         "revision": 0,
         "last_node_id": len(nodes),
         "last_link_id": len(links),

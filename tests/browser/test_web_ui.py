@@ -132,6 +132,8 @@ def test_every_template_is_listed_with_a_picture(page):
 def test_a_template_opens_with_no_missing_node(page, template):
     loaded = load(page, template)
     assert loaded["missing"] == [] and loaded["count"] > 0
+    alerts = page.run("return [...document.querySelectorAll('.p-toast-message')].map((toast) => toast.textContent)")
+    assert [text for text in alerts if "workflow" in text] == []
 
 
 @pytest.mark.parametrize("name", ["text_to_video", "image_to_video", "decode_saved_latent"])
