@@ -1,0 +1,36 @@
+"""Groups of real rank processes on gloo, and small checkpoints for them."""
+
+import pytest
+import torch
+
+from benchmarks.random_weights import TINY, decoder_tensors
+from distributed import RankGroup
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def weights() -> dict:
+    """A small decoder's state dict, as a VAE would give it."""
+    return {f"decoder.{name}": tensor for name, tensor in decoder_tensors(TINY, CPU).items()}
+
+
+@pytest.fixture(scope="session")
+def vae(weights, tmp_path_factory):
+    """The same on disk."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    save_file(weights, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(vae):
+    """Two ranks, warm, for all tests of a module."""
+    with RankGroup(devices=["cpu", "cpu"]) as group:
+        yield group
+
+
+def latent(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

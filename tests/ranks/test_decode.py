@@ -1,0 +1,147 @@
+"""Decodes on real rank processes, against diffusers and against each other."""
+
+import gc
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo15
+from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Decoder3D
+
+from benchmarks.random_weights import TINY
+from distributed import JobError, RankGroup
+
+
+def latent(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def reference(weights):
+    """diffusers' decode of a latent, untiled or tiled, as frames in 0..1."""
+    vae = AutoencoderKLHunyuanVideo15(block_out_channels=(8, 16, 32, 64, 64)).eval()
+    vae.decoder = HunyuanVideo15Decoder3D(32, 3, list(TINY), 2, 16, 4, True).eval()
+    vae.decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in weights.items()})
+    vae.use_slicing = True  # diffusers 0.42.1 cannot decode a batch in one go
+
+    @torch.inference_mode()
+    def decode(z, tile_size=None, overlap=None):
+        vae.use_tiling = tile_size is not None
+        if tile_size:
+            vae.tile_sample_min_height = vae.tile_sample_min_width = tile_size
+            vae.tile_latent_min_height = vae.tile_latent_min_width = tile_size // 16
+            vae.tile_overlap_factor = overlap / tile_size
+        return ((vae.decode(z).sample.permute(0, 2, 3, 4, 1) + 1) / 2).clamp(0, 1)
+
+    return decode
+
+
+SEAMLESS = [(1, 32, 5, 5, 7), (1, 32, 2, 1, 3), (2, 32, 1, 2, 2), (1, 32, 1, 1, 1), (1, 32, 9, 2, 3)]
+TILED = [
+    ((1, 32, 3, 9, 6), 64, 16),
+    ((1, 32, 2, 9, 6), 64, 48),
+    ((1, 32, 2, 3, 2), 256, 64),
+    ((2, 32, 2, 5, 5), 32, 0),
+    ((1, 32, 1, 13, 5), 64, 32),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
+def test_every_number_of_ranks_gives_diffusers_decode(ranks, vae, reference, tiled_bits):
+    with RankGroup(devices=["cpu"] * ranks) as group:
+        for shape in SEAMLESS if ranks in (2, 6) else SEAMLESS[:2]:
+            z = latent(*shape)
+            error = (group.decode(z, vae, "seamless") - reference(z)).abs().max()
+            assert error < 1e-5, (shape, error)
+        for shape, tile_size, overlap in TILED:
+            z = latent(*shape)
+            frames = group.decode(z, vae, "tiled", tile_size=tile_size, overlap=overlap)
+            error = (frames - reference(z, tile_size, overlap)).abs().max()
+            assert error < 1e-5, (shape, error)
+            key = (shape, tile_size, overlap)
+            assert torch.equal(frames, tiled_bits.setdefault(key, frames.clone())), f"{ranks} ranks give other bits"
+
+
+@pytest.fixture(scope="module")
+def tiled_bits() -> dict:
+    """Frames by case, of whichever number of ranks came first."""
+    return {}
+
+
+def test_the_error_is_no_larger_along_a_cut(pair, vae, reference):
+    z = latent(1, 32, 3, 4, 8)
+    error = (pair.decode(z, vae) - reference(z)).abs().amax(dim=(0, 1, 2, 4))
+    assert error[56:72].max() <= 4 * error.max() and error.max() < 1e-5
+
+
+def test_a_decode_without_its_neighbours_border_would_be_noticed(pair, vae, reference):
+    """The comparison above can fail: halves decoded apart differ along the cut by far more than its tolerance."""
+    z = latent(1, 32, 2, 3, 8)
+    halves = torch.cat([pair.decode(half.contiguous(), vae) for half in z.split(4, dim=4)], dim=3)
+    assert (halves - reference(z)).abs().max() > 1e-2
+
+
+def test_processes_and_weights_stay_between_decodes(pair, vae):
+    before = [rank["pid"] for rank in pair.status()["ranks"]]
+    first = pair.decode(latent(1, 32, 2, 2, 3), vae)
+    again = pair.decode(latent(1, 32, 2, 2, 3), vae)
+    assert torch.equal(first, again)
+    assert [rank["pid"] for rank in pair.status()["ranks"]] == before
+
+
+def test_a_state_dict_is_handed_over_once(pair, vae, weights):
+    z = latent(1, 32, 2, 2, 3)
+    assert torch.equal(pair.decode(z, weights), pair.decode(z, vae))
+    handed = pair._handed[1]
+    pair.decode(z, dict(weights))
+    assert pair._handed[1] == handed and handed.stat().st_mode & 0o077 == 0
+
+
+def test_frames_are_shared_memory_that_is_reused_once_nobody_holds_it(pair, vae):
+    z = latent(1, 32, 2, 2, 3)
+    frames = pair.decode(z, vae)
+    view, place = frames[0, 1:], frames.data_ptr()
+    expected = view.clone()
+    other = pair.decode(latent(1, 32, 2, 2, 3, seed=9), vae)
+    assert other.data_ptr() != place and torch.equal(view, expected)
+    assert pair._pool.lent == 2
+    del frames, view, other
+    gc.collect()
+    assert pair._pool.lent == 0
+    pair.release()
+    assert torch.equal(pair.decode(z, vae)[0, 1:], expected)
+
+
+def test_progress_is_told_and_ends_at_the_end(pair, vae):
+    told = []
+    pair.decode(latent(1, 32, 6, 4, 4), vae, progress=lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] > 0
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+@pytest.mark.parametrize(
+    ("z", "options", "words"),
+    [
+        (torch.zeros(1, 16, 2, 2, 2), {}, "16 channels and the VAE decodes 32"),
+        (torch.zeros(1, 32, 2, 2), {}, "shape"),
+        (torch.full((1, 32, 1, 1, 1), float("inf")), {}, "32 of the latent's 32 values are not finite"),
+        (torch.zeros(1, 32, 1, 1, 1, dtype=torch.int32), {}, "int32"),
+        (torch.zeros(1, 32, 1, 1, 1), {"mode": "quick"}, "mode is 'quick'"),
+        (torch.zeros(1, 32, 1, 1, 1), {"mode": "tiled", "tile_size": 100}, "tile_size is 100"),
+        (torch.zeros(1, 32, 1, 1, 1), {"memory": 1000}, "GiB"),
+    ],
+)
+def test_input_that_cannot_be_decoded_is_refused_and_the_group_lives(pair, vae, z, options, words):
+    pids = [rank["pid"] for rank in pair.status()["ranks"]]
+    with pytest.raises(JobError, match=words):
+        pair.decode(z, vae, **options)
+    assert pair.decode(latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
+    assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x80\x04\x95pickle" * 100])
+def test_a_file_that_is_no_checkpoint_is_refused_and_the_group_lives(pair, vae, tmp_path, content):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(content)
+    with pytest.raises(JobError, match=r"bad\.safetensors"):
+        pair.decode(latent(1, 32, 1, 1, 1), bad)
+    assert pair.decode(latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
