@@ -18,6 +18,16 @@ RUN = uuid.uuid4().hex
 os.environ["HV15_TEST_RUN"] = RUN
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Skip what needs a GPU where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session")
 def host(tmp_path_factory):
     """A running ComfyUI with this pack."""
