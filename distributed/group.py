@@ -156,7 +156,7 @@ class RankGroup:
         self._cancel.set()
 
     def release(self) -> None:
-        """Give back device memory, and frame buffers that nobody holds; keep the processes. Waits for a decode in hand."""
+        """Give back device memory, and frame buffers that nobody holds; keep processes. Waits for a decode in hand."""
         with self._decoding:
             self._release()
 
@@ -257,7 +257,7 @@ class RankGroup:
         return job
 
     def _decode(self, job: Job, latent: Tensor, path: Path, place: str, watch: "_Watch") -> None:
-        """Run the job: again with less memory while a rank lacks it, and once again on a new group if this one breaks."""
+        """Run the job: again with less memory while a rank lacks it, and once on a new group if this one breaks."""
         restarted = False
         tries = 1
         while True:

@@ -102,7 +102,7 @@ def _unpack(packed: Tensor, rate: int) -> Tensor:
 def taps(window: Tensor, weight: Tensor) -> Tensor:
     """Every tap of the last convolution at every position: [n, H + 2, W + 2, C] x [C, 27 * 3] -> [n, H + 2, W + 2, 81].
 
-    A convolution to 3 channels leaves matrix units idle; one to 81, with the sum over taps left for `sum_taps`, does not.
+    A convolution to 3 channels leaves matrix units idle; one to 81, with the sum of taps left to `sum_taps`, does not.
     """
     return F.linear(window, weight)
 

@@ -50,7 +50,7 @@ class RankRecord:
 
 
 class Ranks:
-    """Rank processes for `devices`, one each. `changed` is notified, and `on_change` called, whenever a record changes."""
+    """Rank processes for `devices`, one each. `changed` is notified, and `on_change` called, when a record changes."""
 
     def __init__(
         self, devices: Sequence[str], backend: str, worker: str, number: int, on_change: Callable[[], None]

@@ -52,7 +52,8 @@ def check_job(job: Job, world_size: int) -> None:
     """Refuse, with a ValueError for the person at the graph, a job that no group of this size could do."""
     if len(job.latent_shape) != 5 or min(job.latent_shape) < 1:
         raise ValueError(
-            f"The latent has shape {list(job.latent_shape)}; a video latent is [batch, channels, frames, height, width] "
+            f"The latent has shape {list(job.latent_shape)}; a video latent is "
+            "[batch, channels, frames, height, width] "
             "with no empty dimension. Check that it comes from a HunyuanVideo-1.5 sampler."
         )
     if job.mode not in MODES:

@@ -68,7 +68,7 @@ def connect(address: tuple[str, int], key: bytes) -> Channel:
 
 
 class Door:
-    """The controller's listening end, on loopback. Each caller that knows the key is handed to `admit`, in its own thread.
+    """The controller's listening end, on loopback. Each caller that knows the key goes to `admit`, in its own thread.
 
     Strangers are turned away: the first is logged. Nobody can hold the door: every handshake has its own thread and
     ten seconds.
