@@ -21,6 +21,7 @@ class PixelWriter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.direct = device.type == "cpu"
+        self.error: Exception | None = None
         if not self.direct:
             self.accelerator = torch.get_device_module(device)
             self.stream = self.accelerator.Stream(device)
@@ -37,6 +38,7 @@ class PixelWriter:
             place.copy_(pixels)
             written()
             return
+        self._check()
         slot = self.free.get()
         if slot is None or slot.numel() < pixels.numel():
             slot = torch.empty(pixels.numel(), dtype=torch.float32, pin_memory=True)
@@ -52,6 +54,7 @@ class PixelWriter:
         """Wait until everything handed over so far is in its place."""
         if not self.direct:
             self.ready.join()
+            self._check()
 
     def close(self) -> None:
         """End the thread; the writer cannot be used again."""
@@ -59,11 +62,21 @@ class PixelWriter:
             self.ready.put(None)
             self.thread.join()
 
+    def _check(self) -> None:
+        if self.error:
+            error, self.error = self.error, None
+            raise RuntimeError("Finished pixels could not be copied to the shared frames.") from error
+
+    @torch.inference_mode()  # as the decoder: views made there cannot be written outside it
     def _carry(self) -> None:
         while (item := self.ready.get()) is not None:
             slot, staged, done, place, written = item
-            done.synchronize()
-            place.copy_(staged)
-            written()
-            self.free.put(slot)
-            self.ready.task_done()
+            try:
+                done.synchronize()
+                place.copy_(staged)
+                written()
+            except Exception as error:  # told to whoever writes or waits next, who must not wait in vain
+                self.error = error
+            finally:
+                self.free.put(slot)
+                self.ready.task_done()

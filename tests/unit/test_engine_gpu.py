@@ -1,0 +1,32 @@
+"""The engine on a GPU: pixels reach the shared frames, through pinned memory and the writer's thread."""
+
+import pytest
+import torch
+
+from benchmarks.random_weights import TINY, decoder_tensors
+from distributed.engine import Engine
+from distributed.plan import Job
+
+
+class Quiet:
+    def progress(self, done: int, total: int) -> None: ...
+
+    def cancelled(self) -> bool:
+        return False
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["seamless", "tiled"])
+def test_a_gpu_gives_the_cpus_frames(mode, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    tensors = decoder_tensors(TINY, torch.device("cpu"))
+    job = Job((2, 32, 5, 6, 7), mode, tile_size=64, overlap=16)
+    latent = torch.randn(job.latent_shape)
+    results = []
+    for device in ("cpu", "cuda"):
+        frames = torch.full(job.frames_shape, float("nan"))
+        engine = Engine(tensors, torch.device(device), torch.float32)
+        engine.decode(job, latent, frames, Quiet())
+        engine.release()
+        results.append(frames)
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=0)
