@@ -28,7 +28,7 @@ from .frames import FramePool
 from .launch import Ranks
 from .plan import DTYPES, Job, check_job
 from .states import State, follow
-from .weights import Checkpoint, open_checkpoint, share_state_dict
+from .weights import Checkpoint, fingerprint, open_checkpoint, share_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class RankGroup:
         self._jobs = itertools.count(1)
         self._folder = tempfile.TemporaryDirectory(prefix="hv15-group-")
         self._pool = FramePool(Path(self._folder.name))
-        self._handed: tuple[tuple, Path] | None = None
+        self._handed: tuple[str, Path] | None = None
 
     def __enter__(self) -> "RankGroup":
         self.start(wait=True)
@@ -225,13 +225,12 @@ class RankGroup:
         try:
             if isinstance(vae, str | Path):
                 return open_checkpoint(vae), Path(vae)
-            parts = [(key, t.data_ptr(), t._version, tuple(t.shape)) for key, t in sorted(vae.items())]
-            fingerprint = tuple(part for part in parts if part[0].startswith("decoder."))
-            if self._handed is None or self._handed[0] != fingerprint:
+            mark = fingerprint(vae)
+            if self._handed is None or self._handed[0] != mark:
                 path = share_state_dict(vae, self._folder.name, f"vae-{secrets.token_hex(4)}")
                 if self._handed:
                     self._handed[1].unlink(missing_ok=True)
-                self._handed = fingerprint, path
+                self._handed = mark, path
             return open_checkpoint(self._handed[1]), self._handed[1]
         except (ValueError, OSError) as error:
             raise JobError(str(error)) from error
@@ -295,7 +294,7 @@ class RankGroup:
     def _run(self, ranks: Ranks, job: Job, latent: Tensor, path: Path, place: str, watch: "_Watch") -> None:
         id = next(self._jobs)
         with ranks.changed:
-            now = time.monotonic()
+            ranks.job, now = id, time.monotonic()
             for record in ranks.records:
                 record.answer, record.state, record.moved_at = None, "busy", now
                 record.done = record.total = 0

@@ -59,6 +59,8 @@ class Ranks:
         self.records = [RankRecord(rank, device) for rank, device in enumerate(devices)]
         self.changed = threading.Condition()
         self.broken: str | None = None
+        self.job = 0
+        """Number of the job in hand."""
         self._on_change = on_change
         self._ending = False
         key = secrets.token_bytes(32)
@@ -182,7 +184,8 @@ class Ranks:
                 case "ready" | "released":
                     record.state = "ready"
                 case "beat":
-                    record.done, record.total = message["done"], message["total"]
+                    if message["id"] == self.job:  # else a late word of the job before
+                        record.done, record.total = message["done"], message["total"]
                     if message["moved"] != record.moved:
                         record.moved, record.moved_at = message["moved"], record.heard_at
                 case "done" | "failed":

@@ -140,7 +140,7 @@ def divide(height: int, width: int, world_size: int) -> Division:
 FULL_STEP = 12_500
 """Latent positions (frames x height x width) of a step that keeps a large GPU busy; a larger one only costs memory."""
 
-LONGEST_STEP = 16
+LONGEST_STEP = 8
 """Latent frames of a step of a small picture."""
 
 WORKSPACE = 256 * 2**20

@@ -5,6 +5,7 @@ One maps to the other by renaming alone. A layout is recognised by its keys and 
 shape, so that nothing is ever decoded with a weight that did not come from the file. Files are safetensors only.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -63,6 +64,10 @@ OTHER_MODELS = (
     ("transformer_blocks.0.attn.to_q.weight", "a diffusion transformer"),
 )
 """A key that tells another model's file, and the model."""
+
+
+SAMPLES = 64
+"""Numbers of each tensor that its fingerprint is taken of."""
 
 
 class CheckpointError(ValueError):
@@ -195,6 +200,25 @@ def _is_handed_over(path: Path) -> bool:
 
 INDEX = ".safetensors.index.json"
 DIFFUSERS_CLASS = "AutoencoderKLHunyuanVideo15"
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Some numbers of every tensor of the decoder: cheap, and the same wherever the weights are moved.
+
+    Raises CheckpointError where they show that a tensor was never loaded: core only warns of keys that a file lacks,
+    which is all of a diffusers-layout file's, and leaves the memory as it found it.
+    """
+    decoder = {key: tensor for key, tensor in sorted(weights.items()) if key.startswith("decoder.")}
+    picked = [tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)].float() for tensor in decoder.values()]
+    numbers = torch.cat(picked).cpu().split([len(part) for part in picked])
+    for key, values in zip(decoder, numbers, strict=True):
+        empty = key.endswith((".weight", ".gamma")) and not values.any() and not weights[key].any()
+        if empty or not values.isfinite().all():
+            raise CheckpointError(
+                f"The VAE was not loaded whole: its {key} is {'all zeros' if empty else 'not finite'}. ComfyUI's own "
+                "loader does not read diffusers' layout; load the file with Load HunyuanVideo-1.5 VAE."
+            )
+    return hashlib.sha256(torch.cat(numbers).numpy().tobytes()).hexdigest()
 
 
 def _files(path: Path) -> tuple[Path, ...]:

@@ -1,6 +1,5 @@
 """HunyuanVideo-1.5's VAE as ComfyUI's own VAE object, from either layout and at any width."""
 
-import hashlib
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ from ..distributed.weights import (
     CheckpointError,
     all_tensors,
     check_state_dict,
+    fingerprint,
     open_checkpoint,
     share_state_dict,
     to_core,
@@ -121,7 +121,7 @@ def rank_source(vae: comfy.sd.VAE) -> Path:
     weights = vae.get_sd()
     layout = check_state_dict(weights)
     with _lock:
-        mark = _fingerprint(weights)
+        mark = fingerprint(weights)
         handed = _handed.get(model)
         if handed is None or handed.mark != mark:
             log.info("Handing a HunyuanVideo-1.5 VAE in memory (%s layout) over to the ranks.", layout)
@@ -134,7 +134,6 @@ def rank_source(vae: comfy.sd.VAE) -> Path:
 
 _lock = threading.Lock()
 _handed: "weakref.WeakKeyDictionary[torch.nn.Module, _Handed]" = weakref.WeakKeyDictionary()
-SAMPLES = 64
 
 
 class _Handed:
@@ -155,25 +154,6 @@ class _Handed:
             os.close(self._descriptor)
             self._descriptor = None
         self._folder.cleanup()
-
-
-def _fingerprint(weights: dict[str, Tensor]) -> str:
-    """Some numbers of every tensor of the decoder: cheap, and the same wherever the weights are moved.
-
-    Raises CheckpointError where they show that a tensor was never loaded: core only warns of keys that a file lacks,
-    which is all of a diffusers-layout file's, and leaves the memory as it found it.
-    """
-    decoder = {key: tensor for key, tensor in sorted(weights.items()) if key.startswith("decoder.")}
-    picked = [tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)].float() for tensor in decoder.values()]
-    numbers = torch.cat(picked).cpu().split([len(part) for part in picked])
-    for key, values in zip(decoder, numbers, strict=True):
-        empty = key.endswith((".weight", ".gamma")) and not values.any() and not weights[key].any()
-        if empty or not values.isfinite().all():
-            raise CheckpointError(
-                f"The VAE was not loaded whole: its {key} is {'all zeros' if empty else 'not finite'}. ComfyUI's own "
-                "loader does not read diffusers' layout; load the file with Load HunyuanVideo-1.5 VAE."
-            )
-    return hashlib.sha256(torch.cat(numbers).numpy().tobytes()).hexdigest()
 
 
 def tiny_folder(name: str) -> Path:
