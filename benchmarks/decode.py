@@ -21,14 +21,16 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.random_weights import FULL, TINY, decoder_tensors
+from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
 from distributed.engine import Engine, OutOfMemory
 from distributed.plan import Job
+from distributed.weights import to_core
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
@@ -76,7 +78,8 @@ def measure(device: torch.device, decode: Callable[[], object], repeat: int) -> 
         gc.collect()
         if device.type != "cpu":
             accelerator = torch.get_device_module(device)
-            accelerator.empty_cache() if attempt == 0 else None
+            if attempt == 0:
+                accelerator.empty_cache()
             accelerator.reset_peak_memory_stats(device)
         synchronize(device)
         start = time.perf_counter()
@@ -142,21 +145,7 @@ def core_decoder(tensors: dict, widths: tuple[int, ...], device: torch.device, d
             ffactor_temporal=4,
         )
     decoder.to_empty(device=device)
-    renamed = {}
-    for name, tensor in tensors.items():
-        for old, new in (
-            ("mid_block.resnets.0", "mid.block_1"),
-            ("mid_block.resnets.1", "mid.block_2"),
-            ("mid_block.attentions.0", "mid.attn_1"),
-            ("to_q", "q"),
-            ("to_k", "k"),
-            ("to_v", "v"),
-            ("up_blocks", "up"),
-            ("upsamplers.0", "upsample"),
-            ("resnets", "block"),
-        ):
-            name = name.replace(old, new)
-        renamed[name] = tensor
+    renamed = {to_core(f"decoder.{name}").removeprefix("decoder."): tensor for name, tensor in tensors.items()}
     decoder.load_state_dict(renamed)
     return decoder.to(dtype).eval()
 
@@ -238,7 +227,7 @@ def main() -> None:
     with torch.inference_mode():
         for name in sizes:
             shape = (1, 32, *SIZES[name])
-            latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            latent = random_latent(*shape)
             floor = conv_flops(widths, *SIZES[name]) / world_size
             rows = {"floor": {"best_s": round(floor / 1e12 / report["matmul_tflops"], 3)}}
             rows["floor, sustained"] = {"best_s": round(floor / 1e12 / report["matmul_sustained_tflops"], 3)}
@@ -246,9 +235,9 @@ def main() -> None:
             for mode in ("seamless", "tiled"):
                 job = Job(shape, mode, dtype=report["dtype"], memory=memory)
                 frames = torch.zeros(job.frames_shape)
-                variants[f"ours {mode}"] = lambda job=job, frames=frames: engine.decode(job, latent, frames, Quiet())
+                variants[f"ours {mode}"] = partial(engine.decode, job, latent, frames, Quiet())
             on_device = latent.to(device, dtype)
-            variants |= {key: lambda decode=decode: decode(on_device) for key, decode in others.items()}
+            variants |= {key: partial(decode, on_device) for key, decode in others.items()}
             for key, decode in variants.items():
                 if wanted and not any(word in key for word in wanted):
                     continue

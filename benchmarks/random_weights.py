@@ -1,4 +1,4 @@
-"""A decoder with random weights at any width, sane enough that activations neither vanish nor explode."""
+"""Random weights and latents. A decoder of any width, sane enough that activations neither vanish nor explode."""
 
 import torch
 from torch import Tensor
@@ -39,3 +39,8 @@ def decoder_tensors(widths: tuple[int, ...], device: torch.device, seed: int = 0
     tensors["norm_out.gamma"] = 1 + 0.1 * normal(widths[-1], 1, 1, 1)
     conv("conv_out.conv", 3, widths[-1])
     return tensors
+
+
+def random_latent(*shape: int, seed: int = 0) -> Tensor:
+    """A latent of this shape, float32 on the CPU, seeded."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -35,9 +35,10 @@ from torch import Tensor
 from . import kernels
 from .attention import KeyValues
 
-RGB = 3
 LANES = 2
 """Steps in flight in the tail when borders travel: one computes while the other's borders are under way."""
+LEAD = 2
+"""Turns that a step in the tail is ahead of the one after it."""
 
 
 class Edges(Protocol):
@@ -153,10 +154,10 @@ class Weights:
                 following = tensors[f"up_blocks.{i + 1}.resnets.0.conv1.conv.weight"].shape[1]
                 self.upsamplers.append(Upsampler(up, temporal=up.weight.shape[0] == 8 * following))
         self.norm_out = vector("norm_out.gamma")
-        self.conv_out = conv("conv_out")
-        channels = self.conv_out.weight.shape[1]
+        last = conv("conv_out")
+        self.conv_out_bias = last.bias
         # [colour, C, t, y, x] -> one row for each (t, y, x, colour), padded to a multiple of 16 rows
-        taps = self.conv_out.weight.permute(2, 3, 4, 0, 1).reshape(-1, channels)
+        taps = last.weight.permute(2, 3, 4, 0, 1).reshape(-1, last.weight.shape[1])
         self.taps = F.pad(taps, (0, 0, 0, -len(taps) % 16)).contiguous()
         self.widths = tuple(block[0].conv1.weight.shape[1] for block in self.blocks)
         self.latent_channels = self.conv_in.weight.shape[1]
@@ -327,9 +328,8 @@ class Stream:
         """
         running: list[Step] = []
         turns = 0
-        lead = 0
         while True:
-            if len(running) < lanes and (not running or turns >= lead):
+            if len(running) < lanes and (not running or turns >= LEAD):
                 step = next(steps, None)
                 if step is not None:
                     running.append(step)
@@ -343,7 +343,6 @@ class Stream:
                     running.remove(step)
                     yield end.value
             turns += 1
-            lead = lead or (2 if lanes > 1 else 0)
 
     def _level(self, level: int, x: Tensor) -> Step:
         w = self.weights
@@ -373,7 +372,7 @@ class Stream:
         window = x.x.new_empty(n, height + 2, width + 2, channels)
         kernels.fill_window(x.x, window, bias=x.bias, add=x.add, gamma=w.norm_out)
         yield from self._borders(window)
-        oldest, older, newest = kernels.sum_taps(kernels.taps(window, w.taps), w.conv_out.bias).unbind(1)
+        oldest, older, newest = kernels.sum_taps(kernels.taps(window, w.taps), w.conv_out_bias).unbind(1)
         if self.late is None:
             self.late = oldest[:1].expand(2, -1, -1, -1), older[:1]
         oldest, older = torch.cat([self.late[0], oldest]), torch.cat([self.late[1], older])

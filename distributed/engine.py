@@ -9,6 +9,7 @@ for the next.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -255,8 +256,6 @@ def _post(operation, tensor: Tensor, peer: int) -> dist.Work:
 def _free_memory(device: torch.device, weights: int) -> int:
     """Bytes that a decode may use on this device, the weights that are there already included."""
     if device.type == "cpu":
-        import psutil
-
         return psutil.virtual_memory().available + weights
     accelerator = torch.get_device_module(device)
     free, _ = accelerator.mem_get_info(device)

@@ -44,7 +44,6 @@ class FramePool:
     folder: Path
     _free: list[_Buffer] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    _closed: bool = False
     lent: int = 0
 
     def allocate(self, shape: tuple[int, ...]) -> tuple[Tensor, str]:
@@ -68,11 +67,6 @@ class FramePool:
             while self._free:
                 self._free.pop().close()
 
-    def close(self) -> None:
-        """Free what is not lent, and from now on also what comes back. Tensors that are out stay valid."""
-        self._closed = True
-        self.trim()
-
     def _create(self, size: int) -> _Buffer:
         if hasattr(os, "memfd_create"):
             descriptor, file = os.memfd_create("hv15-frames", os.MFD_CLOEXEC), None
@@ -86,9 +80,6 @@ class FramePool:
     def _give_back(self, buffer: _Buffer) -> None:
         with self._lock:
             self.lent -= 1
-            if self._closed:
-                buffer.close()
-                return
             self._free.append(buffer)
             while len(self._free) > KEPT:
                 self._free.pop(0).close()

@@ -26,7 +26,7 @@ from .engine import Cancelled
 from .errors import GroupError, JobError
 from .frames import FramePool
 from .launch import Ranks
-from .plan import DTYPES, Job, check_job
+from .plan import DTYPES, Job, check_job, check_latent
 from .states import State, follow
 from .weights import Checkpoint, fingerprint, open_checkpoint, share_state_dict
 
@@ -241,18 +241,9 @@ class RankGroup:
         try:
             job = Job(tuple(latent.shape), mode, tile_size, overlap, self.dtype, memory)
             check_job(job, len(self.devices))
+            check_latent(latent, checkpoint.latent_channels)
         except ValueError as error:
             raise JobError(str(error)) from error
-        if latent.shape[1] != checkpoint.latent_channels:
-            raise JobError(
-                f"The latent has {latent.shape[1]} channels and the VAE decodes {checkpoint.latent_channels}. "
-                "They are not of the same model."
-            )
-        if not latent.is_floating_point():
-            raise JobError(f"The latent holds {latent.dtype}; it must hold floating point numbers.")
-        bad = latent.numel() - int(torch.isfinite(latent).sum())
-        if bad:
-            raise JobError(f"{bad} of the latent's {latent.numel()} values are not finite; the sampler went astray.")
         return job
 
     def _decode(self, job: Job, latent: Tensor, path: Path, place: str, watch: "_Watch") -> None:

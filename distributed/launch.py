@@ -4,6 +4,7 @@ A `Ranks` lives from one start to one end and is never repaired: when anything a
 with the reason, and `RankGroup` replaces it.
 """
 
+import contextlib
 import logging
 import os
 import secrets
@@ -138,17 +139,13 @@ class Ranks:
             children = []
         processes = {child.pid: child for child in children}
         for pid in pids:
-            try:
+            with contextlib.suppress(psutil.Error):  # gone already
                 processes.setdefault(pid, psutil.Process(pid))
-            except psutil.Error:
-                pass  # gone already
         patience = 0.2 if self.broken else 3
         _, left = psutil.wait_procs(processes.values(), timeout=patience)
         for process in left:
-            try:
+            with contextlib.suppress(psutil.Error):  # it left between the two lines
                 process.kill()
-            except psutil.Error:
-                pass  # it left between the two lines
         try:
             self.launcher.wait(1)
         except subprocess.TimeoutExpired:
@@ -171,10 +168,10 @@ class Ranks:
             while True:
                 self._hear(record, message)
                 message, _ = channel.receive()
-        except (*BROKEN, KeyError, IndexError, TypeError) as error:
+        except (*BROKEN, KeyError, IndexError, TypeError):
             if record and not self._ending:
                 code = self._exit_code(record)
-                self._break(f"rank {record.rank} ({record.device}, pid {record.pid}) {code}", record, error)
+                self._break(f"rank {record.rank} ({record.device}, pid {record.pid}) {code}", record)
 
     def _hear(self, record: RankRecord, message: dict) -> None:
         with self.changed:
@@ -194,7 +191,7 @@ class Ranks:
         if record.state != before:
             self._on_change()
 
-    def _break(self, reason: str, record: RankRecord | None, error: Exception | None = None) -> None:
+    def _break(self, reason: str, record: RankRecord | None) -> None:
         with self.changed:
             if self.broken or self._ending:
                 return

@@ -8,6 +8,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from .decoder import LANES, Steps
 from .tiling import SPATIAL, check_tile
 
@@ -64,6 +67,19 @@ def check_job(job: Job, world_size: int) -> None:
         raise ValueError(f"A group of {world_size} ranks cannot decode; it needs at least one.")
     if job.mode == "tiled":
         check_tile(job.tile_size, job.overlap)
+
+
+def check_latent(latent: Tensor, channels: int) -> None:
+    """Refuse, with a ValueError, a latent [B, C, T, H, W] that a VAE of `channels` cannot decode, or a spoiled one."""
+    if latent.shape[1] != channels:
+        raise ValueError(
+            f"The latent has {latent.shape[1]} channels and the VAE decodes {channels}. They are not of the same model."
+        )
+    if not latent.is_floating_point():
+        raise ValueError(f"The latent holds {latent.dtype}; it must hold floating point numbers.")
+    bad = latent.numel() - int(torch.isfinite(latent).sum())
+    if bad:
+        raise ValueError(f"{bad} of the latent's {latent.numel()} values are not finite; the sampler went astray.")
 
 
 @dataclass(frozen=True)

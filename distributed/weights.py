@@ -6,6 +6,7 @@ shape, so that nothing is ever decoded with a weight that did not come from the 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,29 +19,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-RENAMES = (
-    (r"^decoder\.up\.(\d+)\.block\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
-    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-    (r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
-    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+LAYOUTS = (
+    ("decoder.up.#.block.#.", "decoder.up_blocks.#.resnets.#."),
+    ("decoder.up.#.upsample.", "decoder.up_blocks.#.upsamplers.0."),
+    ("encoder.down.#.block.#.", "encoder.down_blocks.#.resnets.#."),
+    ("encoder.down.#.downsample.", "encoder.down_blocks.#.downsamplers.0."),
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    (".mid.attn_1.q.", ".mid_block.attentions.0.to_q."),
+    (".mid.attn_1.k.", ".mid_block.attentions.0.to_k."),
+    (".mid.attn_1.v.", ".mid_block.attentions.0.to_v."),
+    (".mid.attn_1.", ".mid_block.attentions.0."),
 )
-"""From the original layout to diffusers'."""
-
-BACK = (
-    (r"^decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", r"decoder.up.\1.block.\2."),
-    (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", r"decoder.up.\1.upsample."),
-    (r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.down.\1.block.\2."),
-    (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
-    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
-)
-"""From diffusers' layout to the original."""
+"""Parts of keys in the original layout and in diffusers'; # is a number, the same in both."""
 
 OTHER_MODELS = (
     ("decoder.upsamples.0.upsamples.0.residual.2.weight", "a Wan 2.2 VAE"),
@@ -97,17 +88,28 @@ class Checkpoint:
 
 def to_diffusers(name: str) -> str:
     """A key of either layout, in diffusers' naming."""
-    return _rename(name, RENAMES)
+    return _rename(name, _TO_DIFFUSERS)
 
 
 def to_core(name: str) -> str:
     """A key of either layout, in the original naming."""
-    return _rename(name, BACK)
+    return _rename(name, _TO_CORE)
 
 
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+def _rule(old: str, new: str) -> tuple[re.Pattern, str]:
+    """What finds `old` (at a key's beginning, unless it begins with a dot) and what to put in its place."""
+    pattern = ("" if old.startswith(".") else "^") + re.escape(old).replace(re.escape("#"), r"(\d+)")
+    numbers = itertools.count(1)
+    return re.compile(pattern), re.sub("#", lambda _: f"\\{next(numbers)}", new)
+
+
+_TO_DIFFUSERS = [_rule(core, diffusers) for core, diffusers in LAYOUTS]
+_TO_CORE = [_rule(diffusers, core) for core, diffusers in LAYOUTS]
+
+
+def _rename(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
     for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
+        name = pattern.sub(replacement, name)
     return name
 
 

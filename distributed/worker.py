@@ -58,10 +58,9 @@ class JobWatch:
 class Rank:
     """This process, seen from the inside."""
 
-    def __init__(self, channel: Channel, device_name: str, engine_class: type = Engine) -> None:
+    def __init__(self, channel: Channel, device_name: str) -> None:
         self.channel = channel
         self.device_name = device_name
-        self.engine_class = engine_class
         self.watch = JobWatch()
         self.todo: queue.SimpleQueue = queue.SimpleQueue()
         self.engine: Engine | None = None
@@ -122,7 +121,7 @@ class Rank:
         wanted = (checkpoint.identity, dtype)
         if self.loaded != wanted:
             self._release()
-            self.engine = self.engine_class(decoder_tensors(checkpoint), self.device, getattr(torch, dtype))
+            self.engine = Engine(decoder_tensors(checkpoint), self.device, getattr(torch, dtype))
             self.loaded = wanted
             self.watch.moved += 1
         return self.engine
@@ -160,8 +159,8 @@ class Rank:
         self.channel.send("beat", id=watch.id, done=watch.done, total=watch.total, moved=watch.moved)
 
 
-def main(engine_class: type = Engine) -> None:
-    """The process's life. `engine_class` is for tests of what a misbehaving rank does to its group."""
+def main() -> None:
+    """The process's life."""
     folder, local_rank = Path(os.environ["HV15_FOLDER"]), int(os.environ["LOCAL_RANK"])
     output = os.open(folder / f"rank-{os.environ['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(output, sys.stdout.fileno())
@@ -169,7 +168,7 @@ def main(engine_class: type = Engine) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     host, port = os.environ["HV15_CONTROL"].split(":")
     channel = connect((host, int(port)), (folder / "key").read_bytes())
-    rank = Rank(channel, os.environ["HV15_DEVICES"].split(",")[local_rank], engine_class)
+    rank = Rank(channel, os.environ["HV15_DEVICES"].split(",")[local_rank])
     try:
         rank.run()
     except BaseException:

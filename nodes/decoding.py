@@ -10,12 +10,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..distributed import Cancelled
-from ..distributed.plan import MODES, Job, check_job
+from ..distributed.devices import COLLECTIVES
+from ..distributed.group import KEEP
+from ..distributed.plan import MODES, Job, check_job, check_latent
 from . import sockets
 from .groups import GroupDescription, live_group
 from .memory import make_room
 from .sockets import CATEGORY
-from .vae import rank_source
+from .vae import DTYPES, rank_source
 
 PREVIEW_SECONDS = 1.0
 
@@ -28,9 +30,9 @@ def decode_on_ranks(
     Shows progress and previews on the node that runs, and ends with ComfyUI's own interruption when interrupted.
     Raises ValueError for input that is not HunyuanVideo-1.5's, before anything is started or unloaded.
     """
-    check_latent(latent)
+    check_kind(latent)
     source = rank_source(check_vae(vae))
-    check_pair(latent, vae)
+    check_latent(latent, vae.latent_channels)
     check_job(Job(tuple(latent.shape), mode, tile_size, overlap), 1)
     group = live_group(description or GroupDescription())
     group.start()
@@ -76,7 +78,7 @@ class Progress:
         self.bar.update_absolute(100 * done // total, 100, preview)
 
 
-def check_latent(latent: Tensor) -> None:
+def check_kind(latent: Tensor) -> None:
     """Refuse what is not a video latent of this model, in words for the person at the graph."""
     if not isinstance(latent, Tensor) or latent.is_nested or not latent.is_floating_point():
         kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
@@ -91,18 +93,6 @@ def check_latent(latent: Tensor) -> None:
             f"The latent has {latent.ndim} dimensions, {list(latent.shape)}; a video latent has 5: "
             "[batch, 32, frames, height, width]."
         )
-
-
-def check_pair(latent: Tensor, vae: object) -> None:
-    """Refuse a latent that the VAE cannot decode, and one that the sampler spoiled."""
-    if latent.shape[1] != vae.latent_channels:
-        raise ValueError(
-            f"The latent has {latent.shape[1]} channels and the VAE decodes {vae.latent_channels}. They are not of the "
-            "same model."
-        )
-    bad = latent.numel() - int(torch.isfinite(latent).sum())
-    if bad:
-        raise ValueError(f"{bad} of the latent's {latent.numel()} values are not finite; the sampler went astray.")
 
 
 def check_vae(vae: object) -> object:
@@ -130,17 +120,17 @@ class RankGroupNode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "backend",
-                    options=["auto", "nccl", "hccl", "gloo"],
+                    options=["auto", *COLLECTIVES.values()],
                     tooltip="How ranks talk to each other. auto takes the device's own library.",
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=["auto", "bfloat16", "float16", "float32"],
+                    options=["auto", *DTYPES],
                     tooltip="What ranks compute in. auto: bfloat16 on accelerators, float32 on the CPU.",
                 ),
                 io.Combo.Input(
                     "keep_loaded",
-                    options=["keep", "release", "stop"],
+                    options=list(KEEP),
                     tooltip="After a decode: keep the weights on the devices, release them, or stop the processes.",
                 ),
                 io.Int.Input(

@@ -18,12 +18,11 @@ from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15I
 from PIL import Image
 from torch import Tensor
 
+from ..distributed.plan import TEMPORAL
+from ..distributed.tiling import SPATIAL
 from . import sockets
 from .loading import LoadedPipeline
 from .sockets import CATEGORY, TextConditioning
-
-SIDE, RATE = 16, 4
-"""Width and height are multiples of SIDE; frames are a multiple of RATE and one."""
 
 
 class ReportingScheduler(FlowMatchEulerDiscreteScheduler):
@@ -49,19 +48,21 @@ class FixedSizeProcessor(HunyuanVideo15ImageProcessor):
 def check_size(width: int, height: int, frames: int) -> None:
     """Refuse sizes that the model cannot take, with the nearest ones that it can."""
     for name, value in (("width", width), ("height", height)):
-        if value < SIDE or value % SIDE:
-            below, above = max(SIDE, value // SIDE * SIDE), max(SIDE, -(-value // SIDE) * SIDE)
+        if value < SPATIAL or value % SPATIAL:
+            below, above = max(SPATIAL, value // SPATIAL * SPATIAL), max(SPATIAL, -(-value // SPATIAL) * SPATIAL)
             nearest = str(below) if below == above else f"{below} or {above}"
-            raise ValueError(f"{name} is {value}; it must be a multiple of {SIDE}. Try {nearest}.")
-    if frames < 1 or (frames - 1) % RATE:
-        below = max(1, (frames - 1) // RATE * RATE + 1)
-        raise ValueError(f"frames is {frames}; it must be a multiple of {RATE} and one. Try {below} or {below + RATE}.")
+            raise ValueError(f"{name} is {value}; it must be a multiple of {SPATIAL}. Try {nearest}.")
+    if frames < 1 or (frames - 1) % TEMPORAL:
+        below = max(1, (frames - 1) // TEMPORAL * TEMPORAL + 1)
+        raise ValueError(
+            f"frames is {frames}; it must be a multiple of {TEMPORAL} and one. Try {below} or {below + TEMPORAL}."
+        )
 
 
 def working_memory(transformer: torch.nn.Module, width: int, height: int, frames: int) -> int:
     """Bytes that the transformer's activations take, roughly: tensors over all tokens at a block's widest."""
     config = transformer.config
-    tokens = ((frames - 1) // RATE + 1) * (height // SIDE) * (width // SIDE) // config.patch_size**2
+    tokens = ((frames - 1) // TEMPORAL + 1) * (height // SPATIAL) * (width // SPATIAL) // config.patch_size**2
     inner = config.num_attention_heads * config.attention_head_dim
     return int(tokens * inner * (8 + 2 * config.mlp_ratio) * transformer.dtype.itemsize)
 

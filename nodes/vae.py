@@ -170,21 +170,21 @@ def vae_choices() -> list[str]:
 def vae_folders() -> dict[str, Path]:
     """Folders of models/diffusers that are a VAE or, as pipelines do, have one, by their name in the list."""
     found: dict[str, Path] = {}
-    for parent in folder_paths.get_folder_paths("diffusers"):
-        for child in sorted(Path(parent).iterdir()) if Path(parent).is_dir() else ():
-            for name, folder in ((f"{child.name}/vae", child / "vae"), (child.name, child)):
-                if any(folder.glob("diffusion_pytorch_model*.safetensors")):
-                    found.setdefault(name, folder)
+    for child in _diffusers_children():
+        for name, folder in ((f"{child.name}/vae", child / "vae"), (child.name, child)):
+            if any(folder.glob("diffusion_pytorch_model*.safetensors")):
+                found.setdefault(name, folder)
     return found
 
 
 def diffusers_folders() -> list[Path]:
     """Folders of models/diffusers that hold a pipeline."""
-    found = []
-    for parent in folder_paths.get_folder_paths("diffusers"):
-        if Path(parent).is_dir():
-            found += [child for child in sorted(Path(parent).iterdir()) if (child / "model_index.json").is_file()]
-    return found
+    return [child for child in _diffusers_children() if (child / "model_index.json").is_file()]
+
+
+def _diffusers_children() -> list[Path]:
+    parents = [Path(parent) for parent in folder_paths.get_folder_paths("diffusers")]
+    return [child for parent in parents if parent.is_dir() for child in sorted(parent.iterdir())]
 
 
 def vae_path(name: str) -> Path:

@@ -30,7 +30,3 @@ def pair(vae):
     """Two ranks, warm, for all tests of a module."""
     with RankGroup(devices=["cpu", "cpu"]) as group:
         yield group
-
-
-def latent(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

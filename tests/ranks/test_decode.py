@@ -7,12 +7,8 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Decoder3D
 
-from benchmarks.random_weights import TINY
+from benchmarks.random_weights import TINY, random_latent
 from distributed import JobError, RankGroup
-
-
-def latent(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +45,11 @@ TILED = [
 def test_every_number_of_ranks_gives_diffusers_decode(ranks, vae, reference, tiled_bits):
     with RankGroup(devices=["cpu"] * ranks) as group:
         for shape in SEAMLESS if ranks in (2, 6) else SEAMLESS[:2]:
-            z = latent(*shape)
+            z = random_latent(*shape)
             error = (group.decode(z, vae, "seamless") - reference(z)).abs().max()
             assert error < 1e-5, (shape, error)
         for shape, tile_size, overlap in TILED:
-            z = latent(*shape)
+            z = random_latent(*shape)
             frames = group.decode(z, vae, "tiled", tile_size=tile_size, overlap=overlap)
             error = (frames - reference(z, tile_size, overlap)).abs().max()
             assert error < 1e-5, (shape, error)
@@ -68,28 +64,28 @@ def tiled_bits() -> dict:
 
 
 def test_the_error_is_no_larger_along_a_cut(pair, vae, reference):
-    z = latent(1, 32, 3, 4, 8)
+    z = random_latent(1, 32, 3, 4, 8)
     error = (pair.decode(z, vae) - reference(z)).abs().amax(dim=(0, 1, 2, 4))
     assert error[56:72].max() <= 4 * error.max() and error.max() < 1e-5
 
 
 def test_a_decode_without_its_neighbours_border_would_be_noticed(pair, vae, reference):
     """The comparison above can fail: halves decoded apart differ along the cut by far more than its tolerance."""
-    z = latent(1, 32, 2, 3, 8)
+    z = random_latent(1, 32, 2, 3, 8)
     halves = torch.cat([pair.decode(half.contiguous(), vae) for half in z.split(4, dim=4)], dim=3)
     assert (halves - reference(z)).abs().max() > 1e-2
 
 
 def test_processes_and_weights_stay_between_decodes(pair, vae):
     before = [rank["pid"] for rank in pair.status()["ranks"]]
-    first = pair.decode(latent(1, 32, 2, 2, 3), vae)
-    again = pair.decode(latent(1, 32, 2, 2, 3), vae)
+    first = pair.decode(random_latent(1, 32, 2, 2, 3), vae)
+    again = pair.decode(random_latent(1, 32, 2, 2, 3), vae)
     assert torch.equal(first, again)
     assert [rank["pid"] for rank in pair.status()["ranks"]] == before
 
 
 def test_a_state_dict_is_handed_over_once(pair, vae, weights):
-    z = latent(1, 32, 2, 2, 3)
+    z = random_latent(1, 32, 2, 2, 3)
     assert torch.equal(pair.decode(z, weights), pair.decode(z, vae))
     handed = pair._handed[1]
     pair.decode(z, dict(weights))
@@ -97,11 +93,11 @@ def test_a_state_dict_is_handed_over_once(pair, vae, weights):
 
 
 def test_frames_are_shared_memory_that_is_reused_once_nobody_holds_it(pair, vae):
-    z = latent(1, 32, 2, 2, 3)
+    z = random_latent(1, 32, 2, 2, 3)
     frames = pair.decode(z, vae)
     view, place = frames[0, 1:], frames.data_ptr()
     expected = view.clone()
-    other = pair.decode(latent(1, 32, 2, 2, 3, seed=9), vae)
+    other = pair.decode(random_latent(1, 32, 2, 2, 3, seed=9), vae)
     assert other.data_ptr() != place and torch.equal(view, expected)
     assert pair._pool.lent == 2
     del frames, view, other
@@ -113,7 +109,7 @@ def test_frames_are_shared_memory_that_is_reused_once_nobody_holds_it(pair, vae)
 
 def test_progress_is_told_and_ends_at_the_end(pair, vae):
     told = []
-    pair.decode(latent(1, 32, 6, 4, 4), vae, progress=lambda done, total: told.append((done, total)))
+    pair.decode(random_latent(1, 32, 6, 4, 4), vae, progress=lambda done, total: told.append((done, total)))
     assert told[-1][0] == told[-1][1] > 0
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
@@ -134,7 +130,7 @@ def test_input_that_cannot_be_decoded_is_refused_and_the_group_lives(pair, vae, 
     pids = [rank["pid"] for rank in pair.status()["ranks"]]
     with pytest.raises(JobError, match=words):
         pair.decode(z, vae, **options)
-    assert pair.decode(latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
+    assert pair.decode(random_latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
     assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
 
 
@@ -143,5 +139,5 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_the_group_lives(pair, vae, 
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(content)
     with pytest.raises(JobError, match=r"bad\.safetensors"):
-        pair.decode(latent(1, 32, 1, 1, 1), bad)
-    assert pair.decode(latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
+        pair.decode(random_latent(1, 32, 1, 1, 1), bad)
+    assert pair.decode(random_latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)

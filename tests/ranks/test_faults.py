@@ -13,13 +13,10 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.random_weights import random_latent
 from distributed import Cancelled, GroupError, JobError, RankGroup
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def latent(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 LONG = (1, 32, 32, 6, 6)
@@ -27,7 +24,7 @@ LONG = (1, 32, 32, 6, 6)
 
 @pytest.fixture(scope="module")
 def expected(pair, vae):
-    return pair.decode(latent(*LONG), vae)
+    return pair.decode(random_latent(*LONG), vae)
 
 
 def during(group: RankGroup, act) -> threading.Thread:
@@ -54,7 +51,7 @@ def test_a_killed_process_is_replaced_and_the_frames_are_the_same(pair, vae, exp
 
     before = {rank["pid"] for rank in pair.status()["ranks"]}
     killer = during(pair, kill)
-    frames = pair.decode(latent(*LONG), vae)
+    frames = pair.decode(random_latent(*LONG), vae)
     killer.join()
     assert torch.equal(frames, expected)
     assert pair.status()["state"] == "ready"
@@ -65,12 +62,12 @@ def test_a_killed_process_is_replaced_and_the_frames_are_the_same(pair, vae, exp
 def test_a_rank_killed_while_idle_is_replaced_at_the_next_decode(pair, vae):
     os.kill(pair.status()["ranks"][1]["pid"], signal.SIGKILL)
     time.sleep(1)
-    assert pair.decode(latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
+    assert pair.decode(random_latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
 
 
 def test_a_stopped_rank_is_noticed_and_replaced(pair, vae, expected):
     stopper = during(pair, lambda: os.kill(pair.status()["ranks"][0]["pid"], signal.SIGSTOP))
-    assert torch.equal(pair.decode(latent(*LONG), vae), expected)
+    assert torch.equal(pair.decode(random_latent(*LONG), vae), expected)
     stopper.join()
 
 
@@ -84,18 +81,18 @@ def test_a_cancel_ends_the_decode_soon_and_keeps_the_ranks(pair, vae, expected):
 
     thread = during(pair, cancel)
     with pytest.raises(Cancelled):
-        pair.decode(latent(1, 32, 100, 6, 6), vae)
+        pair.decode(random_latent(1, 32, 100, 6, 6), vae)
     assert time.monotonic() - cancelled_at[0] < 10
     thread.join()
-    assert torch.equal(pair.decode(latent(*LONG), vae), expected)
+    assert torch.equal(pair.decode(random_latent(*LONG), vae), expected)
     assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
 
 
 def test_a_timeout_ends_the_decode_and_keeps_the_ranks(pair, vae):
     pids = [rank["pid"] for rank in pair.status()["ranks"]]
     with pytest.raises(TimeoutError):
-        pair.decode(latent(1, 32, 100, 6, 6), vae, timeout=1)
-    pair.decode(latent(1, 32, 1, 1, 2), vae)
+        pair.decode(random_latent(1, 32, 100, 6, 6), vae, timeout=1)
+    pair.decode(random_latent(1, 32, 1, 1, 2), vae)
     assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
 
 
@@ -104,7 +101,9 @@ def test_decodes_from_several_threads_queue_and_two_groups_work_side_by_side(pai
     with RankGroup(devices=["cpu"]) as other:
         threads = [
             threading.Thread(
-                target=lambda i=i: results.update({i: (pair, other)[i % 2].decode(latent(1, 32, 2, 2, 3, seed=i), vae)})
+                target=lambda i=i: results.update(
+                    {i: (pair, other)[i % 2].decode(random_latent(1, 32, 2, 2, 3, seed=i), vae)}
+                )
             )
             for i in range(4)
         ]
@@ -113,7 +112,9 @@ def test_decodes_from_several_threads_queue_and_two_groups_work_side_by_side(pai
         for thread in threads:
             thread.join()
     for i in range(4):
-        torch.testing.assert_close(results[i], pair.decode(latent(1, 32, 2, 2, 3, seed=i), vae), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            results[i], pair.decode(random_latent(1, 32, 2, 2, 3, seed=i), vae), atol=1e-5, rtol=0
+        )
 
 
 def test_strangers_are_turned_away_and_the_ranks_do_not_notice(pair, vae, caplog):
@@ -123,7 +124,7 @@ def test_strangers_are_turned_away_and_the_ranks_do_not_notice(pair, vae, caplog
         with socket.create_connection(address, timeout=5) as stranger:
             stranger.sendall(words)
     slow = socket.create_connection(address, timeout=5)  # says nothing at all
-    assert pair.decode(latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
+    assert pair.decode(random_latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
     slow.close()
     assert sum("stranger" in record.message for record in caplog.records) <= 1
 
@@ -136,7 +137,7 @@ def test_files_of_a_group_are_its_owners_alone_and_gone_when_it_stops(vae):
         assert path.stat().st_mode & 0o077 == 0, path
     group.stop()
     assert not folder.exists() and group.status()["state"] == "stopped"
-    assert group.decode(latent(1, 32, 1, 1, 1), vae).shape[1] == 1, "a stopped group starts again when needed"
+    assert group.decode(random_latent(1, 32, 1, 1, 1), vae).shape[1] == 1, "a stopped group starts again when needed"
     group.stop()
 
 
@@ -172,5 +173,5 @@ def test_a_group_that_cannot_start_says_why_and_leaves_nothing():
 def test_memory_that_does_not_suffice_is_told_with_the_numbers(pair, vae):
     pids = [rank["pid"] for rank in pair.status()["ranks"]]
     with pytest.raises(JobError, match=r"needs .* GiB and .* GiB can be used"):
-        pair.decode(latent(1, 32, 4, 4, 4), vae, memory=2**20)
+        pair.decode(random_latent(1, 32, 4, 4, 4), vae, memory=2**20)
     assert [rank["pid"] for rank in pair.status()["ranks"]] == pids

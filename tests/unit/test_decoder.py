@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
+from benchmarks.random_weights import random_latent
 from distributed import kernels
 from distributed.decoder import Steps, Stream, Weights
 
@@ -53,18 +54,18 @@ STEPS = [Steps(1, (1, 1, 1, 1)), Steps(2, (2, 1, 1, 1)), Steps(3, (4, 2, 2, 2)),
 @pytest.mark.parametrize("steps", STEPS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3, 4), (2, 1, 1), (4, 1, 3), (5, 4, 5)], ids=str)
 def test_any_chunk_size_gives_diffusers_untiled_decode(vae, weights, shape, steps):
-    latent = torch.randn(1, 32, *shape, generator=torch.Generator().manual_seed(1))
+    latent = random_latent(1, 32, *shape, seed=1)
     assert relative(stream(weights, latent, steps), reference(vae, latent)) < 1e-5
 
 
 def test_a_long_video_is_decoded_as_exactly_as_a_short_one(vae, weights):
-    latent = torch.randn(1, 32, 31, 2, 2, generator=torch.Generator().manual_seed(2))
+    latent = random_latent(1, 32, 31, 2, 2, seed=2)
     assert relative(stream(weights, latent, STEPS[2]), reference(vae, latent)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_as_close_to_float32_as_diffusers(vae, weights, dtype):
-    latent = torch.randn(1, 32, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    latent = random_latent(1, 32, 4, 4, 4, seed=3)
     exact = reference(vae, latent)
     half = Weights(decoder_of(vae), CPU, dtype)
     ours = relative(stream(half, latent, STEPS[1]), exact)
@@ -82,7 +83,7 @@ def test_widths_and_upsamplers_are_read_off_the_shapes(weights):
 
 def test_dropping_the_past_would_be_noticed(vae, weights):
     """The comparison above can fail: a decoder that forgets earlier frames is far outside its tolerance."""
-    latent = torch.randn(1, 32, 4, 3, 3, generator=torch.Generator().manual_seed(4))
+    latent = random_latent(1, 32, 4, 3, 3, seed=4)
     apart = torch.cat([stream(weights, latent[:, :, :2], STEPS[0]), stream(weights, latent[:, :, 2:], STEPS[0])])
     exact = reference(vae, latent)
     assert relative(apart[-4:], exact[-4:]) > 1e-2
@@ -116,8 +117,12 @@ def test_triton_kernels_compute_what_their_plain_twins_compute(dtype, monkeypatc
 
             both(fill)
         for temporal, first in ((True, True), (True, False), (False, True)):
-            packed, inputs = draw(2, 5, 7, (8 if temporal else 4) * channels), draw(2, 5, 7, 2 * channels)
-            packed_bias = draw(packed.shape[-1], dtype=torch.float32)
-            both(lambda: (kernels.upsample(packed, packed_bias, inputs, temporal=temporal, first=first),))
+            factor = (8 if temporal else 4) * channels
+            tensors = draw(2, 5, 7, factor), draw(factor, dtype=torch.float32), draw(2, 5, 7, 2 * channels)
+
+            def upsample(tensors=tensors, temporal=temporal, first=first):
+                return (kernels.upsample(*tensors, temporal=temporal, first=first),)
+
+            both(upsample)
     partial, colours = draw(3, 7, 9, 96), draw(3, dtype=torch.float32)
     both(lambda: (kernels.sum_taps(partial, colours),))
