@@ -6,11 +6,13 @@ Ascend support is written against torch_npu's documented interface and has not b
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 
 import torch
 
 COLLECTIVES = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+MOST_RANKS = 64
 HCCL_PORTS = range(50000, 65000, 64)
 """First ports of the ranges that groups on one host use for HCCL; each group needs its own."""
 
@@ -39,6 +41,8 @@ def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
             )
     if not parsed:
         raise ValueError("devices is empty. Write auto, or a list such as cuda:0,cuda:1 or cpu,cpu.")
+    if len(parsed) > MOST_RANKS:
+        raise ValueError(f"devices names {len(parsed)} ranks; a group has {MOST_RANKS} at the most.")
     kinds = {device.split(":")[0] for device in parsed}
     if len(kinds) > 1:
         raise ValueError(f"devices mixes {' and '.join(sorted(kinds))}; all ranks of a group are of one kind.")
@@ -48,9 +52,11 @@ def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(parsed)
 
 
-def check_devices(devices: Sequence[str]) -> None:
-    """Raise ValueError where a device is not there, saying which are."""
+def check_devices(devices: Sequence[str], backend: str) -> None:
+    """Raise ValueError where a device is not there, saying which are, or where the backend is not for its kind."""
     kind = devices[0].split(":")[0]
+    if backend not in ("auto", COLLECTIVES[kind]):
+        raise ValueError(f"backend is {backend!r}; ranks on {kind} devices use auto or {COLLECTIVES[kind]}.")
     there = device_count(kind)
     missing = [device for device in devices if kind != "cpu" and int(device.split(":")[1]) >= there]
     if missing:
@@ -111,13 +117,20 @@ def collective_backend(kind: str, chosen: str) -> str:
 
 
 def environment(kind: str, group_number: int) -> dict[str, str]:
-    """Environment of the ranks. Groups on one host must not share HCCL's ports."""
+    """Environment of the ranks. Groups on one host must not share HCCL's ports, and nothing listens beyond loopback.
+
+    HCCL chooses its interface itself: that it would take loopback could not be tried on hardware.
+    """
+    loopback = {}
+    if sys.platform == "linux":
+        loopback = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     if kind == "npu":
-        return {"HCCL_IF_BASE_PORT": str(HCCL_PORTS[group_number % len(HCCL_PORTS)]), "HCCL_DETERMINISTIC": "true"}
+        port = HCCL_PORTS[group_number % len(HCCL_PORTS)]
+        return {**loopback, "HCCL_IF_BASE_PORT": str(port), "HCCL_DETERMINISTIC": "true"}
     if kind == "cuda":
         # The windows are large and live as long as a decode; without this the cache breaks up between sizes.
-        return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    return {}
+        return {**loopback, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    return loopback
 
 
 def automatic_dtype(kind: str) -> str:

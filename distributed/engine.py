@@ -26,11 +26,14 @@ class Cancelled(Exception):
 
 
 class OutOfMemory(Exception):
-    """The job does not fit, not even in its smallest steps. `needed` and `free` are bytes on the tightest rank."""
+    """A rank lacks memory: `needed` and `free` are bytes.
 
-    def __init__(self, needed: int, free: int) -> None:
-        super().__init__(f"The decode needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB can be used.")
-        self.needed, self.free = needed, free
+    least: that is what the smallest steps need. together: it is raised on all ranks at the same place.
+    """
+
+    def __init__(self, needed: int, free: int, words: str, *, least: bool, together: bool) -> None:
+        super().__init__(f"The decode needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB can be used{words}.")
+        self.needed, self.free, self.least, self.together = needed, free, least, together
 
 
 class Watch(Protocol):
@@ -56,11 +59,16 @@ class Engine:
         self.weights = Weights(tensors, device, dtype)
         self.writer = PixelWriter(device)
         self.groups: dict[int, dist.ProcessGroup] = {}
+        self.needed = 0
+        """Bytes that the decode in hand was planned to need."""
 
     def release(self) -> None:
         """Give back what the engine holds on the device. It cannot be used again."""
         self.writer.close()
         del self.weights, self.writer
+        self._empty_cache()
+
+    def _empty_cache(self) -> None:
         if self.device.type != "cpu":
             torch.get_device_module(self.device).empty_cache()
 
@@ -68,39 +76,53 @@ class Engine:
     def decode(self, job: Job, latent: Tensor, frames: Tensor, watch: Watch) -> None:
         """Decode this rank's part of `latent`, float32 [B, C, T, H, W], into `frames`, float32 [B, T', H', W', 3].
 
-        Raises Cancelled or OutOfMemory on all ranks together, ValueError for a job that cannot be done.
+        Raises Cancelled, on all ranks together, OutOfMemory, ValueError for a job that cannot be done.
         """
         check_job(job, self.world_size)
         decode = self._tiled if job.mode == "tiled" else self._seamless
         try:
             for video, place in zip(latent, frames, strict=True):
                 decode(job, video.permute(1, 2, 3, 0), place, watch)
+        except torch.OutOfMemoryError as error:
+            self._empty_cache()
+            raise self._lack(self.needed, _free_memory(self.device, self.weights.nbytes)) from error
         finally:
             self.writer.flush()
 
-    def _agree(self, value: int, operation=dist.ReduceOp.MAX) -> int:
-        """The largest (or as `operation` says) of all ranks' values."""
-        if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(tensor, operation)
-        return int(tensor)
-
     def _check_cancel(self, watch: Watch) -> None:
-        if self._agree(watch.cancelled()):
+        if agree(watch.cancelled()):
             raise Cancelled
 
     def _steps(self, job: Job, height: int, width: int, division: Division | None) -> Steps:
         """The largest steps that fit every rank. height x width: latent positions of the largest part."""
         free = job.memory or _free_memory(self.device, self.weights.nbytes)
-        free = self._agree(free, dist.ReduceOp.MIN)
+        free = agree(free, dist.ReduceOp.MIN)
         time, positions = job.latent_shape[2], job.latent_shape[3] * job.latent_shape[4]
         together = division is not None and division.size > 1
         positions = positions if division else height * width
         steps, needed = choose_steps(self.weights, height, width, time, positions, together, free)
         if steps is None:
-            raise OutOfMemory(needed, free)
+            raise self._lack(needed, free, least=True, together=True)
+        self._reserve(needed)
         return steps
+
+    def _reserve(self, needed: int) -> None:
+        """Take what the decode will need from the device, so that memory runs out here, on all ranks, or not at all.
+
+        It is given to torch's allocator at once, which keeps it for what comes.
+        """
+        self.needed = needed
+        lacking = False
+        if self.device.type != "cpu":
+            try:
+                torch.empty(max(0, needed - self.weights.nbytes), dtype=torch.uint8, device=self.device)
+            except torch.OutOfMemoryError:
+                lacking = True
+        if agree(lacking):
+            raise self._lack(needed, _free_memory(self.device, self.weights.nbytes), together=True)
+
+    def _lack(self, needed: int, free: int, least: bool = False, together: bool = False) -> OutOfMemory:
+        return OutOfMemory(needed, free, _held_by_others(self.device), least=least, together=together)
 
     def _group(self, size: int) -> dist.ProcessGroup | None:
         """The process group of the first `size` ranks. A collective of the world when first asked for."""
@@ -229,6 +251,15 @@ class Engine:
         self.writer.write(pixels.clamp_(0, 1), place, written)
 
 
+def agree(value: int, operation: dist.ReduceOp = dist.ReduceOp.MAX) -> int:
+    """The largest (or as `operation` says) of all ranks' values. A collective of the world."""
+    if not dist.is_initialized():
+        return int(value)
+    tensor = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(tensor, operation)
+    return int(tensor)
+
+
 def _followers(grid: TileGrid, index: int) -> list[tuple[int, int]]:
     """The tiles that are blended with this one, each with the dimension across the seam: below 1, right 2."""
     tile = grid.tiles[index]
@@ -261,3 +292,13 @@ def _free_memory(device: torch.device, weights: int) -> int:
     free, _ = accelerator.mem_get_info(device)
     cached = accelerator.memory_reserved(device) - accelerator.memory_allocated(device)
     return free + cached + weights
+
+
+def _held_by_others(device: torch.device) -> str:
+    """Who has the rest of a device's memory, in words."""
+    if device.type == "cpu":
+        return ""
+    accelerator = torch.get_device_module(device)
+    free, total = accelerator.mem_get_info(device)
+    others = max(0, total - free - accelerator.memory_reserved(device))
+    return f"; other processes hold {others / 2**30:.2f} of the {total / 2**30:.2f} GiB of {device}"

@@ -2,7 +2,7 @@
 
 On Linux it is a memfd, which no size of /dev/shm limits and nobody else can name; ranks open it through the
 controller's /proc entry. Elsewhere it is a private temporary file. When the tensor and all views of it are gone the
-buffer returns to its pool, its pages already there for the next decode.
+buffer returns to its pool, its pages already there for the next decode, or is freed where the pool was trimmed.
 """
 
 import mmap
@@ -24,7 +24,7 @@ class _Mapping(mmap.mmap):
     """An mmap whose end can be awaited: a tensor made from it keeps it alive."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Buffer:
     descriptor: int
     size: int
@@ -39,12 +39,16 @@ class _Buffer:
 
 @dataclass
 class FramePool:
-    """Shared buffers, reused. `folder` is where buffers lie as files on systems without memfd."""
+    """Shared buffers, reused."""
 
-    folder: Path
     _free: list[_Buffer] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    lent: int = 0
+    _lent: set[_Buffer] = field(default_factory=set)
+
+    @property
+    def lent(self) -> int:
+        """How many buffers will return to the pool."""
+        return len(self._lent)
 
     def allocate(self, shape: tuple[int, ...]) -> tuple[Tensor, str]:
         """A float32 tensor of this shape, and the path by which another process of this user opens its memory."""
@@ -57,13 +61,14 @@ class FramePool:
         buffer = buffer or self._create(size)
         mapping = _Mapping(buffer.descriptor, buffer.size)
         with self._lock:
-            self.lent += 1
+            self._lent.add(buffer)
         weakref.finalize(mapping, self._give_back, buffer)
         return torch.frombuffer(mapping, dtype=torch.float32, count=size // 4).view(shape), buffer.path
 
     def trim(self) -> None:
-        """Free what is not lent."""
+        """Free what is not lent now, and what is lent as soon as it comes back."""
         with self._lock:
+            self._lent.clear()
             while self._free:
                 self._free.pop().close()
 
@@ -72,14 +77,17 @@ class FramePool:
             descriptor, file = os.memfd_create("hv15-frames", os.MFD_CLOEXEC), None
             path = f"/proc/{os.getpid()}/fd/{descriptor}"
         else:
-            descriptor, path = tempfile.mkstemp(prefix="frames-", dir=self.folder)
+            descriptor, path = tempfile.mkstemp(prefix="hv15-frames-")
             file = Path(path)
         os.ftruncate(descriptor, size)
         return _Buffer(descriptor, size, path, file)
 
     def _give_back(self, buffer: _Buffer) -> None:
         with self._lock:
-            self.lent -= 1
+            if buffer not in self._lent:
+                buffer.close()
+                return
+            self._lent.remove(buffer)
             self._free.append(buffer)
             while len(self._free) > KEPT:
                 self._free.pop(0).close()

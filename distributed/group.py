@@ -4,17 +4,17 @@
         frames = group.decode(latent, vae="path/to/vae", mode="seamless")
 
 The group starts in the background, keeps its processes and weights between decodes, and replaces processes that die
-or hang: a decode that meets a broken group is run once more on a new one. Bad input is refused before the ranks hear
-of it. All methods may be called from any thread; decodes queue.
+or hang, at once: a decode in hand is run once more on the new ones. Bad input is refused before the ranks hear of it.
+All methods may be called from any thread; decodes queue.
 """
 
+import contextlib
 import itertools
 import logging
 import secrets
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,17 +25,19 @@ from . import devices as device_module
 from .engine import Cancelled
 from .errors import GroupError, JobError
 from .frames import FramePool
-from .launch import Ranks
+from .launch import RankRecord, Ranks
 from .plan import DTYPES, Job, check_job, check_latent
 from .states import State, follow
-from .weights import Checkpoint, fingerprint, open_checkpoint, share_state_dict
+from .weights import Checkpoint, SharedWeights, fingerprint, open_checkpoint
 
 log = logging.getLogger(__name__)
 
 KEEP = ("keep", "release", "stop")
-GRACE_SECONDS = 10
+GRACE_SECONDS = 3
 """How long the other ranks have to answer after one of them failed; then they hang in wait for it."""
+RELEASE_SECONDS = 15
 MEMORY_TRIES = 4
+LOGS = Path.home() / ".cache" / "hunyuanvideo15-distributed" / "logs"
 
 _numbers = itertools.count()
 
@@ -47,7 +49,8 @@ class RankGroup:
     knows. dtype: what ranks compute in, "auto" for bfloat16 on accelerators and float32 on the CPU. keep_loaded: what
     happens after a decode: "keep" weights on the devices, "release" them, or "stop" the processes. start_timeout:
     seconds for the ranks to come up. stall_timeout: seconds without any progress after which a rank counts as hung.
-    on_change is called, in any thread, whenever the group's status changes. worker names the module that ranks run.
+    on_change is called, in any thread, whenever the group's status changes. logs: the folder for the ranks' logs, by
+    default in the user's cache. worker names the module that ranks run.
 
     Raises ValueError for devices or options that cannot be.
     """
@@ -62,10 +65,11 @@ class RankGroup:
         start_timeout: float = 180,
         stall_timeout: float = 120,
         on_change: Callable[[], None] | None = None,
+        logs: str | Path = LOGS,
         worker: str = "distributed.worker",
     ) -> None:
         self.devices = device_module.parse_devices(devices)
-        device_module.check_devices(self.devices)
+        device_module.check_devices(self.devices, backend)
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}.")
         if keep_loaded not in KEEP:
@@ -76,7 +80,7 @@ class RankGroup:
         self.keep_loaded, self.backend = keep_loaded, backend
         self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
         self.on_change = on_change or (lambda: None)
-        self._worker, self._number = worker, next(_numbers)
+        self._worker, self._number, self._logs = worker, next(_numbers), Path(logs)
         self._state = State.STOPPED
         self._lock = threading.RLock()
         self._decoding = threading.Lock()
@@ -85,9 +89,10 @@ class RankGroup:
         self._starting: threading.Thread | None = None
         self._cancel = threading.Event()
         self._jobs = itertools.count(1)
-        self._folder = tempfile.TemporaryDirectory(prefix="hv15-group-")
-        self._pool = FramePool(Path(self._folder.name))
-        self._handed: tuple[str, Path] | None = None
+        self._pool = FramePool()
+        self._handed: SharedWeights | None = None
+        self._proven = False
+        """Whether the ranks have decoded since they were last replaced while idle."""
 
     def __enter__(self) -> "RankGroup":
         self.start(wait=True)
@@ -103,13 +108,13 @@ class RankGroup:
         """
         with self._lock:
             if self._state in (State.STOPPED, State.FAILED):
-                self._move(State.STARTING)
-                self._launch()
+                self._begin(State.STARTING)
             thread = self._starting
         if wait:
             thread.join()
-            if self._state in (State.FAILED, State.STOPPED):
-                raise GroupError(self._error or "The rank group was stopped while it started.")
+            with self._lock:
+                if self._state in (State.FAILED, State.STOPPED):
+                    raise GroupError(self._error or "The rank group was stopped while it started.")
 
     def decode(
         self,
@@ -124,27 +129,26 @@ class RankGroup:
         timeout: float | None = None,
         cancelled: Callable[[], bool] | None = None,
         frames_started: Callable[[Tensor], None] | None = None,
+        notice: Callable[[str], None] | None = None,
     ) -> Tensor:
         """Decode `latent`, [B, C, t, h, w] in VAE space, to frames [B, 4t-3, 16h, 16w, 3], float32 in 0..1 on the CPU.
 
         vae: a checkpoint's path (either layout, file or diffusers folder) or a state dict. tile_size and overlap, in
         pixels, count in "tiled" mode. memory: bytes that each rank may use. progress(done, total) and cancelled() are
-        called on this thread, several times a second; frames_started gets the frames before they are filled.
-        timeout: seconds for the whole decode.
+        called on this thread, several times a second; frames_started gets the frames before they are filled,
+        notice a sentence for the user where the decode is run again. timeout: seconds for the whole decode.
 
         Raises JobError for input that cannot be decoded and memory that does not suffice, GroupError where the group
         broke twice, Cancelled after `cancel`, TimeoutError.
         """
-        checkpoint, path = self._resolve(vae)
+        checkpoint, path, _held = self._resolve(vae)
         job = self._job(latent, checkpoint, mode, tile_size, overlap, memory)
         latent = latent.detach().to("cpu", torch.float32).contiguous()
-        limit = None if timeout is None else time.monotonic() + timeout
-        with self._decoding:
-            self._cancel.clear()
+        watch = _Watch(progress, cancelled, notice, None if timeout is None else time.monotonic() + timeout)
+        with self._turn(watch):
             frames, place = self._pool.allocate(job.frames_shape)
             if frames_started:
                 frames_started(frames)
-            watch = _Watch(progress, cancelled, limit)
             try:
                 self._decode(job, latent, path, place, watch)
             finally:
@@ -165,8 +169,8 @@ class RankGroup:
         self.cancel()
         with self._lock:
             ranks, self._ranks = self._ranks, None
-            if self._state is not State.STOPPED:
-                self._move(State.STOPPED)
+            self._move(State.STOPPED)
+            self._handed = None
         if ranks:
             ranks.end()
         self._pool.trim()
@@ -174,8 +178,9 @@ class RankGroup:
     def status(self) -> dict:
         """What `GET /hv15/groups` lists: id, state, error, and of each rank its rank, pid, device, state, progress."""
         with self._lock:
-            records = self._ranks.records if self._ranks else []
+            records = self._ranks.records if self._ranks else ()
             known = {record.rank: record for record in records}
+            absent = "starting" if self._state in (State.STARTING, State.RECOVERING) else "stopped"
             return {
                 "id": self.id,
                 "state": self._state.value,
@@ -186,7 +191,7 @@ class RankGroup:
                         "rank": rank,
                         "pid": known[rank].pid if rank in known else None,
                         "device": device,
-                        "state": known[rank].state if rank in known else "stopped",
+                        "state": known[rank].state if rank in known else absent,
                         "done": known[rank].done if rank in known else 0,
                         "total": known[rank].total if rank in known else 0,
                     }
@@ -194,44 +199,92 @@ class RankGroup:
                 ],
             }
 
-    def _move(self, state: State) -> None:
+    def _move(self, state: State, error: str | None = None) -> None:
         with self._lock:
             self._state = follow(self._state, state)
-            if state is not State.FAILED:
-                self._error = None
+            self._error = error
         self.on_change()
 
-    def _launch(self) -> None:
-        """Start processes; a thread waits for them and sets the state."""
-        self._ranks = ranks = Ranks(self.devices, self.backend, self._worker, self._number, self.on_change)
-
-        def wait() -> None:
-            if ranks.wait_ready(self.start_timeout):
-                with self._lock:
-                    if self._ranks is ranks:
-                        self._move(State.READY)
-                return
-            ranks.end()
-            with self._lock:
-                if self._ranks is ranks:
-                    self._move(State.FAILED)
-                    self._error = f"The rank group did not start: {ranks.broken}"
-
-        self._starting = threading.Thread(target=wait, name="hv15-start", daemon=True)
+    def _begin(self, state: State) -> None:
+        """Replace the ranks, if there are any, by new ones, in the background. The lock is held."""
+        old, self._ranks = self._ranks, None
+        self._starting = threading.Thread(target=self._bring_up, args=(old,), name="hv15-start", daemon=True)
+        self._move(state)
         self._starting.start()
 
-    def _resolve(self, vae: str | Path | Mapping[str, Tensor]) -> tuple[Checkpoint, Path]:
-        """The checkpoint, and the file or folder that ranks map. Weights in memory are written once."""
+    def _bring_up(self, old: Ranks | None) -> None:
+        if old:
+            old.end()
+        try:
+            ranks = Ranks(
+                self.devices,
+                self.backend,
+                self._worker,
+                self._number,
+                self._logs,
+                self.stall_timeout,
+                lambda: self._changed(ranks),
+            )
+        except OSError as error:
+            self._settle(None, f"The rank group cannot be started: {error.strerror}")
+            return
+        with self._lock:
+            if self._wanted():
+                self._ranks = ranks
+        if self._ranks is ranks and ranks.wait_ready(self.start_timeout):
+            self._settle(ranks, None)
+        else:
+            ranks.end()
+            self._settle(None, f"The rank group did not start: {ranks.broken}")
+
+    def _wanted(self) -> bool:
+        """Whether what this thread starts is still waited for. The lock is held."""
+        starting = self._state in (State.STARTING, State.RECOVERING)
+        return starting and self._starting is threading.current_thread()
+
+    def _settle(self, ranks: Ranks | None, error: str | None) -> None:
+        with self._lock:
+            if self._wanted():
+                self._ranks = ranks
+                self._move(State.FAILED if error else State.READY, error)
+        if ranks:
+            self._changed(ranks)  # they may have broken just now
+
+    def _changed(self, ranks: Ranks) -> None:
+        """Ranks changed, in some thread. Idle ones that broke are replaced, once, until a decode has shown them fit."""
+        with self._lock:
+            if ranks.broken and self._ranks is ranks and self._state is State.READY:
+                if self._proven:
+                    self._proven = False
+                    self._begin(State.RECOVERING)
+                else:
+                    self._fail(ranks.broken)
+        self.on_change()
+
+    def _fail(self, error: str) -> None:
+        """Give up until somebody asks again. The lock is held."""
+        ranks, self._ranks = self._ranks, None
+        self._move(State.FAILED, error)
+        if ranks:
+            threading.Thread(target=ranks.end, name="hv15-end", daemon=True).start()
+
+    def _resolve(self, vae: str | Path | Mapping[str, Tensor]) -> tuple[Checkpoint, Path, SharedWeights | None]:
+        """The checkpoint, the file or folder that ranks map, and what keeps it there.
+
+
+        Weights in memory are written once. The decodes in hand and in the queue may each have weights of their own.
+        """
         try:
             if isinstance(vae, str | Path):
-                return open_checkpoint(vae), Path(vae)
+                return open_checkpoint(vae), Path(vae), None
             mark = fingerprint(vae)
-            if self._handed is None or self._handed[0] != mark:
-                path = share_state_dict(vae, self._folder.name, f"vae-{secrets.token_hex(4)}")
-                if self._handed:
-                    self._handed[1].unlink(missing_ok=True)
-                self._handed = mark, path
-            return open_checkpoint(self._handed[1]), self._handed[1]
+            with self._lock:
+                handed = self._handed
+            if handed is None or handed.mark != mark:
+                handed = SharedWeights(vae, mark)
+                with self._lock:
+                    self._handed = handed
+            return open_checkpoint(handed.path), handed.path, handed
         except (ValueError, OSError) as error:
             raise JobError(str(error)) from error
 
@@ -246,125 +299,114 @@ class RankGroup:
             raise JobError(str(error)) from error
         return job
 
+    @contextlib.contextmanager
+    def _turn(self, watch: "_Watch") -> Iterator[None]:
+        """Wait for the decodes that came before."""
+        while not self._decoding.acquire(timeout=0.1):
+            watch.check()
+        try:
+            self._cancel.clear()
+            yield
+        finally:
+            self._decoding.release()
+
     def _decode(self, job: Job, latent: Tensor, path: Path, place: str, watch: "_Watch") -> None:
         """Run the job: again with less memory while a rank lacks it, and once on a new group if this one breaks."""
         restarted = False
-        tries = 1
+        tries, usable = 1, 0
         while True:
             try:
-                ranks = self._ready(watch)
-                self._move(State.BUSY)
-                return self._run(ranks, job, latent, path, place, watch)
+                return self._run(self._take(watch), job, latent, path, place, watch)
             except GroupError as error:
-                if restarted or self._state is State.STOPPED:
-                    self._fail(str(error))
-                    raise
+                with self._lock:
+                    if restarted:
+                        if self._state is State.BUSY:
+                            self._fail(str(error))
+                        raise
+                    if self._state is State.BUSY:
+                        self._begin(State.RECOVERING)
                 restarted = True
-                log.warning("Restarting the rank group to run the job again: %s", str(error).split("\n")[0])
-                self._recover()
-            except _Memory as error:
-                if tries == MEMORY_TRIES:
-                    raise JobError(error.words) from None
+                watch.tell(f"{_first_line(error)} The rank group is restarted and the decode run again.")
+            except _Memory as lack:
                 tries += 1
-                job = replace(job, memory=max(1, (job.memory or error.free) * 3 // 4))
-                log.warning("%s Trying again with %.2f GiB.", error.words, job.memory / 2**30)
+                if tries > MEMORY_TRIES or (lack.least and lack.needed > usable):
+                    raise JobError(str(lack)) from None
+                if lack.least:  # three quarters are too little, but there is more
+                    job = replace(job, memory=lack.needed)
+                    continue
+                usable = min(lack.free, job.memory or lack.free)
+                job = replace(job, memory=min(lack.needed * 3 // 4, lack.free * 9 // 10))
+                watch.tell(f"{lack} It is run again in {job.memory / 2**30:.2f} GiB.")
 
-    def _ready(self, watch: "_Watch") -> Ranks:
-        """The ranks, once they are up. Raises GroupError where they do not come up, Cancelled."""
+    def _take(self, watch: "_Watch") -> Ranks:
+        """The ranks, once they are up, and busy from now on. Raises GroupError where they do not come up, Cancelled."""
         self.start()
-        while self._starting.is_alive():
-            self._starting.join(0.1)
+        while True:
+            with self._lock:
+                if self._state is State.READY and not self._ranks.broken:
+                    self._move(State.BUSY)
+                    return self._ranks
+                if self._state is State.STOPPED:
+                    raise Cancelled
+                if self._state is State.FAILED:
+                    raise GroupError(self._error)
+                starting = self._starting
+            starting.join(0.1)
             self._check(watch)
-        with self._lock:
-            if self._ranks is None or self._state is not State.READY:
-                raise GroupError(self._error or "The rank group was stopped.")
-            if self._ranks.broken:
-                raise GroupError(self._ranks.broken)
-            return self._ranks
 
     def _run(self, ranks: Ranks, job: Job, latent: Tensor, path: Path, place: str, watch: "_Watch") -> None:
+        """Have the ranks do the job. Raises GroupError, JobError, _Memory, Cancelled, or what a callback raised."""
         id = next(self._jobs)
-        with ranks.changed:
-            ranks.job, now = id, time.monotonic()
-            for record in ranks.records:
-                record.answer, record.state, record.moved_at = None, "busy", now
-                record.done = record.total = 0
+        ranks.begin(id)
         raw = memoryview(latent.numpy()).cast("B")
         ranks.send("job", raw, id=id, job=asdict(job), checkpoint=str(path), frames=place)
-        grace = None
-        asked = False
-        stop: BaseException | None = None
+        stop, grace = None, None
         while True:
-            with ranks.changed:
-                ranks.changed.wait(0.1)
-                answers = [record.answer for record in ranks.records]
-                done, total = sum(r.done for r in ranks.records), sum(r.total for r in ranks.records)
-            if all(answers):
-                break
-            if self._state is State.STOPPED:
-                raise Cancelled
-            ranks.check(self.stall_timeout)
-            if ranks.broken:
-                raise GroupError(ranks.broken)
-            if any(a and a["type"] == "failed" for a in answers):
-                grace = grace or time.monotonic() + GRACE_SECONDS
-                if time.monotonic() > grace:
-                    raise GroupError(self._first_failure(ranks) + " The other ranks were left waiting for it.")
             try:
+                with ranks.changed:
+                    ranks.changed.wait(0.1)
+                    answers = [record.answer for record in ranks.records]
+                    done, total = sum(r.done for r in ranks.records), sum(r.total for r in ranks.records)
                 if stop is None:
                     self._check(watch)
                     watch.progress(done, total)
             except (Exception, KeyboardInterrupt) as error:  # the caller's callbacks may raise an interruption
+                if stop is None:
+                    ranks.send("cancel", id=id)
                 stop = error
-            if stop and not asked:
-                asked = True
-                ranks.send("cancel", id=id)
-        self._move(State.READY)
+            if all(answers):
+                break
+            if self._ranks is not ranks:
+                ranks.ended.wait()  # until then they may write to the frames
+                raise Cancelled
+            if ranks.broken and stop is None:
+                raise GroupError(ranks.broken)
+            if ranks.broken:
+                break
+            if any(answer and answer["type"] == "failed" for answer in answers):
+                grace = grace or time.monotonic() + GRACE_SECONDS
+                if time.monotonic() > grace:
+                    break
+        failed = [record for record in ranks.records if record.answer and record.answer["type"] == "failed"]
+        apart = any(record.answer["apart"] for record in failed)
+        with self._lock:
+            if self._ranks is ranks:
+                if ranks.broken or apart or not all(answers):
+                    # Some ranks wait for one that has left the decode: they cannot be brought together again.
+                    self._begin(State.RECOVERING)
+                else:
+                    self._move(State.READY)
         if stop:
             raise stop
-        failed = [answer for answer in answers if answer["type"] == "failed"]
-        if not failed:
-            watch.progress(total, total)
-            return
-        if all(answer["kind"] == "cancelled" for answer in failed):
-            raise Cancelled
-        memory = [answer for answer in failed if answer["kind"] == "memory"]
-        if memory:
-            tightest = min(memory, key=lambda answer: answer["free"])
-            raise _Memory(tightest["message"], tightest["free"])
-        raise JobError(self._first_failure(ranks))
-
-    def _first_failure(self, ranks: Ranks) -> str:
-        record = next(r for r in ranks.records if r.answer and r.answer["type"] == "failed")
-        return f"Rank {record.rank} ({record.device}) failed: {record.answer['message']}"
+        if failed:
+            raise _failure(failed)
+        self._proven = True
+        watch.progress(total, total)
 
     def _check(self, watch: "_Watch") -> None:
-        if self._cancel.is_set() or watch.cancelled():
+        if self._cancel.is_set():
             raise Cancelled
-        if watch.limit is not None and time.monotonic() > watch.limit:
-            raise TimeoutError("The decode took longer than its timeout; it was cancelled.")
-
-    def _recover(self) -> None:
-        """Replace the ranks by new ones."""
-        with self._lock:
-            if self._state in (State.FAILED, State.STOPPED):
-                return  # `start` begins anew from there
-            self._move(State.RECOVERING)
-            ranks, self._ranks = self._ranks, None
-        if ranks:
-            ranks.end()
-        with self._lock:
-            if self._state is State.RECOVERING:
-                self._launch()
-
-    def _fail(self, error: str) -> None:
-        with self._lock:
-            ranks, self._ranks = self._ranks, None
-            if self._state not in (State.STOPPED, State.FAILED):
-                self._move(State.FAILED)
-                self._error = error
-        if ranks:
-            ranks.end()
+        watch.check()
 
     def _after(self) -> None:
         if self.keep_loaded == "release":
@@ -374,26 +416,63 @@ class RankGroup:
 
     def _release(self) -> None:
         with self._lock:
-            ranks = self._ranks
-        if ranks and not ranks.broken:
-            ranks.send("release")
+            ranks = self._ranks if self._state is State.READY else None
+        if ranks:
+            ranks.release(RELEASE_SECONDS)
         self._pool.trim()
 
 
 class _Memory(Exception):
-    """A rank lacks memory."""
+    """Ranks lack memory: `needed` and `free` are bytes. `least`: in no other way would they need less."""
 
-    def __init__(self, words: str, free: int) -> None:
+    def __init__(self, words: str, needed: int, free: int, least: bool) -> None:
         super().__init__(words)
-        self.words, self.free = words, free
+        self.needed, self.free, self.least = needed, free, least
+
+
+def _failure(failed: list[RankRecord]) -> Exception:
+    """What to raise for the ranks that failed. Those that were only told to end by another count last."""
+    told = [record for record in failed if record.answer["kind"] != "cancelled"]
+    if not told:
+        return Cancelled()
+    lacking = [record for record in told if record.answer["kind"] == "memory"]
+    if lacking:
+        tightest = min(lacking, key=lambda record: record.answer["free"])
+        answer = tightest.answer
+        return _Memory(_words(tightest), answer["needed"], answer["free"], answer["least"])
+    return JobError(_words(told[0]))
+
+
+def _words(record: RankRecord) -> str:
+    return f"Rank {record.rank} ({record.device}): {record.answer['message']}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
 
 
 class _Watch:
     """The caller's side of a decode in hand."""
 
     def __init__(
-        self, progress: Callable[[int, int], None] | None, cancelled: Callable[[], bool] | None, limit: float | None
+        self,
+        progress: Callable[[int, int], None] | None,
+        cancelled: Callable[[], bool] | None,
+        notice: Callable[[str], None] | None,
+        limit: float | None,
     ) -> None:
         self.progress = progress or (lambda done, total: None)
         self.cancelled = cancelled or (lambda: False)
+        self.notice = notice or (lambda words: None)
         self.limit = limit
+
+    def check(self) -> None:
+        """Raise Cancelled or TimeoutError where that is due."""
+        if self.cancelled():
+            raise Cancelled
+        if self.limit is not None and time.monotonic() > self.limit:
+            raise TimeoutError("The decode took longer than its timeout; it was cancelled.")
+
+    def tell(self, words: str) -> None:
+        log.warning("%s", words)
+        self.notice(words)

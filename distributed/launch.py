@@ -1,7 +1,8 @@
 """One set of running rank processes: started by torchrun, joined over the control connections, ended for certain.
 
 A `Ranks` lives from one start to one end and is never repaired: when anything about it is in doubt it is `broken`,
-with the reason, and `RankGroup` replaces it.
+with the reason, and `RankGroup` replaces it. A thread of its own looks for signs of death and of standstill, whatever
+else waits for what.
 """
 
 import contextlib
@@ -9,7 +10,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,8 +27,11 @@ from .protocol import BROKEN, Channel, Door
 log = logging.getLogger(__name__)
 
 PACK = Path(__file__).resolve().parent.parent
+WATCH_SECONDS = 0.5
 BEATS_MISSED_SECONDS = 10
 """A rank that says nothing for this long is stopped or stuck beyond help (it speaks twice a second)."""
+RUNS_KEPT = 16
+"""Logs of this many starts are kept."""
 LOG_LINES = 8
 
 
@@ -49,58 +52,87 @@ class RankRecord:
     answer: dict | None = None
     """The rank's answer to the job in hand."""
 
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.device})"
+
 
 class Ranks:
-    """Rank processes for `devices`, one each. `changed` is notified, and `on_change` called, when a record changes."""
+    """Rank processes for `devices`, one each. `changed` is notified, and `on_change` called, when a record changes.
+
+    stall_seconds: how long a rank may have a job and not move. Logs go to a new folder in `logs`.
+    """
 
     def __init__(
-        self, devices: Sequence[str], backend: str, worker: str, number: int, on_change: Callable[[], None]
+        self,
+        devices: Sequence[str],
+        backend: str,
+        worker: str,
+        number: int,
+        logs: Path,
+        stall_seconds: float,
+        on_change: Callable[[], None],
     ) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="hv15-"))
         self.records = [RankRecord(rank, device) for rank, device in enumerate(devices)]
         self.changed = threading.Condition()
         self.broken: str | None = None
+        self.ended = threading.Event()
+        """Set when no process is left."""
         self.job = 0
         """Number of the job in hand."""
+        self._stall_seconds = stall_seconds
         self._on_change = on_change
-        self._ending = False
+        self._ending = threading.Event()
+        self.logs = _new_log_folder(logs)
+        self.folder = Path(tempfile.mkdtemp(prefix="hv15-"))
         key = secrets.token_bytes(32)
-        descriptor = os.open(self.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        (self.folder / "rendezvous").touch(0o600)
+        with open(os.open(self.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(key)
         self._door = Door(key, self._serve)
         environment = {
             **os.environ,
             **device_module.environment(devices[0].split(":")[0], number),
             "HV15_FOLDER": str(self.folder),
+            "HV15_LOGS": str(self.logs),
             "HV15_CONTROL": "{}:{}".format(*self._door.address),
             "HV15_DEVICES": ",".join(devices),
             "HV15_BACKEND": backend,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PACK), os.environ.get("PYTHONPATH")])),
+            "TMPDIR": str(self.folder),
             "OMP_NUM_THREADS": "1",
+            # Rendezvous goes by files: torchrun's own stores would listen on all interfaces.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
-        command += [f"--nproc-per-node={len(devices)}", "-m", worker]
-        with open(self.folder / "launcher.log", "wb") as output:
-            self.launcher = subprocess.Popen(
-                command,
-                env=environment,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={len(devices)}"]
+        command += ["--max-restarts=0", "--local-addr=127.0.0.1", "--rdzv-backend=c10d", "--rdzv-id=hv15"]
+        command += ["--rdzv-conf=store_type=file", f"--rdzv-endpoint={self.folder / 'rendezvous'}", "-m", worker]
+        try:
+            with open(os.open(self.logs / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as output:
+                self.launcher = subprocess.Popen(
+                    command,
+                    env=environment,
+                    cwd=self.folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError:
+            self._door.close()
+            shutil.rmtree(self.folder)
+            raise
+        threading.Thread(target=self._watch, name="hv15-watch", daemon=True).start()
 
-    def wait_ready(self, seconds: float) -> bool:
-        """Wait until every rank can take a job. False when the ranks broke; too long a wait breaks them."""
+    def wait_ready(self, seconds: float, what: str = "come up") -> bool:
+        """Wait until every rank can take a job. False when the ranks broke or ended; too long a wait breaks them."""
         limit = time.monotonic() + seconds
         with self.changed:
             while not self.broken and not all(record.state == "ready" for record in self.records):
-                self.check(stall_seconds=None)
+                if self._ending.is_set():
+                    return False
                 if time.monotonic() > limit:
-                    late = [f"rank {r.rank} ({r.device})" for r in self.records if r.state != "ready"]
-                    self._break(f"{', '.join(late)} did not come up within {seconds:g} seconds", None)
+                    late = [str(record) for record in self.records if record.state != "ready"]
+                    self.give_up(f"{', '.join(late)} did not {what} within {seconds:g} seconds")
                 self.changed.wait(0.2)
             return not self.broken
 
@@ -111,26 +143,50 @@ class Ranks:
                 if record.channel:
                     record.channel.send(type, raw, **fields)
             except BROKEN as error:
-                self._break(f"rank {record.rank} ({record.device}) cannot be reached ({error})", record)
+                self.give_up(f"{record} cannot be reached ({error})", record)
 
-    def check(self, stall_seconds: float | None) -> None:
-        """Look for signs of death and, given a limit, of ranks that live but do not move. Sets `broken`."""
-        now = time.monotonic()
-        if self.broken or self._ending:
-            return
-        if self.launcher.poll() is not None:
-            self._break(f"the launcher ended with exit code {self.launcher.returncode}", None)
-        for record in self.records:
-            place = f"rank {record.rank} ({record.device})"
-            if record.channel and now - record.heard_at > BEATS_MISSED_SECONDS:
-                self._break(f"{place} has not been heard of for {now - record.heard_at:.0f} seconds", record)
-            if stall_seconds and record.answer is None and now - record.moved_at > stall_seconds:
-                self._break(f"{place} made no progress for {now - record.moved_at:.0f} seconds", record)
+    def release(self, seconds: float) -> None:
+        """Have the ranks, which are ready, give their memory back; return when they have, or break after `seconds`."""
+        with self.changed:
+            for record in self.records:
+                record.state = "releasing"
+        self.send("release")
+        self.wait_ready(seconds, "release its memory")
+
+    def begin(self, job: int) -> None:
+        """From now on answers and progress are those of this job."""
+        with self.changed:
+            self.job, now = job, time.monotonic()
+            for record in self.records:
+                record.answer, record.state, record.moved_at = None, "busy", now
+                record.done = record.total = 0
+
+    def give_up(self, reason: str, record: RankRecord | None = None) -> None:
+        """The ranks are `broken`, for this reason. Whoever waits for them, or sends to them, is woken."""
+        with self.changed:
+            if self.broken or self._ending.is_set():
+                return
+            if record:
+                record.state = "failed"
+            name = f"rank-{record.rank}.log" if record else "launcher.log"
+            tail = "\n".join(_last_lines(self.logs / name))
+            self.broken = f"{reason}.\nIts log, {self.logs / name}, ends:\n{tail}"
+            self.changed.notify_all()
+        log.warning("The rank group broke: %s.", reason)
+        self._close_channels()
+        self._on_change()
 
     def end(self) -> None:
         """End every process and remove every file. Ask, then insist; returns within about five seconds."""
-        self._ending = True
-        self.send("stop")
+        with self.changed:
+            begun = self._ending.is_set()
+            self._ending.set()
+            self.changed.notify_all()
+        if begun:
+            self.ended.wait()
+            return
+        if not self.broken:
+            self.send("stop")
         self._door.close()
         pids = [record.pid for record in self.records if record.pid]
         try:
@@ -149,13 +205,41 @@ class Ranks:
         try:
             self.launcher.wait(1)
         except subprocess.TimeoutExpired:
-            os.killpg(self.launcher.pid, signal.SIGKILL)
+            self.launcher.kill()
             self.launcher.wait()
         psutil.wait_procs(left, timeout=1)
+        self._close_channels()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.ended.set()
+
+    def _close_channels(self) -> None:
         for record in self.records:
             if record.channel:
                 record.channel.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _watch(self) -> None:
+        """Look for signs of death, and of ranks that live but do not move, until the end."""
+        due = time.monotonic()
+        while not self._ending.wait(WATCH_SECONDS) and not self.broken:
+            due += WATCH_SECONDS
+            now = time.monotonic()
+            if now - due > WATCH_SECONDS:  # this process itself stood still: nobody could be heard meanwhile
+                for record in self.records:
+                    record.heard_at += now - due
+                    record.moved_at += now - due
+                due = now
+            self._check(now)
+
+    def _check(self, now: float) -> None:
+        if self.launcher.poll() is not None:
+            # Where it went because a rank died, that rank's channel tells more.
+            time.sleep(WATCH_SECONDS)
+            self.give_up(f"the launcher ended with exit code {self.launcher.returncode}")
+        for record in self.records:
+            if record.channel and now - record.heard_at > BEATS_MISSED_SECONDS:
+                self.give_up(f"{record} has not been heard of for {now - record.heard_at:.0f} seconds", record)
+            if record.state == "busy" and now - record.moved_at > self._stall_seconds:
+                self.give_up(f"{record} made no progress for {now - record.moved_at:.0f} seconds", record)
 
     def _serve(self, channel: Channel) -> None:
         """One rank's messages, for as long as its channel lives."""
@@ -165,13 +249,13 @@ class Ranks:
             record = self.records[message["rank"]]
             with self.changed:
                 record.pid, record.channel = int(message["pid"]), channel
+                record.heard_at = time.monotonic()
             while True:
                 self._hear(record, message)
                 message, _ = channel.receive()
         except (*BROKEN, KeyError, IndexError, TypeError):
-            if record and not self._ending:
-                code = self._exit_code(record)
-                self._break(f"rank {record.rank} ({record.device}, pid {record.pid}) {code}", record)
+            if record and not self._ending.is_set() and not self.broken:
+                self.give_up(f"{record}, pid {record.pid}, {self._end_of(record)}", record)
 
     def _hear(self, record: RankRecord, message: dict) -> None:
         with self.changed:
@@ -186,39 +270,28 @@ class Ranks:
                     if message["moved"] != record.moved:
                         record.moved, record.moved_at = message["moved"], record.heard_at
                 case "done" | "failed":
-                    record.answer, record.state = message, "ready"
+                    if message["id"] == self.job:
+                        record.answer, record.state = message, "ready"
             self.changed.notify_all()
         if record.state != before:
             self._on_change()
 
-    def _break(self, reason: str, record: RankRecord | None) -> None:
-        with self.changed:
-            if self.broken or self._ending:
-                return
-            if record:
-                record.state = "failed"
-            tail = self._log_tail(record)
-            self.broken = reason + (f". Its last words:\n{tail}" if tail else "")
-            self.changed.notify_all()
-        log.warning("The rank group broke: %s", reason)
-        self._on_change()
-
-    def _exit_code(self, record: RankRecord) -> str:
-        """How a rank ended. The launcher is its parent and knows; its log tells."""
+    def _end_of(self, record: RankRecord) -> str:
+        """How a rank ended. The launcher is its parent and knows; its log tells, a moment later."""
         for _ in range(20):
-            if record.pid and not psutil.pid_exists(record.pid):
-                break
+            for line in _read(self.logs / "launcher.log").splitlines():
+                if f"pid: {record.pid}" in line and "exitcode:" in line:
+                    return f"died with exit code {line.split('exitcode:')[1].split(')')[0].strip()}"
             time.sleep(0.05)
-        text = _read(self.folder / "launcher.log")
-        for line in text.splitlines():
-            if f"pid: {record.pid}" in line and "exitcode:" in line:
-                return f"died with exit code {line.split('exitcode:')[1].split(')')[0].strip()}"
-        return "died"
+        return "is gone" if not psutil.pid_exists(record.pid) else "closed its connection"
 
-    def _log_tail(self, record: RankRecord | None) -> str:
-        name = f"rank-{record.rank}.log" if record else "launcher.log"
-        lines = [line for line in _read(self.folder / name).splitlines() if line.strip()]
-        return "\n".join(lines[-LOG_LINES:])
+
+def _new_log_folder(logs: Path) -> Path:
+    """A folder for the logs of one start, for its owner alone. Those of long ago go."""
+    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for old in sorted(logs.glob("run-*"), key=lambda folder: folder.name)[: 1 - RUNS_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=time.strftime("run-%Y%m%d-%H%M%S-"), dir=logs))
 
 
 def _read(path: Path) -> str:
@@ -226,3 +299,7 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def _last_lines(path: Path) -> list[str]:
+    return [line for line in _read(path).splitlines() if line.strip()][-LOG_LINES:]

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 HEADER_LIMIT = 64 * 1024
 BYTES_LIMIT = 4 * 2**30
 HANDSHAKE_SECONDS = 10
+SEND_SECONDS = 10
+"""How long a peer may take nothing of what is sent to it before its channel counts as broken."""
 BROKEN = (EOFError, OSError, ValueError, AuthenticationError)
 """What a channel raises when it is no longer to be trusted."""
 
@@ -37,13 +40,21 @@ class Channel:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
+        with socket.socket(fileno=os.dup(connection.fileno())) as handle:
+            limit = SEND_SECONDS * 1000 if os.name == "nt" else struct.pack("ll", SEND_SECONDS, 0)
+            handle.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def send(self, type: str, raw: bytes | memoryview | None = None, **fields) -> None:
+        """Send a message. Raises one of BROKEN where the other end takes nothing for SEND_SECONDS."""
         header = json.dumps({"type": type, "bytes": raw is not None, **fields}).encode()
-        with self._sending:
+        if not self._sending.acquire(timeout=SEND_SECONDS):
+            raise TimeoutError("an earlier message is still under way")
+        try:
             self._connection.send_bytes(header)
             if raw is not None:
                 self._connection.send_bytes(raw)
+        finally:
+            self._sending.release()
 
     def receive(self) -> tuple[dict, bytes | None]:
         """The next message and its raw bytes. Raises one of BROKEN when there is none to come."""

@@ -5,8 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+JIT = triton.jit(do_not_specialize=["pixels", "height", "width"])
+"""Sizes differ from decode to decode; a kernel compiled anew for each kind of them would cost seconds."""
 
-@triton.jit
+
+@JIT
 def _fill_window(
     x_ptr, add_ptr, bias_ptr, gamma_ptr, out_ptr, pixels, height, width,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
@@ -61,7 +64,7 @@ def fill_window(x: Tensor, out: Tensor, bias: Tensor | None, add: Tensor | None,
     )  # fmt: skip
 
 
-@triton.jit
+@JIT
 def _upsample(
     packed_ptr, bias_ptr, x_ptr, out_ptr, pixels, height, width,
     C: tl.constexpr, CIN: tl.constexpr, RATE: tl.constexpr, FIRST: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -111,7 +114,7 @@ def upsample(packed: Tensor, bias: Tensor, x: Tensor, temporal: bool, first: boo
     return out
 
 
-@triton.jit
+@JIT
 def _sum_taps(partial_ptr, bias_ptr, out_ptr, height, width, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1)

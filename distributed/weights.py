@@ -10,6 +10,9 @@ import itertools
 import json
 import os
 import re
+import sys
+import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +187,29 @@ def share_state_dict(state_dict: Mapping[str, Tensor], folder: str | os.PathLike
     return path
 
 
+class SharedWeights:
+    """Weights in memory, written to a file for ranks to map. `mark` says which they are (see `fingerprint`).
+
+    The file goes with this object, at the latest with this process, for on Linux it has no name. Ranks that have mapped
+    it keep what they have. Raises CheckpointError as `open_checkpoint` does.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], mark: str) -> None:
+        self.mark = mark
+        folder = tempfile.TemporaryDirectory(prefix="hv15-vae-")
+        self.close = folder.cleanup
+        try:
+            self.path = share_state_dict(weights, folder.name)
+        except BaseException:
+            folder.cleanup()
+            raise
+        if sys.platform == "linux":
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            folder.cleanup()
+            self.path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+            self.close = weakref.finalize(self, os.close, descriptor)
+
+
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> str:
     """The layout of weights in memory. Raises CheckpointError as `open_checkpoint` does."""
     shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
@@ -196,7 +222,7 @@ def check_state_dict(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _is_handed_over(path: Path) -> bool:
-    """Whether this is an open file of a process of ours (see nodes/vae.py), which has no name to go by."""
+    """Whether this is an open file of a process of ours (see `SharedWeights`), which has no name to go by."""
     return re.fullmatch(r"/proc/\d+/fd/\d+", str(path)) is not None
 
 

@@ -5,22 +5,26 @@ cancel is heard in the middle of a decode and a decode that stands still is noti
 whatever end, the process leaves at once.
 """
 
+import contextlib
 import datetime
 import logging
 import os
 import queue
 import shutil
+import signal
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from . import devices
-from .engine import Cancelled, Engine, OutOfMemory
+from .engine import Cancelled, Engine, OutOfMemory, agree
 from .frames import open_frames
 from .plan import Job
 from .protocol import BROKEN, Channel, connect
@@ -28,6 +32,8 @@ from .weights import Checkpoint, decoder_tensors, open_checkpoint
 
 log = logging.getLogger("hv15")
 BEAT_SECONDS = 0.5
+LOG_BYTES = 2**20
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 class JobWatch:
@@ -58,9 +64,10 @@ class JobWatch:
 class Rank:
     """This process, seen from the inside."""
 
-    def __init__(self, channel: Channel, device_name: str) -> None:
-        self.channel = channel
+    def __init__(self, channel: Channel, device_name: str, output: "OutputFile") -> None:
+        self.channel, self.output = channel, output
         self.device_name = device_name
+        self.world_size = int(os.environ["WORLD_SIZE"])
         self.watch = JobWatch()
         self.todo: queue.SimpleQueue = queue.SimpleQueue()
         self.engine: Engine | None = None
@@ -68,7 +75,7 @@ class Rank:
 
     def run(self) -> None:
         """Come up, then do what is asked until told to stop."""
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, world_size = int(os.environ["RANK"]), self.world_size
         self.channel.send("hello", rank=rank, pid=os.getpid(), device=self.device_name)
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
@@ -77,6 +84,9 @@ class Rank:
         if world_size > 1:
             dist.init_process_group(
                 devices.collective_backend(kind, os.environ["HV15_BACKEND"]),
+                store=dist.FileStore(os.path.join(os.environ["HV15_FOLDER"], "store"), world_size),
+                rank=rank,
+                world_size=world_size,
                 device_id=None if kind == "cpu" else self.device,
                 timeout=datetime.timedelta(days=1),  # hangs are noticed by their lack of progress, not by a fixed time
             )
@@ -94,37 +104,53 @@ class Rank:
 
     def _do(self, message: dict) -> None:
         self.watch.begin(message["id"])
+        together = True
         try:
-            job = Job(**{**message["job"], "latent_shape": tuple(message["job"]["latent_shape"])})
-            latent = torch.frombuffer(bytearray(message["raw"]), dtype=torch.float32).view(job.latent_shape)
-            engine = self._engine(open_checkpoint(message["checkpoint"]), job.dtype)
-            engine.decode(job, latent, open_frames(message["frames"], job.frames_shape), self.watch)
+            job, latent, frames = self._prepare(message)
+            together = self.world_size == 1
+            self.engine.decode(job, latent, frames, self.watch)
         except Cancelled:
-            self._failed(message, "cancelled", "")
+            self._failed(message, "cancelled")
         except OutOfMemory as error:
-            self._failed(message, "memory", str(error), needed=error.needed, free=error.free)
-        except torch.OutOfMemoryError as error:
-            self._failed(message, "memory", str(error).split(". ")[0], needed=0, free=0)
+            numbers = {"needed": error.needed, "free": error.free, "least": error.least}
+            self._failed(message, "memory", str(error), apart=not (together or error.together), **numbers)
         except Exception as error:
             log.error("The job failed:\n%s", traceback.format_exc())
-            self._failed(message, "error", f"{type(error).__name__}: {error}")
+            self._failed(message, "error", f"{type(error).__name__}: {error}", apart=not together)
         else:
             self._say_beat()
             self.channel.send("done", id=message["id"])
         finally:
             self.watch.moved += 1
 
-    def _failed(self, message: dict, kind: str, text: str, **numbers: int) -> None:
-        self.channel.send("failed", id=message["id"], kind=kind, message=text[:4000], **numbers)
+    def _prepare(self, message: dict) -> tuple[Job, Tensor, Tensor]:
+        """What the decode needs, with the engine loaded. A rank that fails here takes the others along."""
+        problem = None
+        try:
+            job = Job(**{**message["job"], "latent_shape": tuple(message["job"]["latent_shape"])})
+            latent = torch.frombuffer(bytearray(message["raw"]), dtype=torch.float32).view(job.latent_shape)
+            frames = open_frames(message["frames"], job.frames_shape)
+            self._load(open_checkpoint(message["checkpoint"]), job.dtype)
+        except Exception as error:
+            problem = error
+        failed = agree(problem is not None)
+        if problem:
+            raise problem
+        if failed:
+            raise Cancelled
+        return job, latent, frames
 
-    def _engine(self, checkpoint: Checkpoint, dtype: str) -> Engine:
+    def _failed(self, message: dict, kind: str, text: str = "", apart: bool = False, **numbers: int) -> None:
+        """Tell of a failure. apart: the other ranks may be waiting for this one."""
+        self.channel.send("failed", id=message["id"], kind=kind, message=text[:4000], apart=apart, **numbers)
+
+    def _load(self, checkpoint: Checkpoint, dtype: str) -> None:
         wanted = (checkpoint.identity, dtype)
         if self.loaded != wanted:
             self._release()
             self.engine = Engine(decoder_tensors(checkpoint), self.device, getattr(torch, dtype))
             self.loaded = wanted
             self.watch.moved += 1
-        return self.engine
 
     def _release(self) -> None:
         if self.engine:
@@ -142,9 +168,8 @@ class Rank:
                 if message["type"] == "stop":
                     return
         except BROKEN:
-            # The controller is gone. Whatever the main thread is in the middle of, nobody waits for it.
-            shutil.rmtree(os.environ["HV15_FOLDER"], ignore_errors=True)
-            os._exit(1)
+            # The controller is gone, or has given this rank up. Whatever the main thread does, nobody waits for it.
+            leave_orphaned()
 
     def _beat(self) -> None:
         while True:
@@ -152,6 +177,7 @@ class Rank:
                 self._say_beat()
             except BROKEN:
                 return  # `_listen` sees to it
+            self.output.rotate()
             time.sleep(BEAT_SECONDS)
 
     def _say_beat(self) -> None:
@@ -159,16 +185,50 @@ class Rank:
         self.channel.send("beat", id=watch.id, done=watch.done, total=watch.total, moved=watch.moved)
 
 
+LAUNCHER = os.getppid()
+
+
+def leave_orphaned() -> NoReturn:
+    """End this process when its controller has ended, and with it what the controller can no longer clean up."""
+    shutil.rmtree(os.environ["HV15_FOLDER"], ignore_errors=True)
+    if os.getppid() == LAUNCHER:  # it may be stopped, and then would stay for ever
+        with contextlib.suppress(OSError):
+            os.kill(LAUNCHER, KILL)
+    os._exit(1)
+
+
+class OutputFile:
+    """Takes what this process writes to its standard streams, native libraries included. Kept from growing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.open()
+
+    def open(self) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.dup2(descriptor, sys.stderr.fileno())
+        os.close(descriptor)
+
+    def rotate(self) -> None:
+        """Begin anew where the file is full, and keep the one before."""
+        with contextlib.suppress(OSError):  # somebody else took it away
+            if self.path.stat().st_size > LOG_BYTES:
+                self.path.replace(self.path.with_suffix(".old.log"))
+                self.open()
+
+
 def main() -> None:
     """The process's life."""
     folder, local_rank = Path(os.environ["HV15_FOLDER"]), int(os.environ["LOCAL_RANK"])
-    output = os.open(folder / f"rank-{os.environ['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.dup2(output, sys.stdout.fileno())
-    os.dup2(output, sys.stderr.fileno())
+    output = OutputFile(Path(os.environ["HV15_LOGS"]) / f"rank-{os.environ['RANK']}.log")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     host, port = os.environ["HV15_CONTROL"].split(":")
-    channel = connect((host, int(port)), (folder / "key").read_bytes())
-    rank = Rank(channel, os.environ["HV15_DEVICES"].split(",")[local_rank])
+    try:
+        channel = connect((host, int(port)), (folder / "key").read_bytes())
+    except BROKEN:
+        leave_orphaned()
+    rank = Rank(channel, os.environ["HV15_DEVICES"].split(",")[local_rank], output)
     try:
         rank.run()
     except BaseException:

@@ -6,6 +6,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from ..distributed.devices import COLLECTIVES
 from ..distributed.group import KEEP
 from ..distributed.plan import MODES, Job, check_job, check_latent
 from . import sockets
-from .groups import GroupDescription, live_group
+from .groups import GroupDescription, live_group, running_server
 from .memory import make_room
 from .sockets import CATEGORY
 from .vae import DTYPES, rank_source
@@ -34,7 +35,7 @@ def decode_on_ranks(
     source = rank_source(check_vae(vae))
     check_latent(latent, vae.latent_channels)
     check_job(Job(tuple(latent.shape), mode, tile_size, overlap), 1)
-    group = live_group(description or GroupDescription())
+    group = live_group(GroupDescription() if description is None else description)
     group.start()
     make_room(group)
     progress = Progress()
@@ -48,6 +49,7 @@ def decode_on_ranks(
             progress=progress.update,
             cancelled=comfy.model_management.processing_interrupted,
             frames_started=progress.watch,
+            notice=progress.tell,
         )
     except Cancelled:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -58,12 +60,20 @@ class Progress:
     """The node's progress bar, with one of the finished frames as its picture, about once a second."""
 
     def __init__(self) -> None:
-        self.bar = comfy.utils.ProgressBar(100)
+        context = get_executing_context()
+        self.node_id = context.node_id if context else None
+        self.bar = comfy.utils.ProgressBar(100, node_id=self.node_id)
         self.frames: Tensor | None = None
         self.shown = time.monotonic()
 
     def watch(self, frames: Tensor) -> None:
         self.frames = frames
+
+    def tell(self, words: str) -> None:
+        """Show a sentence on the node."""
+        server = running_server()
+        if server and self.node_id:
+            server.send_progress_text(words, self.node_id)
 
     def update(self, done: int, total: int) -> None:
         if not total:

@@ -8,6 +8,9 @@ import atexit
 import logging
 import threading
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import folder_paths
 
 from ..distributed import RankGroup
 
@@ -31,10 +34,13 @@ _lock = threading.Lock()
 
 
 def live_group(description: GroupDescription) -> RankGroup:
-    """The group of that description. Raises ValueError for devices that are not there."""
+    """The group of that description. Raises ValueError for devices that are not there, and what is no description."""
+    if not isinstance(description, GroupDescription):
+        raise ValueError(f"rank_group holds {description!r}; connect it to a Rank Group node, or leave it free.")
     with _lock:
         if description not in _groups:
-            group = RankGroup(**asdict(description))
+            logs = Path(folder_paths.get_user_directory()) / "hv15_logs"
+            group = RankGroup(**asdict(description), logs=logs)
             group.on_change = lambda: announce(group)
             _groups[description] = group
         return _groups[description]
@@ -51,13 +57,18 @@ def find_group(id: str) -> RankGroup | None:
 
 def announce(group: RankGroup) -> None:
     """Tell the browsers how a group is."""
-    from server import PromptServer
-
-    if getattr(PromptServer, "instance", None):
+    if (server := running_server()) is not None:
         try:
-            PromptServer.instance.send_sync("hv15.group", public_status(group))
+            server.send_sync("hv15.group", public_status(group))
         except RuntimeError:
             log.debug("ComfyUI's loop has ended; nobody is left to tell.")
+
+
+def running_server() -> object | None:
+    """ComfyUI's server, where this process is one."""
+    from server import PromptServer
+
+    return getattr(PromptServer, "instance", None)
 
 
 def public_status(group: RankGroup) -> dict:

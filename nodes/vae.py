@@ -2,9 +2,6 @@
 
 import logging
 import math
-import os
-import sys
-import tempfile
 import threading
 import weakref
 from pathlib import Path
@@ -16,16 +13,15 @@ import folder_paths
 import torch
 from comfy.ldm.models.autoencoder import AutoencodingEngine
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..distributed.weights import (
     Checkpoint,
     CheckpointError,
+    SharedWeights,
     all_tensors,
     check_state_dict,
     fingerprint,
     open_checkpoint,
-    share_state_dict,
     to_core,
 )
 from .sockets import CATEGORY
@@ -127,33 +123,13 @@ def rank_source(vae: comfy.sd.VAE) -> Path:
             log.info("Handing a HunyuanVideo-1.5 VAE in memory (%s layout) over to the ranks.", layout)
             if handed:
                 handed.close()
-            handed = _handed[model] = _Handed(weights, mark)
+            handed = _handed[model] = SharedWeights(weights, mark)
             weakref.finalize(model, handed.close)
         return handed.path
 
 
 _lock = threading.Lock()
-_handed: "weakref.WeakKeyDictionary[torch.nn.Module, _Handed]" = weakref.WeakKeyDictionary()
-
-
-class _Handed:
-    """Weights written to a file for ranks. On Linux it has no name, so that it goes with this process at the latest."""
-
-    def __init__(self, weights: dict[str, Tensor], mark: str) -> None:
-        self.mark = mark
-        self._folder = tempfile.TemporaryDirectory(prefix="hv15-vae-")
-        self.path = share_state_dict(weights, self._folder.name)
-        self._descriptor: int | None = None
-        if sys.platform == "linux":
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            self.path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
-            self._folder.cleanup()
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-        self._folder.cleanup()
+_handed: "weakref.WeakKeyDictionary[torch.nn.Module, SharedWeights]" = weakref.WeakKeyDictionary()
 
 
 def tiny_folder(name: str) -> Path:

@@ -32,6 +32,8 @@ class Run:
     previews: int = 0
     progress: list[tuple[str, float]] = field(default_factory=list)
     """(node, part done), as it was reported."""
+    texts: list[str] = field(default_factory=list)
+    """What was shown on nodes as text."""
     events: list[dict] = field(default_factory=list)
     """The `hv15.group` events."""
 
@@ -110,7 +112,10 @@ async def _follow(stream: aiohttp.ClientWebSocketResponse, id: str, run: Run, fo
     node, began = None, time.monotonic()
     async for message in stream:
         if message.type == aiohttp.WSMsgType.BINARY:
-            run.previews += int.from_bytes(message.data[:4], "big") in (1, 4)
+            kind = int.from_bytes(message.data[:4], "big")
+            run.previews += kind in (1, 4)
+            if kind == 3:  # the id of the node, with its length before it, then the text
+                run.texts.append(message.data[8 + int.from_bytes(message.data[4:8], "big") :].decode())
             continue
         if message.type != aiohttp.WSMsgType.TEXT:
             break

@@ -1,5 +1,9 @@
 """Groups of real rank processes on gloo, and small checkpoints for them."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +13,19 @@ from distributed import RankGroup
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def temporary(tmp_path_factory):
+    """A temporary folder of these tests' own, which must hold nothing of ours at their end."""
+    folder = tmp_path_factory.mktemp("temporary")
+    before, os.environ["TMPDIR"], tempfile.tempdir = os.environ.get("TMPDIR"), str(folder), None
+    yield folder
+    tempfile.tempdir = None
+    os.environ.pop("TMPDIR")
+    if before:
+        os.environ["TMPDIR"] = before
+    assert not list(folder.glob("hv15-*"))
+
+
 @pytest.fixture(scope="session")
 def weights() -> dict:
     """A small decoder's state dict, as a VAE would give it."""
@@ -16,7 +33,7 @@ def weights() -> dict:
 
 
 @pytest.fixture(scope="session")
-def vae(weights, tmp_path_factory):
+def vae(weights, tmp_path_factory) -> Path:
     """The same on disk."""
     from safetensors.torch import save_file
 

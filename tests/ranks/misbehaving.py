@@ -1,0 +1,68 @@
+"""A rank's process that misbehaves: it does what the file named by HV15_TEST_DEED says, WHAT RANK, while it is there.
+
+late        never comes up
+chatter     writes two megabytes to its standard output
+refuse      cannot open the checkpoint
+raise       raises in the middle of a decode, alone
+memory      runs out of memory in the middle of a decode, alone
+hang        never reaches the next collective, but lives and sends its beats
+exit        exits in the middle of a decode, with code 7
+With "once" behind it the file is taken away before the deed is done.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from distributed import worker
+from distributed.engine import Engine
+
+DEED = Path(os.environ["HV15_TEST_DEED"])
+
+
+def due(*deeds: str) -> str | None:
+    """Which of these deeds this rank is to do now."""
+    try:
+        deed, rank, *once = DEED.read_text().split()
+    except OSError:
+        return None
+    if deed not in deeds or rank != os.environ["RANK"]:
+        return None
+    if once:
+        DEED.unlink()
+    return deed
+
+
+write, open_checkpoint = Engine._write, worker.open_checkpoint
+
+
+def misbehave(self: Engine, *args: object) -> None:
+    match due("raise", "memory", "hang", "exit", "chatter"):
+        case "raise":
+            raise RuntimeError("a deed of rank " + os.environ["RANK"])
+        case "memory":
+            raise torch.OutOfMemoryError("a deed")
+        case "hang":
+            time.sleep(1000)
+        case "exit":
+            print("last words of a rank", flush=True)
+            os._exit(7)
+        case "chatter":
+            print("chatter\n" * 2**18, flush=True)
+    write(self, *args)
+
+
+def refuse(path: str) -> object:
+    if due("refuse"):
+        raise ValueError("a checkpoint that is not to be opened")
+    return open_checkpoint(path)
+
+
+Engine._write, worker.open_checkpoint = misbehave, refuse
+
+if __name__ == "__main__":
+    if due("late"):
+        time.sleep(1000)
+    worker.main()
