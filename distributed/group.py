@@ -14,7 +14,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -91,6 +91,7 @@ class RankGroup:
         self._jobs = itertools.count(1)
         self._pool = FramePool()
         self._handed: SharedWeights | None = None
+        self._preloaded: tuple[Ranks, str] | None = None
         self._proven = False
         """Whether the ranks have decoded since they were last replaced while idle."""
 
@@ -115,6 +116,15 @@ class RankGroup:
             with self._lock:
                 if self._state in (State.FAILED, State.STOPPED):
                     raise GroupError(self._error or "The rank group was stopped while it started.")
+
+    def preload(self, vae: str | Path | Mapping[str, Tensor], shared: Collection[str] = ()) -> None:
+        """Have the ranks come up and load this checkpoint, in the background, for the decode that is to come.
+
+        On the devices in `shared` it is only read into the host's memory: theirs is wanted for other things until
+        then. What goes wrong here the decode will tell.
+        """
+        self.start()
+        threading.Thread(target=self._preload, args=(vae, shared), name="hv15-preload", daemon=True).start()
 
     def decode(
         self,
@@ -314,17 +324,17 @@ class RankGroup:
         """Run the job: again with less memory while a rank lacks it, and once on a new group if this one breaks."""
         restarted = False
         tries, usable = 1, 0
+        raw = memoryview(latent.numpy()).cast("B")
         while True:
             try:
-                return self._run(self._take(watch), job, latent, path, place, watch)
+                ranks = self._take(watch)
+                return self._run(ranks, watch, "job", raw, job=asdict(job), checkpoint=str(path), frames=place)
             except GroupError as error:
-                with self._lock:
-                    if restarted:
-                        if self._state is State.BUSY:
+                if restarted:
+                    with self._lock:
+                        if self._state is State.RECOVERING:
                             self._fail(str(error))
-                        raise
-                    if self._state is State.BUSY:
-                        self._begin(State.RECOVERING)
+                    raise
                 restarted = True
                 watch.tell(f"{_first_line(error)} The rank group is restarted and the decode run again.")
             except _Memory as lack:
@@ -354,12 +364,23 @@ class RankGroup:
             starting.join(0.1)
             self._check(watch)
 
-    def _run(self, ranks: Ranks, job: Job, latent: Tensor, path: Path, place: str, watch: "_Watch") -> None:
-        """Have the ranks do the job. Raises GroupError, JobError, _Memory, Cancelled, or what a callback raised."""
+    def _preload(self, vae: str | Path | Mapping[str, Tensor], shared: Collection[str]) -> None:
+        watch = _Watch()
+        try:
+            checkpoint, path, _held = self._resolve(vae)
+            with self._turn(watch):
+                if self._preloaded != (self._ranks, checkpoint.identity):
+                    ranks = self._take(watch)
+                    self._preloaded = ranks, checkpoint.identity
+                    self._run(ranks, watch, "load", checkpoint=str(path), dtype=self.dtype, shared=list(shared))
+        except (Cancelled, JobError, GroupError, _Memory) as error:
+            log.debug("Preloading ended early: %s", error)
+
+    def _run(self, ranks: Ranks, watch: "_Watch", type: str, raw: memoryview | None = None, **fields: object) -> None:
+        """Have the ranks do a job. Raises GroupError, JobError, _Memory, Cancelled, or what a callback raised."""
         id = next(self._jobs)
         ranks.begin(id)
-        raw = memoryview(latent.numpy()).cast("B")
-        ranks.send("job", raw, id=id, job=asdict(job), checkpoint=str(path), frames=place)
+        ranks.send(type, raw, id=id, **fields)
         stop, grace = None, None
         while True:
             try:
@@ -379,8 +400,6 @@ class RankGroup:
             if self._ranks is not ranks:
                 ranks.ended.wait()  # until then they may write to the frames
                 raise Cancelled
-            if ranks.broken and stop is None:
-                raise GroupError(ranks.broken)
             if ranks.broken:
                 break
             if any(answer and answer["type"] == "failed" for answer in answers):
@@ -398,6 +417,8 @@ class RankGroup:
                     self._move(State.READY)
         if stop:
             raise stop
+        if ranks.broken:
+            raise GroupError(ranks.broken)
         if failed:
             raise _failure(failed)
         self._proven = True
@@ -419,6 +440,7 @@ class RankGroup:
             ranks = self._ranks if self._state is State.READY else None
         if ranks:
             ranks.release(RELEASE_SECONDS)
+        self._preloaded = None
         self._pool.trim()
 
 
@@ -456,10 +478,10 @@ class _Watch:
 
     def __init__(
         self,
-        progress: Callable[[int, int], None] | None,
-        cancelled: Callable[[], bool] | None,
-        notice: Callable[[str], None] | None,
-        limit: float | None,
+        progress: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        notice: Callable[[str], None] | None = None,
+        limit: float | None = None,
     ) -> None:
         self.progress = progress or (lambda done, total: None)
         self.cancelled = cancelled or (lambda: False)

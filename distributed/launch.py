@@ -79,6 +79,8 @@ class Ranks:
         """Set when no process is left."""
         self.job = 0
         """Number of the job in hand."""
+        self._family: set[psutil.Process] = set()
+        """What the launcher has started. It may be dead, and its children nobody's, when they are to be ended."""
         self._stall_seconds = stall_seconds
         self._on_change = on_change
         self._ending = threading.Event()
@@ -173,6 +175,7 @@ class Ranks:
             self.broken = f"{reason}.\nIts log, {self.logs / name}, ends:\n{tail}"
             self.changed.notify_all()
         log.warning("The rank group broke: %s.", reason)
+        self._remember_family()
         self._close_channels()
         self._on_change()
 
@@ -188,17 +191,9 @@ class Ranks:
         if not self.broken:
             self.send("stop")
         self._door.close()
-        pids = [record.pid for record in self.records if record.pid]
-        try:
-            children = psutil.Process(self.launcher.pid).children(recursive=True)
-        except psutil.Error:
-            children = []
-        processes = {child.pid: child for child in children}
-        for pid in pids:
-            with contextlib.suppress(psutil.Error):  # gone already
-                processes.setdefault(pid, psutil.Process(pid))
+        self._remember_family()
         patience = 0.2 if self.broken else 3
-        _, left = psutil.wait_procs(processes.values(), timeout=patience)
+        _, left = psutil.wait_procs(self._family, timeout=patience)
         for process in left:
             with contextlib.suppress(psutil.Error):  # it left between the two lines
                 process.kill()
@@ -211,6 +206,10 @@ class Ranks:
         self._close_channels()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.ended.set()
+
+    def _remember_family(self) -> None:
+        with contextlib.suppress(psutil.Error):  # the launcher has ended
+            self._family.update(psutil.Process(self.launcher.pid).children(recursive=True))
 
     def _close_channels(self) -> None:
         for record in self.records:
@@ -231,6 +230,8 @@ class Ranks:
             self._check(now)
 
     def _check(self, now: float) -> None:
+        if any(record.state == "starting" for record in self.records):
+            self._remember_family()
         if self.launcher.poll() is not None:
             # Where it went because a rank died, that rank's channel tells more.
             time.sleep(WATCH_SECONDS)
@@ -250,6 +251,8 @@ class Ranks:
             with self.changed:
                 record.pid, record.channel = int(message["pid"]), channel
                 record.heard_at = time.monotonic()
+                with contextlib.suppress(psutil.Error):  # it has ended again
+                    self._family.add(psutil.Process(record.pid))
             while True:
                 self._hear(record, message)
                 message, _ = channel.receive()

@@ -53,6 +53,8 @@ class Channel:
             self._connection.send_bytes(header)
             if raw is not None:
                 self._connection.send_bytes(raw)
+        except TypeError as error:  # another thread closed it in mid-send, and took the handle away
+            raise OSError("the connection was closed") from error
         finally:
             self._sending.release()
 

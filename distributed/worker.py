@@ -16,14 +16,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import devices
+from . import devices, kernels
 from .engine import Cancelled, Engine, OutOfMemory, agree
 from .frames import open_frames
 from .plan import Job
@@ -33,6 +34,7 @@ from .weights import Checkpoint, decoder_tensors, open_checkpoint
 log = logging.getLogger("hv15")
 BEAT_SECONDS = 0.5
 LOG_BYTES = 2**20
+READ_BYTES = 2**24
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
@@ -72,6 +74,8 @@ class Rank:
         self.todo: queue.SimpleQueue = queue.SimpleQueue()
         self.engine: Engine | None = None
         self.loaded: tuple[str, str] | None = None
+        self.apart = False
+        """Whether a failure now would leave the other ranks waiting for this one."""
 
     def run(self) -> None:
         """Come up, then do what is asked until told to stop."""
@@ -95,54 +99,65 @@ class Rank:
                 dist.all_reduce(torch.zeros(1, device=self.device))
         self.channel.send("ready")
         while (message := self.todo.get())["type"] != "stop":
-            if message["type"] == "release":
-                self._release()
-                self.channel.send("released")
-            else:
-                self._do(message)
+            match message["type"]:
+                case "release":
+                    self._release()
+                    self.channel.send("released")
+                case "load":
+                    self._answer(message, self._preload)
+                case "job":
+                    self._answer(message, self._decode)
         self._release()
 
-    def _do(self, message: dict) -> None:
+    def _answer(self, message: dict, act: Callable[[dict], None]) -> None:
         self.watch.begin(message["id"])
-        together = True
+        self.apart = False
         try:
-            job, latent, frames = self._prepare(message)
-            together = self.world_size == 1
-            self.engine.decode(job, latent, frames, self.watch)
+            act(message)
         except Cancelled:
+            self.apart = False  # ranks agree on it
             self._failed(message, "cancelled")
         except OutOfMemory as error:
-            numbers = {"needed": error.needed, "free": error.free, "least": error.least}
-            self._failed(message, "memory", str(error), apart=not (together or error.together), **numbers)
+            self.apart &= not error.together
+            self._failed(message, "memory", str(error), needed=error.needed, free=error.free, least=error.least)
         except Exception as error:
             log.error("The job failed:\n%s", traceback.format_exc())
-            self._failed(message, "error", f"{type(error).__name__}: {error}", apart=not together)
+            self._failed(message, "error", f"{type(error).__name__}: {error}")
         else:
             self._say_beat()
             self.channel.send("done", id=message["id"])
         finally:
             self.watch.moved += 1
 
-    def _prepare(self, message: dict) -> tuple[Job, Tensor, Tensor]:
-        """What the decode needs, with the engine loaded. A rank that fails here takes the others along."""
-        problem = None
-        try:
-            job = Job(**{**message["job"], "latent_shape": tuple(message["job"]["latent_shape"])})
-            latent = torch.frombuffer(bytearray(message["raw"]), dtype=torch.float32).view(job.latent_shape)
-            frames = open_frames(message["frames"], job.frames_shape)
-            self._load(open_checkpoint(message["checkpoint"]), job.dtype)
-        except Exception as error:
-            problem = error
-        failed = agree(problem is not None)
-        if problem:
-            raise problem
-        if failed:
-            raise Cancelled
-        return job, latent, frames
+    def _decode(self, message: dict) -> None:
+        job = Job(**{**message["job"], "latent_shape": tuple(message["job"]["latent_shape"])})
 
-    def _failed(self, message: dict, kind: str, text: str = "", apart: bool = False, **numbers: int) -> None:
-        """Tell of a failure. apart: the other ranks may be waiting for this one."""
-        self.channel.send("failed", id=message["id"], kind=kind, message=text[:4000], apart=apart, **numbers)
+        def prepare() -> tuple[Tensor, Tensor]:
+            self._load(open_checkpoint(message["checkpoint"]), job.dtype)
+            latent = torch.frombuffer(bytearray(message["raw"]), dtype=torch.float32).view(job.latent_shape)
+            return latent, open_frames(message["frames"], job.frames_shape)
+
+        latent, frames = together(prepare)
+        self.apart = self.world_size > 1
+        self.engine.decode(job, latent, frames, self.watch)
+
+    def _preload(self, message: dict) -> None:
+        def prepare() -> None:
+            checkpoint = open_checkpoint(message["checkpoint"])
+            if self.device_name in message["shared"]:
+                for file in checkpoint.files:  # so that it is in the host's memory when it is wanted
+                    with open(file, "rb") as content:
+                        while content.read(READ_BYTES):
+                            self.watch.moved += 1
+            else:
+                self._load(checkpoint, message["dtype"])
+            widths = tuple(reversed(checkpoint.block_out_channels))
+            kernels.warm_up(checkpoint.latent_channels, widths, self.device, getattr(torch, message["dtype"]))
+
+        together(prepare)
+
+    def _failed(self, message: dict, kind: str, text: str = "", **numbers: int) -> None:
+        self.channel.send("failed", id=message["id"], kind=kind, message=text[:4000], apart=self.apart, **numbers)
 
     def _load(self, checkpoint: Checkpoint, dtype: str) -> None:
         wanted = (checkpoint.identity, dtype)
@@ -195,6 +210,24 @@ def leave_orphaned() -> NoReturn:
         with contextlib.suppress(OSError):
             os.kill(LAUNCHER, KILL)
     os._exit(1)
+
+
+T = TypeVar("T")
+
+
+def together(prepare: Callable[[], T]) -> T:
+    """What `prepare` returns. Where it fails on some ranks, those raise what it raised and the others Cancelled."""
+    problem = None
+    try:
+        result = prepare()
+    except Exception as error:
+        problem = error
+    failed = agree(problem is not None)
+    if problem:
+        raise problem
+    if failed:
+        raise Cancelled
+    return result
 
 
 class OutputFile:

@@ -56,6 +56,13 @@ def decode_on_ranks(
         raise comfy.model_management.InterruptProcessingException() from None
 
 
+def preload(vae: object, description: GroupDescription | None) -> None:
+    """Have the ranks load the VAE in the background. Raises ValueError for one that is not HunyuanVideo-1.5's."""
+    main = comfy.model_management.get_torch_device()  # the sampler needs its memory until the decode
+    shared = [] if main.type == "cpu" else [str(main)]
+    live_group(GroupDescription() if description is None else description).preload(rank_source(check_vae(vae)), shared)
+
+
 class Progress:
     """The node's progress bar, with one of the finished frames as its picture, about once a second."""
 
@@ -192,12 +199,23 @@ class DistributedVAEDecode(io.ComfyNode):
             category=CATEGORY,
             description="Decodes a HunyuanVideo-1.5 latent on a group of ranks.",
             inputs=[
-                io.Latent.Input("samples", tooltip="From any HunyuanVideo-1.5 sampler, this pack's or ComfyUI's."),
+                io.Latent.Input(
+                    "samples", lazy=True, tooltip="From any HunyuanVideo-1.5 sampler, this pack's or ComfyUI's."
+                ),
                 io.Vae.Input("vae", tooltip="HunyuanVideo-1.5's VAE, from any loader."),
                 *decode_inputs(),
             ],
             outputs=[io.Image.Output(tooltip="The frames.")],
         )
+
+    @classmethod
+    def check_lazy_status(
+        cls, vae: object, samples: dict | None = None, rank_group: GroupDescription | None = None, **_: object
+    ) -> list[str]:
+        """Asked before there is a latent: ranks come up and load the weights while the sampler works."""
+        if samples is None:
+            preload(vae, rank_group)
+        return ["samples"]
 
     @classmethod
     def execute(

@@ -55,7 +55,7 @@ def rank_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or ())
-        if "distributed.worker" in command:
+        if "distributed.worker" in command or "misbehaving" in command:
             try:
                 if process.environ().get("HV15_TEST_RUN") == RUN:
                     found.append(process)

@@ -122,6 +122,25 @@ def test_a_second_prompt_reuses_the_group_and_the_cached_conditioning(host, prom
     assert {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]} == pids
 
 
+def test_the_group_comes_up_and_loads_the_weights_before_there_is_a_latent(host, prompt):
+    graph = small(prompt("text_to_video"))
+    graph["sampler"]["inputs"] |= {"seed": 79, "steps": 40}
+    graph["ranks"]["inputs"]["stall_timeout"] = 119  # a group of its own
+    told = []
+
+    def follow(type, data):
+        if type == "hv15.group":
+            told.append(data["state"])
+        if type == "executing":
+            told.append(data["node"])
+
+    run = host.run(graph, follow)
+    assert run.error is None
+    assert "starting" in told[: told.index("sampler")]
+    assert "busy" in told[: told.index("decode", told.index("sampler"))], told
+    host.post(f"/hv15/groups/{run.events[-1]['id']}/stop")
+
+
 def test_sampling_and_decoding_report_progress(host, prompt):
     graph = small(prompt("text_to_video"))
     graph["sampler"]["inputs"]["seed"] = 78

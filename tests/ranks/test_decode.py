@@ -1,7 +1,10 @@
 """Decodes on real rank processes, against diffusers and against each other."""
 
 import gc
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
@@ -82,6 +85,35 @@ def test_processes_and_weights_stay_between_decodes(pair, vae):
     again = pair.decode(random_latent(1, 32, 2, 2, 3), vae)
     assert torch.equal(first, again)
     assert [rank["pid"] for rank in pair.status()["ranks"]] == before
+
+
+def maps(pid: int, path: Path) -> bool:
+    return str(path) in {mapped.path for mapped in psutil.Process(pid).memory_maps()}
+
+
+def test_a_checkpoint_is_loaded_ahead_of_the_decode_and_what_fails_then_is_told_by_the_decode(vae, tmp_path):
+    with RankGroup(["cpu", "cpu"]) as group:
+        group.preload(tmp_path / "missing.safetensors")
+        group.preload(vae)
+        limit = time.monotonic() + 60
+        while not all(maps(rank["pid"], vae) for rank in group.status()["ranks"]):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        assert group.decode(random_latent(1, 32, 1, 1, 2), vae).isfinite().all()
+        with pytest.raises(JobError, match="missing"):
+            group.decode(random_latent(1, 32, 1, 1, 2), tmp_path / "missing.safetensors")
+
+
+def test_a_device_that_is_shared_is_left_alone_until_the_decode(vae):
+    with RankGroup(["cpu"]) as group:
+        states = []
+        group.on_change = lambda: states.append(group.status()["state"])
+        group.preload(vae, shared=["cpu"])
+        limit = time.monotonic() + 60
+        while "busy" not in states or states[-1] != "ready":
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        assert not maps(group.status()["ranks"][0]["pid"], vae)
 
 
 def test_a_state_dict_is_handed_over_once(pair, vae, weights):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.random_weights import TINY, decoder_tensors
+from distributed import kernels
 from distributed.engine import Engine
 from distributed.plan import Job
 
@@ -30,3 +31,23 @@ def test_a_gpu_gives_the_cpus_frames(mode, monkeypatch):
         engine.release()
         results.append(frames)
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
+    from triton import knobs
+
+    compiled = []
+    device = torch.device("cuda")
+    tensors = decoder_tensors(TINY, torch.device("cpu"))
+    knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
+    try:
+        kernels.warm_up(32, TINY, device, dtype)
+        warmed = len(compiled)
+        for shape in ((1, 32, 5, 6, 7), (1, 32, 1, 16, 32)):
+            job = Job(shape, dtype=str(dtype).removeprefix("torch."))
+            Engine(tensors, device, dtype).decode(job, torch.randn(shape), torch.empty(job.frames_shape), Quiet())
+    finally:
+        knobs.runtime.jit_post_compile_hook = None
+    assert warmed > 10 and not compiled[warmed:]
