@@ -4,9 +4,9 @@
     python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.decode     two devices of one host
 
 Weights are full size and random on a GPU, small on the CPU, where the run only shows that everything works. Every
-variant decodes the same latent, each once to warm up and then `--repeat` times; the best time counts. The floor is
-the decoder's convolution FLOPs over a matrix product measured in the same run: briefly (the chip cool), and for two
-seconds (as hot as a decode makes it).
+variant decodes the same latent, alone on the device, once to warm up and then `--repeat` times; the best time counts.
+The floor is the decoder's convolution FLOPs over a matrix product measured in the same run: briefly (the chip cool),
+and for two seconds (as hot as a decode makes it).
 
 Rivals are taken where they are installed: diffusers' tiled decode, ComfyUI's own decoder (COMFYUI_PATH or .comfyui),
 DistVAE's tile decode on several devices. Rank 0 writes JSON and a Markdown table.
@@ -26,10 +26,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
 from distributed.engine import Engine, OutOfMemory
-from distributed.plan import Job
+from distributed.plan import MODES, Job
 from distributed.weights import to_core
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,28 +151,60 @@ def core_decoder(tensors: dict, widths: tuple[int, ...], device: torch.device, d
     return decoder.to(dtype).eval()
 
 
-def rivals(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> dict:
-    """Name -> decode(latent [1, 32, T, H, W]) for whatever is installed."""
-    found: dict[str, Callable] = {}
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    vae = diffusers_vae(tensors, widths, device, dtype)
-    if vae is not None:
-        vae.enable_tiling()
-        if world_size == 1:
-            found["diffusers tiled"] = lambda z: vae.decode(z).sample.float().cpu()
-        else:
-            try:
-                from distvae.vae import sharing, tiled_decode_for
+Decode = Callable[[Tensor], object]
+"""Takes a latent [1, 32, T, H, W] on the CPU, float32."""
 
-                vae.tiled_decode = tiled_decode_for(vae, *sharing(dist.group.WORLD))
-                found["DistVAE tiled"] = lambda z: vae.decode(z).sample.float().cpu()
-            except ImportError:
-                pass
-    if world_size == 1:
-        decoder = core_decoder(tensors, widths, device, dtype)
-        if decoder is not None:
-            found["ComfyUI core"] = lambda z: decoder(z).float().cpu()
-    return found
+
+def diffusers_tiled(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decode | None:
+    vae = diffusers_vae(tensors, widths, device, dtype)
+    if vae is None:
+        return None
+    vae.enable_tiling()
+    return lambda z: vae.decode(z.to(device, dtype)).sample.float().cpu()
+
+
+def distvae_tiled(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decode | None:
+    try:
+        from distvae.vae import sharing, tiled_decode_for
+    except ImportError:
+        return None
+    vae = diffusers_vae(tensors, widths, device, dtype)
+    vae.enable_tiling()
+    vae.tiled_decode = tiled_decode_for(vae, *sharing(dist.group.WORLD))
+    return lambda z: vae.decode(z.to(device, dtype)).sample.float().cpu()
+
+
+def core(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decode | None:
+    decoder = core_decoder(tensors, widths, device, dtype)
+    return decoder and (lambda z: decoder(z.to(device, dtype)).float().cpu())
+
+
+class Ours:
+    """This engine in one mode; says how long after the last kernel the last pixel was in its place."""
+
+    def __init__(
+        self, mode: str, memory: int | None, tensors: dict, _: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.mode, self.memory, self.device, self.dtype = mode, memory, device, dtype
+        start = time.perf_counter()
+        self.engine = Engine(tensors, device, dtype)
+        synchronize(device)
+        self.load_s = round(time.perf_counter() - start, 3)
+        self.flush, self.engine.writer.flush = self.engine.writer.flush, self.timed_flush
+        self.frames = torch.empty(0)
+
+    def timed_flush(self) -> None:
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).current_stream(self.device).synchronize()
+        start = time.perf_counter()
+        self.flush()
+        self.tail_ms = round(1000 * (time.perf_counter() - start), 1)
+
+    def __call__(self, latent: Tensor) -> None:
+        job = Job(tuple(latent.shape), self.mode, dtype=str(self.dtype).removeprefix("torch."), memory=self.memory)
+        if self.frames.shape != job.frames_shape:
+            self.frames = torch.zeros(job.frames_shape)
+        self.engine.decode(job, latent, self.frames, Quiet())
 
 
 def machine(device: torch.device) -> str:
@@ -205,7 +238,7 @@ def main() -> None:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     sizes = (options.sizes or ("480x848x33,480x848x121,720x1280x121,1080x1920x121" if cuda else "64x96x9")).split(",")
 
-    tensors = decoder_tensors(widths, device)
+    tensors = {name: tensor.cpu() for name, tensor in decoder_tensors(widths, device).items()}
     report = {
         "machine": machine(device),
         "ranks": world_size,
@@ -218,40 +251,56 @@ def main() -> None:
         "results": [],
     }
     memory = int(options.memory_gib * 2**30) if options.memory_gib else None
-    start = time.perf_counter()
-    engine = Engine(tensors, device, dtype)
-    synchronize(device)
-    report["weights_s"] = round(time.perf_counter() - start, 3)
+    variants = {f"ours {mode}": partial(Ours, mode, memory) for mode in MODES}
+    if world_size == 1:
+        variants |= {"ComfyUI core": core, "diffusers tiled": diffusers_tiled}
+    else:
+        variants |= {"DistVAE tiled": distvae_tiled}
     wanted = [word for word in options.variants.split(",") if word]
-    others = rivals(tensors, widths, device, dtype)
+    variants = {name: build for name, build in variants.items() if not wanted or any(w in name for w in wanted)}
     with torch.inference_mode():
         for name in sizes:
-            shape = (1, 32, *SIZES[name])
-            latent = random_latent(*shape)
+            latent = random_latent(1, 32, *SIZES[name])
             floor = conv_flops(widths, *SIZES[name]) / world_size
             rows = {"floor": {"best_s": round(floor / 1e12 / report["matmul_tflops"], 3)}}
             rows["floor, sustained"] = {"best_s": round(floor / 1e12 / report["matmul_sustained_tflops"], 3)}
-            variants: dict[str, Callable] = {}
-            for mode in ("seamless", "tiled"):
-                job = Job(shape, mode, dtype=report["dtype"], memory=memory)
-                frames = torch.zeros(job.frames_shape)
-                variants[f"ours {mode}"] = partial(engine.decode, job, latent, frames, Quiet())
-            on_device = latent.to(device, dtype)
-            variants |= {key: partial(decode, on_device) for key, decode in others.items()}
-            for key, decode in variants.items():
-                if wanted and not any(word in key for word in wanted):
-                    continue
-                try:
-                    rows[key] = measure(device, decode, options.repeat)
-                except (torch.OutOfMemoryError, OutOfMemory) as error:
-                    rows[key] = {"error": str(error).split(". ")[0]}
-                if rank == 0:
-                    print(name, key, rows[key], flush=True)
             report["results"].append({"size": name, "variants": rows})
-    if rank == 0:
-        write(report, options.out)
+            for key, build in variants.items():
+                try:
+                    row = measure_alone(build, latent, tensors, widths, device, dtype, options.repeat)
+                except (torch.OutOfMemoryError, OutOfMemory) as error:
+                    row = {"error": str(error).split(". ")[0]}
+                if row is None:
+                    continue
+                rows[key] = row
+                if rank == 0:
+                    print(name, key, row, flush=True)
+                    write(report, options.out)  # a run that is cut short keeps what it has
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def measure_alone(
+    build: Callable,
+    latent: Tensor,
+    tensors: dict,
+    widths: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    repeat: int,
+) -> dict | None:
+    """What one variant takes, with nothing else on the device; None for a rival that is not installed."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+    decode = build(tensors, widths, device, dtype)
+    if decode is None:
+        return None
+    row = measure(device, partial(decode, latent), repeat)
+    if isinstance(decode, Ours):
+        row |= {"load_s": decode.load_s, "tail_ms": decode.tail_ms}
+        decode.engine.release()
+    return row
 
 
 def write(report: dict, folder: Path) -> None:
@@ -266,22 +315,20 @@ def write(report: dict, folder: Path) -> None:
         f"torch {report['torch']}; matrix product {report['matmul_tflops']} TFLOP/s, "
         f"{report['matmul_sustained_tflops']} sustained. `{report['command']}`",
         "",
-        "| size | variant | seconds | over floor | peak GiB | first call |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| size | variant | seconds | over floor | peak GiB | first call | weights | after the last kernel |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in report["results"]:
         floor = result["variants"]["floor"]["best_s"]
         for key, row in result["variants"].items():
             if "error" in row:
-                lines.append(f"| {result['size']} | {key} | {row['error']} | | | |")
+                lines.append(f"| {result['size']} | {key} | {row['error']} | | | | | |")
                 continue
             ratio = f"{row['best_s'] / floor:.2f}" if floor else ""
-            lines.append(
-                f"| {result['size']} | {key} | {row['best_s']} | {ratio} | {row.get('peak_gib', '')} "
-                f"| {row.get('first_s', '')} |"
-            )
+            tail = f"{row['tail_ms']} ms" if "tail_ms" in row else ""
+            cells = (row["best_s"], ratio, row.get("peak_gib", ""), row.get("first_s", ""), row.get("load_s", ""), tail)
+            lines.append(f"| {result['size']} | {key} | " + " | ".join(map(str, cells)) + " |")
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ Where the picture is divided between ranks, `edges` overwrites the border with t
 convolution; `edges` None means that the whole picture is here.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from . import kernels
 from .attention import KeyValues
+from .regions import Region
 
 LANES = 2
 """Steps in flight in the tail when borders travel: one computes while the other's borders are under way."""
@@ -98,8 +99,9 @@ class Attention(NamedTuple):
     out: tuple[Tensor, Tensor]
 
 
-class Pending(NamedTuple):
-    """A sum not yet formed: x + add + bias. See `kernels.fill_window`."""
+@dataclass
+class Pending:
+    """A sum not yet formed: x + add + bias. `Windows.write` forms it in x, and lets go of add."""
 
     x: Tensor
     add: Tensor | None = None
@@ -168,6 +170,18 @@ class Weights:
         return 1 + max((i for i, up in enumerate(self.upsamplers) if up.temporal), default=-1)
 
     @property
+    def margins(self) -> tuple[int, ...]:
+        """How far beyond what is wanted each level of the tail must begin, in its own pixels: one for each convolution.
+
+        What a convolution computes at an edge that is not the picture's is wrong by a pixel more each time.
+        """
+        margins: list[int] = []
+        for level in reversed(range(len(self.blocks))):
+            convs = (2 * len(self.blocks[level]) if level else 0) + 1
+            margins.insert(0, convs + (-(-margins[0] // 2) if margins else 0))
+        return tuple(margins)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the weights take on the device."""
         total = 0
@@ -205,7 +219,7 @@ class Windows:
         """Write the input of convolution `index`; returns its new frames, [n, H + 2, W + 2, C], to be `settle`d."""
         start = self.past[index] % self.ring + 2
         room = self.frames[start : start + len(pending.x)]
-        kernels.fill_window(pending.x, room, bias=pending.bias, add=pending.add, gamma=gamma)
+        fill(room, pending, gamma)
         return room
 
     def settle(self, index: int, n: int) -> Tensor:
@@ -229,6 +243,13 @@ class Windows:
             self.frames[low - self.ring : high - self.ring] = self.frames[low:high]
 
 
+def fill(window: Tensor, x: Pending, gamma: Tensor | None) -> None:
+    """Write what a convolution reads (see `kernels.fill_window`). A sum is formed by it, and its parts may go."""
+    kernels.fill_window(x.x, window, bias=x.bias, add=x.add, gamma=gamma)
+    if x.add is not None:
+        x.add = x.bias = None
+
+
 def convolve(window: Tensor, weight: Tensor) -> Tensor:
     """[n + 2, H + 2, W + 2, C] -> [n, H, W, out], without the bias."""
     out = F.conv3d(window.permute(3, 0, 1, 2)[None], weight)
@@ -248,39 +269,56 @@ def run(step: Generator):
             return end.value
 
 
-class Stream:
-    """One video, or one part of its picture, on its way through the decoder.
+class _Part:
+    """What trunk and tail have in common: convolutions and residual blocks on windows."""
 
-    Feed consecutive chunks [n, H, W, 32] of latent frames to `trunk`, and what it returns to `tail`, which yields
-    pixels [frames, 16H, 16W, 3] in order, float32, black 0 and white 1, not clamped.
+    def __init__(self, weights: Weights, edges: Edges | None) -> None:
+        self.weights, self.edges = weights, edges
+        self.like = weights.conv_in.weight
+
+    def _resnet(self, windows: Windows, index: int, x: Pending, resnet: Resnet):
+        hidden = yield from self._conv(windows, index, x, resnet.conv1, resnet.norm1)
+        inner = Pending(hidden, None, resnet.conv1.bias)
+        out = yield from self._conv(windows, index + 1, inner, resnet.conv2, resnet.norm2)
+        return Pending(x.x, out, resnet.conv2.bias)
+
+    def _borders(self, window: Tensor) -> Generator[None, None, None]:
+        if self.edges:
+            exchange = self.edges.start(window)
+            yield
+            exchange.finish()
+
+    def _conv(self, windows: Windows, index: int, x: Pending, conv: Conv, gamma: Tensor | None = None) -> Step:
+        window = yield from self._window(windows, index, x, gamma)
+        return convolve(window, conv.weight)
+
+    def _window(self, windows: Windows, index: int, x: Pending, gamma: Tensor | None) -> Step:
+        room = windows.write(index, x, gamma)
+        yield from self._borders(room)
+        return windows.settle(index, len(room))
+
+
+class Trunk(_Part):
+    """The first part of the decoder, at latent resolution, for one video or one part of its picture.
+
+    Takes consecutive chunks of latent frames, `step` at the most. `edges`: the rest of the picture is on other ranks.
     """
 
     def __init__(
-        self, weights: Weights, height: int, width: int, time: int, steps: Steps, edges: Edges | None = None
+        self, weights: Weights, height: int, width: int, time: int, step: int, edges: Edges | None = None
     ) -> None:
-        self.weights, self.steps, self.edges = weights, steps, edges
-        w, like = weights, weights.conv_in.weight
-        base = 2 * len(w.mid) + 2 * len(w.blocks[0])
-        self.entry = Windows(1, steps.trunk, 1, height, width, w.latent_channels, like)
-        self.base = Windows(base, steps.trunk, 1, height, width, w.widths[0], like)
+        super().__init__(weights, edges)
+        convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
+        self.entry = Windows(1, step, 1, height, width, weights.latent_channels, self.like)
+        self.base = Windows(convs, step, 1, height, width, weights.widths[0], self.like)
         positions = edges.positions if edges else height * width
-        self.memory = KeyValues(time, positions, w.widths[0], w.dtype, w.device)
-        self.levels: list[Windows] = [Windows(1, steps.trunk, 1, height, width, w.widths[0], like)]
-        for i in range(1, len(w.blocks)):
-            convs = 2 * len(w.blocks[i]) + (i < len(w.upsamplers))
-            lanes = LANES if edges and i >= w.flat else 1
-            scale = 2**i
-            self.levels.append(
-                Windows(convs, steps.tail[i - 1], lanes, scale * height, scale * width, w.widths[i], like)
-            )
-        self.begun = [False] * len(w.upsamplers)
-        self.late: tuple[Tensor, Tensor] | None = None
+        self.memory = KeyValues(time, positions, weights.widths[0], weights.dtype, weights.device)
 
-    def trunk(self, latent: Tensor) -> Tensor:
-        """[n, H, W, latent channels] -> [n, H, W, C], float sums formed."""
-        return run(self._trunk(latent))
+    def run(self, latent: Tensor) -> Tensor:
+        """[n, H, W, latent channels] -> [n, H, W, C], sums formed."""
+        return run(self._run(latent))
 
-    def _trunk(self, latent: Tensor) -> Step:
+    def _run(self, latent: Tensor) -> Step:
         w = self.weights
         out = yield from self._conv(self.entry, 0, Pending(latent.clone()), w.conv_in)
         repeats = w.widths[0] // w.latent_channels
@@ -292,8 +330,49 @@ class Stream:
             x = yield from self._resnet(self.base, 4 + 2 * i, x, resnet)
         return form(x)
 
-    def tail(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Trunk outputs, chunk by chunk -> pixels, a few frames at a time."""
+    def _attention(self, x: Tensor) -> Tensor:
+        a = self.weights.attention
+        n, height, width, channels = x.shape
+        flat = x.view(n, height * width, channels)
+        scale = channels**0.5 * a.norm
+        normed = (F.normalize(flat.float(), dim=-1) * scale).to(x.dtype)
+        queries = F.linear(normed, *a.query)
+        keys, values = F.linear(normed, *a.key), F.linear(normed, *a.value)
+        if self.edges:
+            keys, values = self.edges.gather(keys, values)
+        attended = []
+        for q, k, v in zip(queries, keys, values, strict=True):
+            self.memory.append(k, v)
+            attended.append(self.memory.attend(q))
+        return x + F.linear(torch.stack(attended), *a.out).view(x.shape)
+
+
+class Tail(_Part):
+    """The rest of the decoder, from the first upsampling to pixels.
+
+    extents: what each level computes and, last, what is wanted of the pixels (see `regions`). Where a level computes
+    more than the next one, the rest is cut off between them. edges: the rest of the picture is on other ranks, and
+    nothing is cut off.
+    """
+
+    def __init__(self, weights: Weights, extents: Sequence[Region], steps: Steps, edges: Edges | None = None) -> None:
+        super().__init__(weights, edges)
+        self.extents, self.steps = extents, steps
+        self.levels: list[Windows] = []
+        for level, extent in enumerate(extents[:-1]):
+            convs = (2 * len(weights.blocks[level]) if level else 0) + (level < len(weights.upsamplers))
+            step = steps.tail[level - 1] if level else steps.trunk
+            lanes = LANES if edges and level >= weights.flat else 1
+            sides = extent.height, extent.width
+            self.levels.append(Windows(convs, step, lanes, *sides, weights.widths[level], self.like))
+        self.begun = [False] * len(weights.upsamplers)
+        self.late: tuple[Tensor, Tensor] | None = None
+
+    def run(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """What the trunk gave of the first extent, chunk by chunk -> pixels [frames, H, W, 3] of the last, in order.
+
+        float32, black 0 and white 1, not clamped, a few frames at a time.
+        """
         flat = self.weights.flat
         pieces = self._descend(0, chunks) if flat else chunks
         lanes = LANES if self.edges else 1
@@ -356,21 +435,17 @@ class Stream:
             packed = yield from self._conv(windows, last, pending, up.conv)
             first = not self.begun[level]
             self.begun[level] = True
-            return kernels.upsample(packed, up.conv.bias, pending.x, temporal=up.temporal, first=first)
-        return (yield from self._pixels(pending))
-
-    def _resnet(self, windows: Windows, index: int, x: Pending, resnet: Resnet):
-        hidden = yield from self._conv(windows, index, x, resnet.conv1, resnet.norm1)
-        inner = Pending(hidden, None, resnet.conv1.bias)
-        out = yield from self._conv(windows, index + 1, inner, resnet.conv2, resnet.norm2)
-        return Pending(x.x, out, resnet.conv2.bias)
+            x = kernels.upsample(packed, up.conv.bias, pending.x, temporal=up.temporal, first=first)
+            return _cut(x, self.extents[level], self.extents[level + 1], 2)
+        pixels = yield from self._pixels(pending)
+        return _cut(pixels, self.extents[level], self.extents[level + 1], 1)
 
     def _pixels(self, x: Pending) -> Step:
         """norm_out and conv_out, the sum over time last: then two small maps are all there is to keep of the past."""
         w = self.weights
         n, height, width, channels = x.x.shape
         window = x.x.new_empty(n, height + 2, width + 2, channels)
-        kernels.fill_window(x.x, window, bias=x.bias, add=x.add, gamma=w.norm_out)
+        fill(window, x, w.norm_out)
         yield from self._borders(window)
         oldest, older, newest = kernels.sum_taps(kernels.taps(window, w.taps), w.conv_out_bias).unbind(1)
         if self.late is None:
@@ -379,36 +454,11 @@ class Stream:
         self.late = oldest[n:].clone(), older[n:].clone()
         return newest + oldest[:n] + older[:n]
 
-    def _borders(self, window: Tensor) -> Generator[None, None, None]:
-        if self.edges:
-            exchange = self.edges.start(window)
-            yield
-            exchange.finish()
 
-    def _conv(self, windows: Windows, index: int, x: Pending, conv: Conv, gamma: Tensor | None = None) -> Step:
-        window = yield from self._window(windows, index, x, gamma)
-        return convolve(window, conv.weight)
-
-    def _window(self, windows: Windows, index: int, x: Pending, gamma: Tensor | None) -> Step:
-        room = windows.write(index, x, gamma)
-        yield from self._borders(room)
-        return windows.settle(index, len(room))
-
-    def _attention(self, x: Tensor) -> Tensor:
-        a = self.weights.attention
-        n, height, width, channels = x.shape
-        flat = x.view(n, height * width, channels)
-        scale = channels**0.5 * a.norm
-        normed = (F.normalize(flat.float(), dim=-1) * scale).to(x.dtype)
-        queries = F.linear(normed, *a.query)
-        keys, values = F.linear(normed, *a.key), F.linear(normed, *a.value)
-        if self.edges:
-            keys, values = self.edges.gather(keys, values)
-        attended = []
-        for q, k, v in zip(queries, keys, values, strict=True):
-            self.memory.append(k, v)
-            attended.append(self.memory.attend(q))
-        return x + F.linear(torch.stack(attended), *a.out).view(x.shape)
+def _cut(x: Tensor, there: Region, wanted: Region, scale: int) -> Tensor:
+    """Of frames [n, H, W, C] that show `there`, `scale` times as large, those that show `wanted`."""
+    top, left = wanted.top - scale * there.top, wanted.left - scale * there.left
+    return x[:, top : top + wanted.height, left : left + wanted.width].contiguous()
 
 
 def form(x: Pending) -> Tensor:

@@ -7,6 +7,7 @@ for the next.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise, product
 from typing import Protocol
 
 import psutil
@@ -14,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .decoder import Steps, Stream, Weights
+from .decoder import Tail, Trunk, Weights
 from .halo import Mesh
 from .output import PixelWriter
-from .plan import Division, Job, check_job, choose_steps, divide, frame_count
+from .plan import Job, Plan, check_job, choose_plan, frame_count
+from .regions import Region, block_extents, cuts, divide, whole
 from .tiling import SPATIAL, Tile, TileGrid, assign, blend, seam, tile_grid
 
 
@@ -93,18 +95,15 @@ class Engine:
         if agree(watch.cancelled()):
             raise Cancelled
 
-    def _steps(self, job: Job, height: int, width: int, division: Division | None) -> Steps:
-        """The largest steps that fit every rank. height x width: latent positions of the largest part."""
+    def _plan(self, job: Job, part: tuple[int, int], picture: tuple[int, int], together: bool) -> Plan:
+        """The plan of least work that fits every rank. part: height and width, in latent positions, of the largest."""
         free = job.memory or _free_memory(self.device, self.weights.nbytes)
         free = agree(free, dist.ReduceOp.MIN)
-        time, positions = job.latent_shape[2], job.latent_shape[3] * job.latent_shape[4]
-        together = division is not None and division.size > 1
-        positions = positions if division else height * width
-        steps, needed = choose_steps(self.weights, height, width, time, positions, together, free)
-        if steps is None:
+        plan, needed = choose_plan(self.weights, part, picture, job.latent_shape[2], together, free)
+        if plan is None:
             raise self._lack(needed, free, least=True, together=True)
         self._reserve(needed)
-        return steps
+        return plan
 
     def _reserve(self, needed: int) -> None:
         """Take what the decode will need from the device, so that memory runs out here, on all ranks, or not at all.
@@ -133,44 +132,79 @@ class Engine:
         return self.groups[size]
 
     def _seamless(self, job: Job, video: Tensor, frames: Tensor, watch: Watch) -> None:
-        time, height, width, _ = video.shape
+        height, width = video.shape[1:3]
         division = divide(height, width, self.world_size)
         largest = max((division.region(i) for i in range(division.size)), key=lambda r: r.height * r.width)
-        steps = self._steps(job, largest.height, largest.width, division)
+        together = division.size > 1
+        plan = self._plan(job, (largest.height, largest.width), (height, width), together)
         group = self._group(division.size)
-        chunks = video.split(steps.trunk)
-        if self.rank >= division.size:
-            for _ in chunks:
-                self._check_cancel(watch)
+        if self.rank >= division.size:  # too many ranks for so small a picture: these only keep in step
+            for _ in range(1 if plan.blocks == (1, 1) else 1 + plan.blocks[0] * plan.blocks[1]):
+                for _ in self._chunks(video, plan, watch):
+                    pass
             return
+        mesh = Mesh(division, self.rank, group) if together else None
         region = division.region(self.rank)
-        mesh = Mesh(division, self.rank, group) if division.size > 1 else None
-        stream = Stream(self.weights, region.height, region.width, time, steps, mesh)
-
-        def trunk() -> Iterator[Tensor]:
-            for chunk in chunks:
-                self._check_cancel(watch)
-                part = chunk[:, region.top : region.bottom, region.left : region.right]
-                yield stream.trunk(self._load(part))
-
-        place = frames[
-            :, region.top * SPATIAL : region.bottom * SPATIAL, region.left * SPATIAL : region.right * SPATIAL
-        ]
-        done = 0
+        done, total = 0, region.height * region.width * len(frames)
         try:
-            for pixels in stream.tail(trunk()):
-                start, done = done, done + len(pixels)
-                self._write(pixels, place[start:done], lambda done=done: watch.progress(done, len(frames)))
+            for block, finished in self._passes(plan, region, mesh, video, watch):
+                place = frames[
+                    :, block.top * SPATIAL : block.bottom * SPATIAL, block.left * SPATIAL : block.right * SPATIAL
+                ]
+                at = 0
+                for pixels in finished:
+                    start, at = at, at + len(pixels)
+                    done += block.height * block.width * len(pixels)
+                    self._write(pixels, place[start:at], lambda done=done: watch.progress(done, total))
         finally:
             if mesh:
                 mesh.drain()
+
+    def _passes(
+        self, plan: Plan, region: Region, mesh: Mesh | None, video: Tensor, watch: Watch
+    ) -> Iterator[tuple[Region, Iterator[Tensor]]]:
+        """The blocks of a rank's region, each with its pixels to come. There is one where all streams.
+
+        A block's tail is gone when the last of its pixels has been taken, before the next one's is made.
+        """
+        w = self.weights
+        part = self._load(video[:, region.top : region.bottom, region.left : region.right])
+        trunk = Trunk(w, region.height, region.width, len(part), plan.steps.trunk, mesh)
+        inputs = (trunk.run(chunk) for chunk in self._chunks(part, plan, watch))
+        if plan.blocks == (1, 1):
+            yield region, Tail(w, whole(region.height, region.width, len(w.blocks)), plan.steps, mesh).run(inputs)
+            return
+        time, height, width, _ = video.shape
+        picture = part.new_empty(time, height, width, w.widths[0])
+        for start, chunk in zip(range(0, time, plan.steps.trunk), inputs, strict=True):
+            place = picture[start : start + len(chunk)]
+            if mesh:
+                mesh.assemble(chunk, place)
+            else:
+                place.copy_(chunk)
+        del trunk  # and its windows
+        rows = pairwise(cuts(region.top, region.bottom, plan.blocks[0]))
+        columns = pairwise(cuts(region.left, region.right, plan.blocks[1]))
+        for (top, bottom), (left, right) in product(rows, columns):
+            block = Region(top, bottom, left, right)
+            extents = block_extents(block, height, width, w.margins)
+            seen = picture[:, extents[0].top : extents[0].bottom, extents[0].left : extents[0].right]
+            chunks = (chunk.contiguous() for chunk in self._chunks(seen, plan, watch))
+            yield block, Tail(w, extents, plan.steps).run(chunks)
+
+    def _chunks(self, video: Tensor, plan: Plan, watch: Watch) -> Iterator[Tensor]:
+        """A video in the trunk's steps. Between them all ranks meet to hear of a cancel."""
+        for chunk in video.split(plan.steps.trunk):
+            self._check_cancel(watch)
+            yield chunk
 
     def _tiled(self, job: Job, video: Tensor, frames: Tensor, watch: Watch) -> None:
         time, height, width, _ = video.shape
         grid = tile_grid(height, width, job.tile_size, job.overlap)
         owner = assign(grid, self.world_size)
         side = job.tile_size // SPATIAL
-        steps = self._steps(job, min(side, height), min(side, width), None)
+        part = min(side, height), min(side, width)
+        plan = self._plan(job, part, part, together=False)
         mine = [tile for tile, rank in zip(grid.tiles, owner, strict=True) if rank == self.rank]
         total = sum(tile.cost for tile in mine) * frame_count(time)
         decoded: dict[Tile, Tensor] = {}
@@ -178,7 +212,8 @@ class Engine:
         try:
             for tile in mine:
                 part = video[:, tile.top : tile.bottom, tile.left : tile.right]
-                stream = Stream(self.weights, *part.shape[1:3], time, steps)
+                trunk = Trunk(self.weights, *part.shape[1:3], time, plan.steps.trunk)
+                tail = Tail(self.weights, whole(*part.shape[1:3], len(self.weights.blocks)), plan.steps)
                 pixels = part.new_empty(
                     frame_count(time),
                     *(SPATIAL * n for n in part.shape[1:3]),
@@ -187,7 +222,7 @@ class Engine:
                     dtype=self.dtype,
                 )
                 at = 0
-                for piece in stream.tail(stream.trunk(self._load(c)) for c in part.split(steps.trunk)):
+                for piece in tail.run(trunk.run(self._load(chunk)) for chunk in part.split(plan.steps.trunk)):
                     if watch.cancelled():
                         raise Cancelled
                     pixels[at : at + len(piece)] = piece

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .plan import Division
+from .regions import Division
 
 
 class Exchange:
@@ -66,8 +66,8 @@ class Mesh:
             self.neighbours[2].append((rank - 1, 1, 0))
         if column < division.columns - 1:
             self.neighbours[2].append((rank + 1, -2, -1))
-        regions = [division.region(i) for i in range(division.size)]
-        self.sizes = [region.height * region.width for region in regions]
+        self.regions = [division.region(i) for i in range(division.size)]
+        self.sizes = [region.height * region.width for region in self.regions]
         self.under_way: deque[Exchange] = deque()
 
     @property
@@ -87,16 +87,25 @@ class Mesh:
             self.under_way[0].finish()
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, [n, positions, C] each, of all regions side by side.
+        """Keys and values, [n, positions, C] each, of all regions side by side."""
+        together = torch.cat(self._all(torch.stack([keys, values])), dim=2)
+        return together[0], together[1]
+
+    def assemble(self, part: Tensor, picture: Tensor) -> None:
+        """Put every rank's `part`, [n, h, w, C], into its place of `picture`, [n, H, W, C], on every rank."""
+        arrived = self._all(part.flatten(1, 2)[None])
+        for region, positions in zip(self.regions, arrived, strict=True):
+            place = picture[:, region.top : region.bottom, region.left : region.right]
+            place.copy_(positions[0].unflatten(1, (region.height, region.width)))
+
+    def _all(self, own: Tensor) -> list[Tensor]:
+        """Every rank's [m, n, positions, C].
 
         Regions differ by a row or a column, and not every backend gathers tensors of different sizes (gloo refuses):
         what travels is padded to the largest.
         """
-        n, own, channels = keys.shape
-        padded = keys.new_zeros(2, n, max(self.sizes), channels)
-        padded[0, :, :own] = keys
-        padded[1, :, :own] = values
+        padded = own.new_zeros(*own.shape[:2], max(self.sizes), own.shape[3])
+        padded[:, :, : own.shape[2]] = own
         parts = [torch.empty_like(padded) for _ in self.sizes]
         dist.all_gather(parts, padded, group=self.group)
-        together = torch.cat([part[:, :, :size] for part, size in zip(parts, self.sizes, strict=True)], dim=2)
-        return together[0], together[1]
+        return [part[:, :, :size] for part, size in zip(parts, self.sizes, strict=True)]

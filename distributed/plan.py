@@ -82,77 +82,6 @@ def check_latent(latent: Tensor, channels: int) -> None:
         raise ValueError(f"{bad} of the latent's {latent.numel()} values are not finite; the sampler went astray.")
 
 
-@dataclass(frozen=True)
-class Region:
-    """A rectangle of latent positions: rows [top, bottom), columns [left, right)."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    @property
-    def height(self) -> int:
-        return self.bottom - self.top
-
-    @property
-    def width(self) -> int:
-        return self.right - self.left
-
-
-@dataclass(frozen=True)
-class Division:
-    """The picture divided into rows x columns regions, one for each of the first rows * columns ranks."""
-
-    row_cuts: tuple[int, ...]
-    column_cuts: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        return len(self.row_cuts) - 1
-
-    @property
-    def columns(self) -> int:
-        return len(self.column_cuts) - 1
-
-    @property
-    def size(self) -> int:
-        return self.rows * self.columns
-
-    def region(self, index: int) -> Region:
-        """The region of rank `index`; regions are numbered row by row."""
-        row, column = divmod(index, self.columns)
-        return Region(
-            self.row_cuts[row], self.row_cuts[row + 1], self.column_cuts[column], self.column_cuts[column + 1]
-        )
-
-
-def cuts(extent: int, parts: int) -> tuple[int, ...]:
-    """Where to cut `extent` positions into `parts` runs that differ by at most one position."""
-    return tuple(extent * part // parts for part in range(parts + 1))
-
-
-def divide(height: int, width: int, world_size: int) -> Division:
-    """Divide a latent of height x width between at most `world_size` ranks.
-
-    Time follows the largest region, so that decides; then, since borders travel, the least length of cuts. A picture
-    too small to give every rank a position leaves some ranks without one.
-    """
-    options = [
-        (rows, columns)
-        for rows in range(1, min(height, world_size) + 1)
-        for columns in range(1, min(width, world_size // rows) + 1)
-    ]
-
-    def cost(option: tuple[int, int]) -> tuple[int, int, int]:
-        rows, columns = option
-        largest = math.ceil(height / rows) * math.ceil(width / columns)
-        return largest, (rows - 1) * width + (columns - 1) * height, rows
-
-    rows, columns = min(options, key=cost)
-    return Division(cuts(height, rows), cuts(width, columns))
-
-
 FULL_STEP = 12_500
 """Latent positions (frames x height x width) of a step that keeps a large GPU busy; a larger one only costs memory."""
 
@@ -163,50 +92,109 @@ WORKSPACE = 256 * 2**20
 """What the convolution library may want beside what is counted here."""
 
 
-def choose_steps(
-    weights: "Weights", height: int, width: int, time: int, positions: int, together: bool, free: int
-) -> tuple[Steps | None, int]:
-    """The steps in which a part of height x width latent positions is decoded within `free` bytes.
+@dataclass(frozen=True)
+class Plan:
+    """How a rank goes through its part of the picture.
 
-    positions: latent positions that the attention sees; together: borders travel. Returns the steps, or None where
-    not even the smallest fit, and the bytes that they need (see `peak_bytes`).
+    blocks: (1, 1), and everything streams; else rows and columns of the blocks into which the part is cut for the
+    tail, one after the other, once the trunk has gone through the whole part.
     """
-    n = max(1, min(-(-FULL_STEP // (height * width)), LONGEST_STEP, time))
-    while True:
-        doubling, flat = max(0, weights.flat - 1), len(weights.blocks) - max(1, weights.flat)
-        # A frame has four times the pixels a level up, so the flat levels are as busy with half the frames.
-        steps = Steps(n, (n,) * doubling + (max(1, n // 2),) * flat)
-        needed = peak_bytes(weights, height, width, time, positions, together, steps)
-        if needed <= free:
-            return steps, needed
-        if n == 1:
-            return None, needed
-        n //= 2
+
+    steps: Steps
+    blocks: tuple[int, int] = (1, 1)
+
+
+def choose_plan(
+    weights: "Weights",
+    part: tuple[int, int],
+    picture: tuple[int, int],
+    time: int,
+    together: bool,
+    free: int,
+) -> tuple[Plan | None, int]:
+    """The plan by which a part of the picture is decoded within `free` bytes with the least work.
+
+    part, picture: height and width in latent positions; together: other ranks have the rest. Returns the plan, or
+    None where not even the least needy fits, and the bytes that it needs (see `peak_bytes`).
+    """
+    grids = [(rows, columns) for rows in range(1, part[0] + 1) for columns in range(1, part[1] + 1)]
+    # A block is at least as large as its margins: smaller ones repeat more than they save.
+    least = -(-weights.margins[0] // 2)
+    grids = [
+        grid for grid in grids if grid == (1, 1) or all(part[i] // grid[i] >= least for i in (0, 1) if grid[i] > 1)
+    ]
+    grids.sort(key=lambda grid: (tail_work(weights, part, picture, grid), grid))
+    tightest = None
+    for grid in grids:
+        for n in _steps_to_try(part, grid, time):
+            doubling, flat = max(0, weights.flat - 1), len(weights.blocks) - max(1, weights.flat)
+            # A frame has four times the pixels a level up, so the flat levels are as busy with half the frames.
+            plan = Plan(Steps(n, (n,) * doubling + (max(1, n // 2),) * flat), grid)
+            needed = peak_bytes(weights, part, picture, time, together, plan)
+            if needed <= free:
+                return plan, needed
+            tightest = min(needed, tightest or needed)
+    return None, tightest
+
+
+def _steps_to_try(part: tuple[int, int], blocks: tuple[int, int], time: int) -> list[int]:
+    positions = math.prod(-(-part[i] // blocks[i]) for i in (0, 1))
+    n = max(1, min(-(-FULL_STEP // positions), LONGEST_STEP, time))
+    return [n >> i for i in range(n.bit_length())]
+
+
+def _sizes(
+    weights: "Weights", part: tuple[int, int], picture: tuple[int, int], blocks: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Height and width of what each level computes for the largest block."""
+    if blocks == (1, 1):
+        return [(part[0] * 2**level, part[1] * 2**level) for level in range(len(weights.margins))]
+    return [
+        tuple(min(picture[i] * 2**level, -(-part[i] // blocks[i]) * 2**level + 2 * margin) for i in (0, 1))
+        for level, margin in enumerate(weights.margins)
+    ]
+
+
+def tail_work(weights: "Weights", part: tuple[int, int], picture: tuple[int, int], blocks: tuple[int, int]) -> float:
+    """Multiplications of the tail for one latent frame, about: what blocks compute twice is in."""
+    total = 0
+    for level, (height, width) in enumerate(_sizes(weights, part, picture, blocks)):
+        convs = [resnet.conv1 for resnet in weights.blocks[level] if level] * 2
+        convs += [up.conv for up in weights.upsamplers[level : level + 1]]
+        total += min(4, 2**level) * height * width * sum(conv.weight.numel() for conv in convs)
+    return blocks[0] * blocks[1] * total
 
 
 def peak_bytes(
-    weights: "Weights", height: int, width: int, time: int, positions: int, together: bool, steps: Steps
+    weights: "Weights", part: tuple[int, int], picture: tuple[int, int], time: int, together: bool, plan: Plan
 ) -> int:
     """Bytes on the device at the fullest moment of a decode: weights, windows, keys and values, working tensors."""
-    size = weights.dtype.itemsize
+    size, steps, undivided = weights.dtype.itemsize, plan.steps, plan.blocks == (1, 1)
 
-    def frame(level: int) -> int:
-        scale = 2**level
-        return (height * scale + 2) * (width * scale + 2) * weights.widths[level] * size
+    def frame(level: int, height: int, width: int) -> int:
+        return (height + 2) * (width + 2) * weights.widths[level] * size
 
-    total = weights.nbytes + 2 * time * positions * weights.widths[0] * size + WORKSPACE
+    base = weights.nbytes + WORKSPACE
+    latent = frame(0, *part)
     convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
-    total += (2 * convs + 2 + 4 * steps.trunk + 4) * frame(0)
-    working = 3 * steps.trunk * frame(0)
-    waiting = 0
-    for level in range(1, len(weights.blocks)):
+    trunk = 2 * time * math.prod(picture) * weights.widths[0] * size + (2 * convs + 2 * steps.trunk + 2) * latent
+    trunk_working = 3 * steps.trunk * latent
+    tail = working = 0
+    for level, sides in enumerate(_sizes(weights, part, picture, plan.blocks)):
+        if level == 0:
+            tail += (2 * steps.trunk + 4) * frame(0, *sides)
+            continue
         step = steps.tail[level - 1]
-        lanes = LANES if together and level >= weights.flat else 1
+        lanes = LANES if together and undivided and level >= weights.flat else 1
         convs = 2 * len(weights.blocks[level]) + (level < len(weights.upsamplers))
-        total += (2 * convs + step * lanes + step + 1) * frame(level)
-        # The level's stream, what a convolution gives, and one more: the packed frames that came or the pixels to be.
-        working = max(working, 3 * step * lanes * frame(level))
+        tail += (2 * convs + step * lanes + step + 1) * frame(level, *sides)
+        # The level's stream, what a convolution gives, and one more: the packed frames that came or the pixels to be;
+        # and, of a block, what is cut off.
+        working = max(working, (3 + (not undivided)) * step * lanes * frame(level, *sides))
         if level <= weights.flat:  # frames that the level before handed on and that wait their turn
             before = steps.tail[level - 2] if level > 1 else steps.trunk
-            waiting += 2 * before * frame(level)
-    return total + working + waiting
+            tail += 2 * before * frame(level, *sides)
+    if undivided:
+        return base + trunk + tail + max(trunk_working, working)
+    kept = time * math.prod(picture) * weights.widths[0] * size
+    return base + kept + max(trunk + trunk_working, tail + working)

@@ -11,7 +11,10 @@ from diffusers import AutoencoderKLHunyuanVideo15
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Decoder3D
 
 from benchmarks.random_weights import TINY, random_latent
-from distributed import JobError, RankGroup
+from distributed import Cancelled, JobError, RankGroup
+from distributed.decoder import Weights
+from distributed.plan import choose_plan
+from distributed.regions import divide
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,44 @@ def test_every_number_of_ranks_gives_diffusers_decode(ranks, vae, reference, til
 def tiled_bits() -> dict:
     """Frames by case, of whichever number of ranks came first."""
     return {}
+
+
+def scarce(weights, shape: tuple[int, ...], ranks: int) -> int:
+    """The most bytes in which this latent is decoded in blocks."""
+    tensors = {key.removeprefix("decoder."): value for key, value in weights.items()}
+    loaded = Weights(tensors, torch.device("cpu"), torch.float32)
+    division = divide(*shape[3:], ranks)
+    regions = [division.region(i) for i in range(division.size)]
+    largest = max(regions, key=lambda region: region.height * region.width)
+    free = 2**40
+    while True:
+        part = largest.height, largest.width
+        plan, needed = choose_plan(loaded, part, shape[3:], shape[2], division.size > 1, free)
+        if plan.blocks != (1, 1):
+            return needed
+        free = needed - 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_too_little_memory_for_the_whole_picture_has_it_decoded_in_blocks(ranks, vae, weights, reference):
+    shape = (1, 32, 3, 9, 17)
+    z = random_latent(*shape)
+    with RankGroup(devices=["cpu"] * ranks) as group:
+        budget = scarce(weights, shape, ranks)
+        frames = group.decode(z, vae, memory=budget)
+        assert (frames - reference(z)).abs().max() < 1e-5
+        told = []
+        with pytest.raises(Cancelled):
+            group.decode(
+                z,
+                vae,
+                memory=budget,
+                cancelled=lambda: bool(told),
+                progress=lambda done, total: done and told.append(1),
+            )
+        pids = [rank["pid"] for rank in group.status()["ranks"]]
+        assert (group.decode(z, vae, memory=budget) - reference(z)).abs().max() < 1e-5
+        assert pids == [rank["pid"] for rank in group.status()["ranks"]]
 
 
 def test_the_error_is_no_larger_along_a_cut(pair, vae, reference):

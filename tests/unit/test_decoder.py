@@ -6,7 +6,8 @@ from diffusers import AutoencoderKLHunyuanVideo15
 
 from benchmarks.random_weights import random_latent
 from distributed import kernels
-from distributed.decoder import Steps, Stream, Weights
+from distributed.decoder import Steps, Tail, Trunk, Weights
+from distributed.regions import Region, block_extents, whole
 
 WIDTHS = (8, 8, 16, 32, 32)
 CPU = torch.device("cpu")
@@ -35,8 +36,9 @@ def weights(vae):
 def stream(weights, latent, steps):
     """latent [1, 32, T, H, W] -> frames [T', H', W', 3]."""
     video = latent[0].permute(1, 2, 3, 0).to(weights.dtype).contiguous()
-    run = Stream(weights, *video.shape[1:3], video.shape[0], steps)
-    return torch.cat(list(run.tail(run.trunk(chunk) for chunk in video.split(steps.trunk))))
+    trunk = Trunk(weights, *video.shape[1:3], video.shape[0], steps.trunk)
+    tail = Tail(weights, whole(*video.shape[1:3], len(weights.blocks)), steps)
+    return torch.cat(list(tail.run(trunk.run(chunk) for chunk in video.split(steps.trunk))))
 
 
 @torch.inference_mode()
@@ -56,6 +58,38 @@ STEPS = [Steps(1, (1, 1, 1, 1)), Steps(2, (2, 1, 1, 1)), Steps(3, (4, 2, 2, 2)),
 def test_any_chunk_size_gives_diffusers_untiled_decode(vae, weights, shape, steps):
     latent = random_latent(1, 32, *shape, seed=1)
     assert relative(stream(weights, latent, steps), reference(vae, latent)) < 1e-5
+
+
+BLOCKS = [Region(0, 1, 0, 1), Region(10, 13, 0, 3), Region(9, 12, 11, 14), Region(0, 22, 20, 21)]
+
+
+@torch.inference_mode()
+def block_and_whole(weights, block, margins):
+    """A block's pixels by itself, with these margins, and cut out of the whole."""
+    video, steps = random_latent(1, 32, 3, 22, 25, seed=5)[0].permute(1, 2, 3, 0).contiguous(), STEPS[1]
+    trunk = Trunk(weights, 22, 25, 3, steps.trunk)
+    chunks = [trunk.run(chunk) for chunk in video.split(steps.trunk)]
+    exact = torch.cat(list(Tail(weights, whole(22, 25, 5), steps).run(iter(chunks))))
+    extents = block_extents(block, 22, 25, margins)
+    first = extents[0]
+    seen = [chunk[:, first.top : first.bottom, first.left : first.right].contiguous() for chunk in chunks]
+    pixels = torch.cat(list(Tail(weights, extents, steps).run(iter(seen))))
+    return pixels, exact[:, 16 * block.top : 16 * block.bottom, 16 * block.left : 16 * block.right]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_with_its_margins_gives_its_part_of_the_whole(weights, block):
+    pixels, exact = block_and_whole(weights, block, weights.margins)
+    assert pixels.shape == exact.shape and (pixels - exact).abs().max() < 1e-5
+
+
+def test_margins_that_are_too_narrow_would_be_noticed(weights):
+    pixels, exact = block_and_whole(weights, BLOCKS[1], (8, 8, 5, 4, 2))
+    assert (pixels - exact).abs().max() > 1e-3
+
+
+def test_margins_are_one_for_each_convolution_up_to_the_pixels(weights):
+    assert weights.margins == (8, 14, 13, 11, 7)
 
 
 def test_a_long_video_is_decoded_as_exactly_as_a_short_one(vae, weights):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.random_weights import TINY, decoder_tensors
+from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed import kernels
 from distributed.engine import Engine
 from distributed.plan import Job
@@ -38,6 +38,10 @@ def test_a_gpu_gives_the_cpus_frames(mode, monkeypatch):
 def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
     from triton import knobs
 
+    from distributed import triton_kernels
+
+    for kernel in (triton_kernels._fill_window, triton_kernels._upsample, triton_kernels._sum_taps):
+        kernel.device_caches.clear()
     compiled = []
     device = torch.device("cuda")
     tensors = decoder_tensors(TINY, torch.device("cpu"))
@@ -51,3 +55,26 @@ def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
     finally:
         knobs.runtime.jit_post_compile_hook = None
     assert warmed > 10 and not compiled[warmed:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "gib"), [((1, 32, 9, 30, 53), None), ((1, 32, 5, 30, 53), 4.5), ((1, 32, 5, 30, 53), 3)]
+)
+def test_no_more_memory_is_allocated_than_the_plan_says(shape, gib, monkeypatch):
+    device = torch.device("cuda")
+    tensors = {key: value.bfloat16().cpu() for key, value in decoder_tensors(FULL, device).items()}
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    reserve = Engine._reserve
+
+    def reserve_and_forget(engine, needed):
+        reserve(engine, needed)
+        torch.cuda.reset_peak_memory_stats()
+
+    monkeypatch.setattr(Engine, "_reserve", reserve_and_forget)
+    engine = Engine(tensors, device, torch.bfloat16)
+    job = Job(shape, dtype="bfloat16", memory=gib and int(gib * 2**30))
+    engine.decode(job, torch.randn(shape), torch.empty(job.frames_shape), Quiet())
+    assert torch.cuda.max_memory_allocated() - before <= engine.needed
+    engine.release()

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed.decoder import Weights
-from distributed.plan import Job, check_job, choose_steps, divide, frame_count, peak_bytes
+from distributed.plan import Job, check_job, choose_plan, frame_count, peak_bytes, tail_work
+from distributed.regions import divide
+from distributed.weights import _decoder_shapes
 
 JOB = Job((1, 32, 3, 4, 5))
 
@@ -69,18 +71,47 @@ def tiny():
     return Weights(decoder_tensors(TINY, torch.device("cpu")), torch.device("cpu"), torch.float32)
 
 
-def test_less_memory_gives_smaller_steps_until_nothing_fits(tiny):
-    plenty, most = choose_steps(tiny, 8, 8, 31, 64, False, 2**40)
-    tight, needed = choose_steps(tiny, 8, 8, 31, 64, False, most - 1)
-    assert needed < most and tight.trunk <= plenty.trunk
-    nothing, least = choose_steps(tiny, 8, 8, 31, 64, False, 1000)
-    assert nothing is None and least > 1000
+def test_less_memory_gives_smaller_steps_then_blocks_until_nothing_fits(tiny):
+    seen = []
+    free = 2**40
+    while True:
+        plan, needed = choose_plan(tiny, (40, 50), (40, 50), 31, False, free)
+        if plan is None:
+            break
+        assert needed <= free
+        seen.append(plan)
+        free = needed - 1
+    assert needed > free and len(seen) > 5
+    assert seen[0].blocks == (1, 1) and seen[1].steps.trunk <= seen[0].steps.trunk
+    work = [tail_work(tiny, (40, 50), (40, 50), plan.blocks) for plan in seen]
+    assert work == sorted(work) and seen[-1].blocks[0] * seen[-1].blocks[1] > 4
+
+
+def test_a_picture_too_small_for_blocks_has_one(tiny):
+    plan, _ = choose_plan(tiny, (3, 3), (3, 3), 5, False, 2**40)
+    nothing, least = choose_plan(tiny, (3, 3), (3, 3), 5, False, 1000)
+    assert plan.blocks == (1, 1) and nothing is None and least > 1000
 
 
 def test_the_estimate_does_not_grow_with_the_video_but_for_keys_and_values(tiny):
-    steps, _ = choose_steps(tiny, 8, 8, 31, 64, False, 2**40)
-    short, long = (peak_bytes(tiny, 8, 8, time, 64, False, steps) for time in (31, 62))
+    plan, _ = choose_plan(tiny, (8, 8), (8, 8), 31, False, 2**40)
+    short, long = (peak_bytes(tiny, (8, 8), (8, 8), time, False, plan) for time in (31, 62))
     assert long - short == 2 * 31 * 64 * TINY[0] * 4
+
+
+@pytest.fixture(scope="module")
+def full():
+    """The real size, with no memory behind it."""
+    shapes = _decoder_shapes(FULL, 3, 32)
+    tensors = {key.removeprefix("decoder."): torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return Weights(tensors, torch.device("meta"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("picture", "gib"), [((45, 80), 10), ((45, 80), 6), ((68, 120), 16)])
+def test_the_real_model_fits_the_budgets_that_are_promised(full, picture, gib):
+    plan, needed = choose_plan(full, picture, picture, 31, False, gib * 2**30)
+    assert plan is not None and needed <= gib * 2**30
+    assert (plan.blocks == (1, 1)) == (gib == 10)
 
 
 def test_the_benchmarks_work_is_that_of_the_model():

@@ -1,0 +1,137 @@
+"""Ascend devices: the whole path on a stand-in (see tests/stand_ins), and the names that the real one must have."""
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_INS = ROOT / "tests" / "stand_ins"
+
+DECODE = """
+import sys, torch
+from benchmarks.random_weights import random_latent
+from distributed import RankGroup
+if __name__ == "__main__":
+    frames = {}
+    for devices in ("cpu,cpu", "npu:0-1"):
+        with RankGroup(devices, dtype="float32") as group:
+            assert [rank["device"] for rank in group.status()["ranks"]] == devices.replace("0-1", "0,npu:1").split(",")
+            z = random_latent(2, 32, 3, 4, 5)
+            frames[devices] = [group.decode(z, sys.argv[1], mode, tile_size=48, overlap=16).clone()
+                               for mode in ("seamless", "tiled")]
+            group.release()
+            assert torch.equal(group.decode(z, sys.argv[1]), frames[devices][0])
+    for ours, theirs in zip(*frames.values()):
+        assert torch.equal(ours, theirs)
+    try:
+        RankGroup("npu:0-2")
+    except ValueError as error:
+        assert "this machine has npu:0, npu:1" in str(error), error
+    else:
+        raise AssertionError("npu:2 was taken")
+    print("the same frames")
+"""
+
+
+def test_a_group_on_npu_devices_takes_every_step_and_gives_the_cpus_frames(vae):
+    path = os.pathsep.join([str(STAND_INS), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", DECODE, str(vae)],
+        env={**os.environ, "PYTHONPATH": path, "HV15_TEST_NPUS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout == "the same frames\n", done.stderr[-3000:]
+
+
+def test_without_npu_devices_torch_npu_is_never_imported(vae):
+    code = (
+        "import sys; from distributed import RankGroup\n"
+        "from benchmarks.random_weights import random_latent\n"
+        "if __name__ == '__main__':\n"
+        "    with RankGroup('cpu') as group:\n"
+        "        group.decode(random_latent(1, 32, 1, 1, 1), sys.argv[1])\n"
+        "    assert 'torch_npu' not in sys.modules\n"
+    )
+    # There is no HV15_TEST_NPUS: whoever imported the stand-in to count devices would fail.
+    path = os.pathsep.join([str(STAND_INS), str(ROOT)])
+    subprocess.run([sys.executable, "-c", code, str(vae)], env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+def used_of_device_modules() -> set[str]:
+    """What our code takes from `torch.get_device_module`, as x.name, where x is the call or what it was assigned to."""
+
+    def is_module(node: ast.expr) -> bool:
+        if isinstance(node, ast.Call):
+            return isinstance(node.func, ast.Attribute) and node.func.attr == "get_device_module"
+        return getattr(node, "attr", getattr(node, "id", "")) == "accelerator"
+
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "distributed").glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and is_module(node.value)}
+
+
+@pytest.fixture(scope="module")
+def wheel():
+    """The published torch_npu for this torch, downloaded once and only read."""
+    folder = ROOT / ".cache" / "torch_npu"
+    version = ".".join(torch.__version__.split(".")[:2])
+    if not list(folder.glob(f"torch_npu-{version}*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--dest", str(folder)]
+        done = subprocess.run([*command, f"torch-npu=={version}.*"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"torch-npu for torch {version} cannot be downloaded here: {done.stderr[-300:]}")
+    with zipfile.ZipFile(next(folder.glob(f"torch_npu-{version}*.whl"))) as file:
+        yield file
+
+
+def public_names(wheel: zipfile.ZipFile, module: str) -> set[str]:
+    """What a module of the wheel offers: definitions, imports, and what it imports by stars."""
+    names: set[str] = set()
+    for node in ast.walk(
+        ast.parse(wheel.read(f"{module}.py" if f"{module}.py" in wheel.namelist() else f"{module}/__init__.py"))
+    ):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names if alias.name != "*"}
+            if any(alias.name == "*" for alias in node.names) and node.level:
+                names |= public_names(wheel, f"torch_npu/npu/{node.module}".replace(".", "/"))
+    return names
+
+
+def test_every_name_that_is_used_of_torch_npu_is_in_the_published_one(wheel):
+    used = used_of_device_modules()
+    assert {"mem_get_info", "set_device", "Stream", "device_count", "empty_cache"} <= used
+    assert used <= public_names(wheel, "torch_npu/npu"), used - public_names(wheel, "torch_npu/npu")
+
+
+def test_what_is_used_of_its_streams_and_events_is_there(wheel):
+    tree = ast.parse(wheel.read("torch_npu/npu/streams.py"))
+    methods = {
+        node.name: {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {"wait_stream", "record_event"} <= methods["Stream"] and "synchronize" in methods["Event"]
+
+
+def test_it_registers_the_device_and_the_backend_that_are_asked_for(wheel):
+    sources = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".py")]
+    assert any('rename_privateuse1_backend("npu")' in source for source in sources)
+    assert any("Backend.register_backend(" in source and '"hccl"' in source for source in sources)
+
+
+def test_the_stand_in_offers_no_more_than_the_published_one(wheel):
+    tree = ast.parse((STAND_INS / "torch_npu" / "__init__.py").read_text())
+    offered = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    offered = {name for name in offered if not name.startswith("_")}
+    assert offered <= public_names(wheel, "torch_npu/npu")

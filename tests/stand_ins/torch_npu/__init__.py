@@ -1,0 +1,103 @@
+"""Stands in for Ascend's torch_npu where there is no card. Only tests put it on the path.
+
+It gives torch a device named "npu" and the functions of `torch.npu` that this pack calls, and the backend "hccl", which
+is gloo underneath. Tensors asked for on such a device are the CPU's: torch has no way to make a device without compiled
+kernels. So the tests that use it show that our code takes the right steps in the right order on "npu" devices: parsing,
+starting, choosing the backend, streams and pinned memory, memory questions, the decode, the frames. They cannot show
+that torch_npu's kernels exist, are right or are fast, nor anything about HCCL. Nothing here has met hardware.
+"""
+
+import contextlib
+import os
+import types
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+GIB = 2**30
+
+
+def device_count() -> int:
+    return int(os.environ["HV15_TEST_NPUS"])
+
+
+def is_available() -> bool:
+    return False  # to others than this pack: ComfyUI would compute on it
+
+
+def set_device(device: torch.device) -> None:
+    """From now on this thread's tensors that are asked for on an npu device are made, on the CPU."""
+    if device.index >= device_count():
+        raise RuntimeError(f"there is no {device}")
+    torch.Tensor.record_stream = lambda tensor, stream: None  # it takes no stream but torch's own
+    _OnCpu().__enter__()
+
+
+def mem_get_info(device: torch.device) -> tuple[int, int]:
+    return 8 * GIB, 64 * GIB
+
+
+def memory_reserved(device: torch.device) -> int:
+    return 0
+
+
+def memory_allocated(device: torch.device) -> int:
+    return 0
+
+
+def empty_cache() -> None:
+    pass
+
+
+class Event:
+    def synchronize(self) -> None:
+        pass
+
+
+class Stream:
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "npu"
+
+    def wait_stream(self, other: "Stream") -> None:
+        assert isinstance(other, Stream)
+
+    def record_event(self) -> Event:
+        return Event()
+
+
+def current_stream(device: torch.device) -> Stream:
+    return Stream(device)
+
+
+@contextlib.contextmanager
+def stream(chosen: Stream) -> Iterator[None]:
+    assert isinstance(chosen, Stream)
+    yield
+
+
+def _cpu(value: object) -> object:
+    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "npu" else value
+
+
+class _OnCpu(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = {name: _cpu(value) for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        return function(*map(_cpu, args), **kwargs)
+
+
+def _hccl(store: dist.Store, rank: int, size: int, timeout) -> dist.ProcessGroupGloo:
+    if os.environ["HCCL_DETERMINISTIC"] != "true" or not os.environ["HCCL_IF_BASE_PORT"].isdigit():
+        raise RuntimeError("the environment does not say what HCCL must know")
+    return dist.ProcessGroupGloo(store, rank, size, timeout)
+
+
+torch.utils.rename_privateuse1_backend("npu")
+torch._register_device_module("npu", module := types.ModuleType("torch.npu"))
+for name in (
+    "device_count", "is_available", "set_device", "mem_get_info", "memory_reserved", "memory_allocated", "empty_cache",
+    "Event", "Stream", "current_stream", "stream",
+):  # fmt: skip
+    setattr(module, name, globals()[name])
+dist.Backend.register_backend("hccl", _hccl, devices=["npu"])
