@@ -245,7 +245,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "command": "python -m benchmarks.decode " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.decode --repeat {options.repeat} --sizes {','.join(sizes)}",
         "matmul_tflops": round(matmul_rate(device, dtype, 0.05) / 1e12, 2),
         "matmul_sustained_tflops": round(matmul_rate(device, dtype, 2) / 1e12, 2),
         "results": [],

@@ -4,8 +4,11 @@ Elsewhere a device is a `torch.device`, and what it can do is asked of `torch.ge
 Ascend support is written against torch_npu's documented interface and has not been run on hardware.
 """
 
+import errno
 import os
+import random
 import re
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +17,7 @@ import torch
 COLLECTIVES = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 MOST_RANKS = 64
 HCCL_PORTS = range(50000, 65000, 64)
-"""First ports of the ranges that groups on one host use for HCCL; each group needs its own."""
+"""First ports of the ranges that groups on one host use for HCCL; each group needs its own. The last one marks it."""
 
 
 def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
@@ -116,8 +119,27 @@ def collective_backend(kind: str, chosen: str) -> str:
     return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{own}"
 
 
-def environment(kind: str, group_number: int) -> dict[str, str]:
-    """Environment of the ranks. Groups on one host must not share HCCL's ports, and nothing listens beyond loopback.
+def reserve_ports(kind: str) -> socket.socket | None:
+    """For Ascend: a range of ports that no other group on this host has, for as long as the socket is open.
+
+    The socket holds the last port of the range, on loopback; whoever wants the range finds it taken. Raises OSError
+    where all are.
+    """
+    if kind != "npu":
+        return None
+    for first in random.sample(HCCL_PORTS, len(HCCL_PORTS)):
+        mark = socket.socket()
+        try:
+            mark.bind(("127.0.0.1", first + HCCL_PORTS.step - 1))
+        except OSError:
+            mark.close()
+        else:
+            return mark
+    raise OSError(errno.EADDRINUSE, "all port ranges for HCCL are taken")
+
+
+def environment(kind: str, ports: socket.socket | None) -> dict[str, str]:
+    """Environment of the ranks. Nothing listens beyond loopback.
 
     HCCL chooses its interface itself: that it would take loopback could not be tried on hardware.
     """
@@ -125,7 +147,7 @@ def environment(kind: str, group_number: int) -> dict[str, str]:
     if sys.platform == "linux":
         loopback = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     if kind == "npu":
-        port = HCCL_PORTS[group_number % len(HCCL_PORTS)]
+        port = ports.getsockname()[1] - HCCL_PORTS.step + 1
         return {**loopback, "HCCL_IF_BASE_PORT": str(port), "HCCL_DETERMINISTIC": "true"}
     if kind == "cuda":
         # The windows are large and live as long as a decode; without this the cache breaks up between sizes.

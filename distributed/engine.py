@@ -114,7 +114,8 @@ class Engine:
         lacking = False
         if self.device.type != "cpu":
             try:
-                torch.empty(max(0, needed - self.weights.nbytes), dtype=torch.uint8, device=self.device)
+                there = torch.get_device_module(self.device).memory_allocated(self.device)
+                torch.empty(max(0, needed - there), dtype=torch.uint8, device=self.device)
             except torch.OutOfMemoryError:
                 lacking = True
         if agree(lacking):

@@ -39,8 +39,6 @@ RELEASE_SECONDS = 15
 MEMORY_TRIES = 4
 LOGS = Path.home() / ".cache" / "hunyuanvideo15-distributed" / "logs"
 
-_numbers = itertools.count()
-
 
 class RankGroup:
     """A persistent group of ranks. See the module's docstring.
@@ -80,7 +78,7 @@ class RankGroup:
         self.keep_loaded, self.backend = keep_loaded, backend
         self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
         self.on_change = on_change or (lambda: None)
-        self._worker, self._number, self._logs = worker, next(_numbers), Path(logs)
+        self._worker, self._logs = worker, Path(logs)
         self._state = State.STOPPED
         self._lock = threading.RLock()
         self._decoding = threading.Lock()
@@ -181,8 +179,11 @@ class RankGroup:
             ranks, self._ranks = self._ranks, None
             self._move(State.STOPPED)
             self._handed = None
+            starting = self._starting
         if ranks:
             ranks.end()
+        if starting and starting is not threading.current_thread():
+            starting.join()  # what it has begun it also ends
         self._pool.trim()
 
     def status(self) -> dict:
@@ -225,12 +226,14 @@ class RankGroup:
     def _bring_up(self, old: Ranks | None) -> None:
         if old:
             old.end()
+        with self._lock:
+            if not self._wanted():
+                return
         try:
             ranks = Ranks(
                 self.devices,
                 self.backend,
                 self._worker,
-                self._number,
                 self._logs,
                 self.stall_timeout,
                 lambda: self._changed(ranks),

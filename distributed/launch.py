@@ -67,7 +67,6 @@ class Ranks:
         devices: Sequence[str],
         backend: str,
         worker: str,
-        number: int,
         logs: Path,
         stall_seconds: float,
         on_change: Callable[[], None],
@@ -91,9 +90,11 @@ class Ranks:
         with open(os.open(self.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(key)
         self._door = Door(key, self._serve)
+        kind = devices[0].split(":")[0]
+        self._ports = device_module.reserve_ports(kind)
         environment = {
             **os.environ,
-            **device_module.environment(devices[0].split(":")[0], number),
+            **device_module.environment(kind, self._ports),
             "HV15_FOLDER": str(self.folder),
             "HV15_LOGS": str(self.logs),
             "HV15_CONTROL": "{}:{}".format(*self._door.address),
@@ -204,6 +205,8 @@ class Ranks:
             self.launcher.wait()
         psutil.wait_procs(left, timeout=1)
         self._close_channels()
+        if self._ports:
+            self._ports.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.ended.set()
 

@@ -4,7 +4,7 @@ import comfy.sd
 from comfy_api.latest import io
 from torch import Tensor
 
-from .decoding import check_vae, decode_inputs, decode_on_ranks
+from .decoding import decode_inputs, decode_on_ranks, preload
 from .groups import GroupDescription
 from .sockets import CATEGORY
 
@@ -61,4 +61,5 @@ class DistributeVAE(io.ComfyNode):
     def execute(
         cls, vae: object, mode: str, tile_size: int, overlap: int, rank_group: GroupDescription | None = None
     ) -> io.NodeOutput:
-        return io.NodeOutput(DistributedVAE(check_vae(vae), rank_group, mode, tile_size, overlap))
+        preload(vae, rank_group)
+        return io.NodeOutput(DistributedVAE(vae, rank_group, mode, tile_size, overlap))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from distributed import devices
+
 ROOT = Path(__file__).resolve().parents[2]
 STAND_INS = ROOT / "tests" / "stand_ins"
 
@@ -63,6 +65,17 @@ def test_without_npu_devices_torch_npu_is_never_imported(vae):
     # There is no HV15_TEST_NPUS: whoever imported the stand-in to count devices would fail.
     path = os.pathsep.join([str(STAND_INS), str(ROOT)])
     subprocess.run([sys.executable, "-c", code, str(vae)], env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
+def test_no_two_groups_on_a_host_get_the_same_ports_for_hccl():
+    marks = [devices.reserve_ports("npu") for _ in range(20)]
+    ports = {devices.environment("npu", mark)["HCCL_IF_BASE_PORT"] for mark in marks}
+    assert len(ports) == 20
+    code = "from distributed import devices; print(devices.environment('npu', devices.reserve_ports('npu')))"
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(other.stdout)["HCCL_IF_BASE_PORT"] not in ports
+    for mark in marks:
+        mark.close()
 
 
 def used_of_device_modules() -> set[str]:
