@@ -9,18 +9,13 @@ from .groups import GroupDescription
 from .sockets import CATEGORY
 
 
-class DistributedVAE(comfy.sd.VAE):
-    """Another VAE's twin in everything but `decode` and `decode_tiled`, which run on ranks.
+class DistributedVAE:
+    """What a distributed VAE has of its own: `decode` and `decode_tiled` run on ranks. See `distributed`."""
 
-    It shares the other's attributes, so encoding, sizes, weights and memory management stay core's, and the model is
-    not put on the device for a decode that ranks do.
-    """
-
-    def __init__(
-        self, vae: comfy.sd.VAE, group: GroupDescription | None, mode: str, tile_size: int, overlap: int
-    ) -> None:
-        self.__dict__.update(vae.__dict__)
-        self.group, self.mode, self.tile_size, self.overlap = group, mode, tile_size, overlap
+    group: GroupDescription | None
+    mode: str
+    tile_size: int
+    overlap: int
 
     def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
         """[B, 32, t, H, W] -> [B, T, H', W', 3] in 0..1, as core's."""
@@ -43,6 +38,23 @@ class DistributedVAE(comfy.sd.VAE):
         return decode_on_ranks(samples, self, self.group, "tiled", tile_size, shared)
 
 
+def distributed(
+    vae: comfy.sd.VAE, group: GroupDescription | None, mode: str, tile_size: int, overlap: int
+) -> comfy.sd.VAE:
+    """Another VAE's twin in everything but decoding, which runs on ranks.
+
+    It is of the other's class and shares its attributes, so encoding, sizes, weights and memory management stay core's,
+    or another pack's, and the model is not put on the device for a decode that ranks do.
+    """
+    kind = type(vae)
+    if not issubclass(kind, DistributedVAE):
+        kind = type("DistributedVAE", (DistributedVAE, kind), {})
+    twin = object.__new__(kind)
+    twin.__dict__.update(vae.__dict__)
+    twin.group, twin.mode, twin.tile_size, twin.overlap = group, mode, tile_size, overlap
+    return twin
+
+
 class DistributeVAE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -62,4 +74,4 @@ class DistributeVAE(io.ComfyNode):
         cls, vae: object, mode: str, tile_size: int, overlap: int, rank_group: GroupDescription | None = None
     ) -> io.NodeOutput:
         preload(vae, rank_group)
-        return io.NodeOutput(DistributedVAE(vae, rank_group, mode, tile_size, overlap))
+        return io.NodeOutput(distributed(vae, rank_group, mode, tile_size, overlap))

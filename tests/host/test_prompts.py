@@ -229,8 +229,17 @@ def test_a_killed_rank_does_not_cost_the_prompt(host, prompt):
 
 
 def test_free_reaches_the_ranks_and_stop_and_restart_work_over_http(host, prompt):
+    def loaded():
+        pids = [rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"] if rank["pid"]]
+        return [pid for pid in pids for mapped in psutil.Process(pid).memory_maps() if "hv15_tiny" in mapped.path]
+
     assert host.run(small(prompt("core_nodes"))).error is None
+    assert loaded()
     host.post("/free", {"unload_models": True, "free_memory": True})
+    limit = time.monotonic() + 20
+    while loaded():
+        assert time.monotonic() < limit, "ranks still hold the weights"
+        time.sleep(0.1)
     (group, *_) = [g for g in host.get("/hv15/groups") if len(g["ranks"]) == 2]
     assert json.dumps(group).count("/tmp") == 0
     assert host.post(f"/hv15/groups/{group['id']}/stop")["state"] == "stopped"

@@ -262,7 +262,7 @@ def asked(pack, monkeypatch):
     distribute = importlib.import_module("hv15_pack.nodes.distribute")
     calls = []
     monkeypatch.setattr(distribute, "decode_on_ranks", lambda latent, vae, group, *how: calls.append(how))
-    return SimpleNamespace(calls=calls, DistributedVAE=distribute.DistributedVAE)
+    return SimpleNamespace(calls=calls, distributed=distribute.distributed)
 
 
 def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked):
@@ -270,10 +270,11 @@ def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked)
     import comfy.sd
 
     vae = pack.load_vae(core.path, "float32")
-    twin = asked.DistributedVAE(vae, None, "seamless", 256, 64)
-    again = copy.copy(asked.DistributedVAE(twin, None, "tiled", 128, 32))
+    twin = asked.distributed(vae, None, "seamless", 256, 64)
+    again = copy.copy(asked.distributed(twin, None, "tiled", 128, 32))
     assert isinstance(again, comfy.sd.VAE) and again.patcher is vae.patcher
     assert again.get_sd().keys() == vae.get_sd().keys() and pack.rank_source(again) == core.path
+    assert type(copy.deepcopy(twin)) is type(twin) and copy.deepcopy(twin).group is None
     twin.decode(latent(1))
     again.decode(latent(1), vae_options={})
     again.decode_tiled(latent(1))
@@ -286,6 +287,16 @@ def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked)
     ]
     loaded = [model.model for model in comfy.model_management.current_loaded_models]
     assert vae.patcher not in loaded, "core's model was loaded for a decode that ranks do"
+
+
+def test_what_another_pack_s_kind_of_vae_does_otherwise_the_drop_in_does_too(pack, core, asked):
+    vae = pack.load_vae(core.path, "float32")
+    odd = type("OddVAE", (type(vae),), {"encode": lambda self, pixels: "encoded oddly", "decode": lambda *_: "not so"})
+    vae.__class__ = odd
+    twin = asked.distributed(vae, None, "seamless", 256, 64)
+    assert isinstance(twin, odd) and twin.encode(None) == "encoded oddly"
+    twin.decode(latent(1))
+    assert asked.calls == [("seamless", 256, 64)]
 
 
 def test_free_and_memory_pressure_release_the_ranks(pack):

@@ -145,6 +145,16 @@ def test_a_checkpoint_is_loaded_ahead_of_the_decode_and_what_fails_then_is_told_
             group.decode(random_latent(1, 32, 1, 1, 2), tmp_path / "missing.safetensors")
 
 
+def test_release_gives_the_weights_back_at_once_and_keeps_the_processes(pair, vae):
+    pids = [rank["pid"] for rank in pair.status()["ranks"]]
+    expected = pair.decode(random_latent(1, 32, 1, 1, 2), vae).clone()
+    assert all(maps(pid, vae) for pid in pids)
+    pair.release()
+    assert not any(maps(pid, vae) for pid in pids)
+    assert torch.equal(pair.decode(random_latent(1, 32, 1, 1, 2), vae), expected)
+    assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
+
+
 def test_a_device_that_is_shared_is_left_alone_until_the_decode(vae):
     with RankGroup(["cpu"]) as group:
         states = []

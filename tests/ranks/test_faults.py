@@ -238,6 +238,20 @@ def test_a_rank_that_is_stopped_before_a_large_latent_cannot_hold_up_a_cancel(va
         assert group.decode(random_latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
 
 
+def test_every_change_of_state_is_told_to_whoever_listens(vae):
+    told = []
+    group = RankGroup(["cpu"])
+    group.on_change = lambda: told.append(group.status()["state"])
+    group.decode(random_latent(1, 32, 1, 1, 2), vae)
+    os.kill(group.status()["ranks"][0]["pid"], signal.SIGKILL)
+    assert until(lambda: "recovering" in told and told[-1] == "ready", 60)
+    os.kill(group.status()["ranks"][0]["pid"], signal.SIGKILL)  # again, before it has decoded anything
+    assert until(lambda: told[-1] == "failed", 5)
+    group.stop()
+    changes = [state for state, before in zip(told, [None, *told], strict=False) if state != before]
+    assert changes == ["starting", "ready", "busy", "ready", "recovering", "ready", "failed", "stopped"]
+
+
 def test_stop_during_start_leaves_no_thread_and_no_process(vae):
     before = {thread.name for thread in threading.enumerate()}
     group = RankGroup(devices=["cpu", "cpu"])
