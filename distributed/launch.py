@@ -83,6 +83,8 @@ class Ranks:
         self._stall_seconds = stall_seconds
         self._on_change = on_change
         self._ending = threading.Event()
+        kind = devices[0].split(":")[0]
+        self._ports = device_module.reserve_ports(kind)  # first: it may fail, and nothing is to be undone yet
         self.logs = _new_log_folder(logs)
         self.folder = Path(tempfile.mkdtemp(prefix="hv15-"))
         key = secrets.token_bytes(32)
@@ -90,8 +92,6 @@ class Ranks:
         with open(os.open(self.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(key)
         self._door = Door(key, self._serve)
-        kind = devices[0].split(":")[0]
-        self._ports = device_module.reserve_ports(kind)
         environment = {
             **os.environ,
             **device_module.environment(kind, self._ports),
@@ -122,6 +122,8 @@ class Ranks:
                 )
         except OSError:
             self._door.close()
+            if self._ports:
+                self._ports.close()
             shutil.rmtree(self.folder)
             raise
         threading.Thread(target=self._watch, name="hv15-watch", daemon=True).start()
