@@ -18,6 +18,8 @@ COLLECTIVES = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 MOST_RANKS = 64
 HCCL_PORTS = range(50000, 65000, 64)
 """First ports of the ranges that groups on one host use for HCCL; each group needs its own. The last one marks it."""
+HCCL_TAKES = 32
+"""Ports that HCCL takes from HCCL_IF_BASE_PORT on (CANN 8.3; 16 in 8.0)."""
 
 
 def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
@@ -122,20 +124,36 @@ def collective_backend(kind: str, chosen: str) -> str:
 def reserve_ports(kind: str) -> socket.socket | None:
     """For Ascend: a range of ports that no other group on this host has, for as long as the socket is open.
 
-    The socket holds the last port of the range, on loopback; whoever wants the range finds it taken. Raises OSError
-    where all are.
+    The socket holds the last port of the range, on loopback; whoever wants the range finds it taken. A range is passed
+    over where another program has a port that HCCL would take. Raises OSError where no range is left.
     """
     if kind != "npu":
         return None
     for first in random.sample(HCCL_PORTS, len(HCCL_PORTS)):
-        mark = socket.socket()
-        try:
-            mark.bind(("127.0.0.1", first + HCCL_PORTS.step - 1))
-        except OSError:
-            mark.close()
-        else:
+        mark = _bound("127.0.0.1", first + HCCL_PORTS.step - 1)
+        if mark and all(map(_is_free, range(first, first + HCCL_TAKES))):
             return mark
-    raise OSError(errno.EADDRINUSE, "all port ranges for HCCL are taken")
+        if mark:
+            mark.close()
+    raise OSError(errno.EADDRINUSE, f"all {len(HCCL_PORTS)} port ranges for HCCL are taken")
+
+
+def _bound(address: str, port: int) -> socket.socket | None:
+    """A socket that holds this port, or None where someone has it."""
+    holder = socket.socket()
+    try:
+        holder.bind((address, port))
+    except OSError:
+        holder.close()
+        return None
+    return holder
+
+
+def _is_free(port: int) -> bool:
+    """Whether nobody on this host has the port, on any interface."""
+    if holder := _bound("", port):
+        holder.close()
+    return holder is not None
 
 
 def environment(kind: str, ports: socket.socket | None) -> dict[str, str]:
