@@ -1,16 +1,21 @@
 """Ascend devices: the whole path on a stand-in (see tests/stand_ins), and the names that the real one must have."""
 
 import ast
+import contextlib
+import errno
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from distributed import devices
+from distributed import devices, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_INS = ROOT / "tests" / "stand_ins"
@@ -41,16 +46,17 @@ if __name__ == "__main__":
 """
 
 
-def test_a_group_on_npu_devices_takes_every_step_and_gives_the_cpus_frames(vae):
+def test_a_group_on_npu_devices_takes_every_step_and_gives_the_cpus_frames(vae, tmp_path):
     path = os.pathsep.join([str(STAND_INS), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", DECODE, str(vae)],
-        env={**os.environ, "PYTHONPATH": path, "HV15_TEST_NPUS": "2"},
+        env={**os.environ, "PYTHONPATH": path, "HV15_TEST_NPUS": "2", "HV15_TEST_HCCL": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.stdout == "the same frames\n", done.stderr[-3000:]
+    assert {file.name for file in tmp_path.iterdir()} == {"0 of 2", "1 of 2"}  # the ranks joined by hccl
 
 
 def test_without_npu_devices_torch_npu_is_never_imported(vae):
@@ -67,15 +73,46 @@ def test_without_npu_devices_torch_npu_is_never_imported(vae):
     subprocess.run([sys.executable, "-c", code, str(vae)], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
-def test_no_two_groups_on_a_host_get_the_same_ports_for_hccl():
-    marks = [devices.reserve_ports("npu") for _ in range(20)]
-    ports = {devices.environment("npu", mark)["HCCL_IF_BASE_PORT"] for mark in marks}
-    assert len(ports) == 20
+@pytest.fixture
+def sockets():
+    """Sockets to be closed when the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda holder: stack.enter_context(contextlib.closing(holder))
+
+
+def base_port(mark: socket.socket) -> int:
+    return int(devices.environment("npu", mark)["HCCL_IF_BASE_PORT"])
+
+
+def test_no_two_groups_on_a_host_get_the_same_ports_for_hccl(sockets):
+    # So many of the 235 ranges that chance alone would give some of them twice.
+    ports = {base_port(sockets(devices.reserve_ports("npu"))) for _ in range(100)}
+    assert len(ports) == 100
     code = "from distributed import devices; print(devices.environment('npu', devices.reserve_ports('npu')))"
-    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ast.literal_eval(other.stdout)["HCCL_IF_BASE_PORT"] not in ports
-    for mark in marks:
-        mark.close()
+    for _ in range(3):
+        other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert int(ast.literal_eval(other.stdout)["HCCL_IF_BASE_PORT"]) not in ports
+
+
+def test_ports_for_hccl_that_another_program_listens_on_are_passed_over(sockets, monkeypatch):
+    first, second = 62000, 62064  # beyond the ports that Linux gives out itself
+    monkeypatch.setattr(devices, "HCCL_PORTS", range(first, second + 1, 64))
+    sockets(socket.create_server(("127.0.0.1", first + 5)))
+    assert base_port(sockets(devices.reserve_ports("npu"))) == second
+    with pytest.raises(OSError, match="all 2 port ranges for HCCL are taken"):
+        devices.reserve_ports("npu")
+
+
+def test_a_group_that_finds_no_ports_for_hccl_leaves_nothing_behind(tmp_path, monkeypatch):
+    def none_left(kind: str) -> None:
+        raise OSError(errno.EADDRINUSE, "none left")
+
+    monkeypatch.setattr(devices, "reserve_ports", none_left)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = threading.active_count()
+    with pytest.raises(OSError, match="none left"):
+        launch.Ranks(["cpu"], "auto", "distributed.worker", tmp_path / "logs", 10, lambda: None)
+    assert not list(tmp_path.iterdir()) and threading.active_count() == before
 
 
 def used_of_device_modules() -> set[str]:

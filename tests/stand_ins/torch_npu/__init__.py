@@ -4,13 +4,16 @@ It gives torch a device named "npu" and the functions of `torch.npu` that this p
 is gloo underneath. Tensors asked for on such a device are the CPU's: torch has no way to make a device without compiled
 kernels. So the tests that use it show that our code takes the right steps in the right order on "npu" devices: parsing,
 starting, choosing the backend, streams and pinned memory, memory questions, the decode, the frames. They cannot show
-that torch_npu's kernels exist, are right or are fast, nor anything about HCCL. Nothing here has met hardware.
+that torch_npu's kernels exist, are right or are fast, nor anything about HCCL: "hccl" is chosen and started as it would
+be there, but torch sends a tensor by where it lies, so what ranks say to each other goes over the CPU's gloo. Nor can
+they show that a tensor was sent to the device at all, or that streams are waited for. Nothing here has met hardware.
 """
 
 import contextlib
 import os
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -90,6 +93,9 @@ class _OnCpu(TorchFunctionMode):
 def _hccl(store: dist.Store, rank: int, size: int, timeout) -> dist.ProcessGroupGloo:
     if os.environ["HCCL_DETERMINISTIC"] != "true" or not os.environ["HCCL_IF_BASE_PORT"].isdigit():
         raise RuntimeError("the environment does not say what HCCL must know")
+    if not torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError("deterministic algorithms were not asked for")
+    Path(os.environ["HV15_TEST_HCCL"], f"{rank} of {size}").touch()
     return dist.ProcessGroupGloo(store, rank, size, timeout)
 
 
