@@ -284,7 +284,6 @@ class RankGroup:
     def _resolve(self, vae: str | Path | Mapping[str, Tensor]) -> tuple[Checkpoint, Path, SharedWeights | None]:
         """The checkpoint, the file or folder that ranks map, and what keeps it there.
 
-
         Weights in memory are written once. The decodes in hand and in the queue may each have weights of their own.
         """
         try:
@@ -330,6 +329,7 @@ class RankGroup:
         raw = memoryview(latent.numpy()).cast("B")
         while True:
             try:
+                self.start()
                 ranks = self._take(watch)
                 return self._run(ranks, watch, "job", raw, job=asdict(job), checkpoint=str(path), frames=place)
             except GroupError as error:
@@ -353,7 +353,6 @@ class RankGroup:
 
     def _take(self, watch: "_Watch") -> Ranks:
         """The ranks, once they are up, and busy from now on. Raises GroupError where they do not come up, Cancelled."""
-        self.start()
         while True:
             with self._lock:
                 if self._state is State.READY and not self._ranks.broken:
@@ -385,6 +384,8 @@ class RankGroup:
         ranks.begin(id)
         ranks.send(type, raw, id=id, **fields)
         stop, grace = None, None
+        answers: list[dict | None] = [None]
+        done = total = 0
         while True:
             try:
                 with ranks.changed:

@@ -266,6 +266,16 @@ def test_stop_during_start_leaves_no_thread_and_no_process(vae):
     group.stop()
 
 
+def test_a_group_that_is_stopped_before_its_preload_stays_stopped(vae):
+    group = RankGroup(["cpu"])
+    with group._decoding:  # so that the preload waits for its turn
+        group.preload(vae)
+        group.start(wait=True)
+        group.stop()
+    assert until(lambda: not any(thread.name == "hv15-preload" for thread in threading.enumerate()), 10)
+    assert group.status()["state"] == "stopped"
+
+
 def test_a_cancel_while_the_group_starts_is_heard_at_once_and_the_group_comes_up(vae):
     group = RankGroup(devices=["cpu", "cpu"])
     with pytest.raises(Cancelled):
