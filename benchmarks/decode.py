@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
 from distributed.engine import Engine, OutOfMemory
+from distributed.halo import Exchange, Mesh
 from distributed.plan import MODES, Job
 from distributed.weights import to_core
 
@@ -159,6 +160,11 @@ def diffusers_tiled(tensors: dict, widths: tuple[int, ...], device: torch.device
     vae = diffusers_vae(tensors, widths, device, dtype)
     if vae is None:
         return None
+    return tiled(vae, device, dtype)
+
+
+def tiled(vae, device: torch.device, dtype: torch.dtype) -> Decode:
+    """A diffusers model's tiled decode, or what has been put in its place."""
     vae.enable_tiling()
     return lambda z: vae.decode(z.to(device, dtype)).sample.float().cpu()
 
@@ -169,9 +175,8 @@ def distvae_tiled(tensors: dict, widths: tuple[int, ...], device: torch.device, 
     except ImportError:
         return None
     vae = diffusers_vae(tensors, widths, device, dtype)
-    vae.enable_tiling()
     vae.tiled_decode = tiled_decode_for(vae, *sharing(dist.group.WORLD))
-    return lambda z: vae.decode(z.to(device, dtype)).sample.float().cpu()
+    return tiled(vae, device, dtype)
 
 
 def core(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decode | None:
@@ -179,13 +184,56 @@ def core(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: to
     return decoder and (lambda z: decoder(z.to(device, dtype)).float().cpu())
 
 
+class Held:
+    """How long exchanges hold this rank's stream: until what travels has come and is in its place.
+
+    In tiled mode that is all of the blending, which begins when the last rank has decoded its tiles.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spans: list = []
+        for owner, name in ((Exchange, "finish"), (Mesh, "gather"), (Engine, "_blend")):
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, call: Callable) -> Callable:
+        def timed(*args: object) -> object:
+            start = self._now()
+            result = call(*args)
+            self.spans.append((start, self._now()))
+            return result
+
+        return timed
+
+    def _now(self):
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.get_device_module(self.device).Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> float:
+        """Of the decode that has ended last; begins to count anew."""
+        spans, self.spans = self.spans, []
+        if self.device.type == "cpu":
+            return sum(end - start for start, end in spans)
+        return sum(start.elapsed_time(end) for start, end in spans) / 1000
+
+
 class Ours:
     """This engine in one mode; says how long after the last kernel the last pixel was in its place."""
 
     def __init__(
-        self, mode: str, memory: int | None, tensors: dict, _: tuple[int, ...], device: torch.device, dtype: torch.dtype
+        self,
+        mode: str,
+        memory: int | None,
+        held: Held,
+        tensors: dict,
+        _: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        self.mode, self.memory, self.device, self.dtype = mode, memory, device, dtype
+        self.mode, self.memory, self.held, self.device, self.dtype = mode, memory, held, device, dtype
         start = time.perf_counter()
         self.engine = Engine(tensors, device, dtype)
         synchronize(device)
@@ -204,13 +252,22 @@ class Ours:
         job = Job(tuple(latent.shape), self.mode, dtype=str(self.dtype).removeprefix("torch."), memory=self.memory)
         if self.frames.shape != job.frames_shape:
             self.frames = torch.zeros(job.frames_shape)
+        start = time.perf_counter()
         self.engine.decode(job, latent, self.frames, Quiet())
+        self.held_share = round(self.held.seconds() / (time.perf_counter() - start), 4)
 
 
 def machine(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return torch.get_device_module(device).get_device_name(device)
+
+
+def target(local: int) -> tuple[torch.device, torch.dtype, tuple[int, ...]]:
+    """The device that is measured, the dtype, and the decoder's widths: full size on a GPU, small on the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local), torch.bfloat16, FULL
+    return torch.device("cpu"), torch.float32, TINY
 
 
 def main() -> None:
@@ -222,10 +279,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
 
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    dtype, widths = (torch.bfloat16, FULL) if cuda else (torch.float32, TINY)
+    device, dtype, widths = target(int(os.environ.get("LOCAL_RANK", 0)))
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
@@ -251,7 +306,8 @@ def main() -> None:
         "results": [],
     }
     memory = int(options.memory_gib * 2**30) if options.memory_gib else None
-    variants = {f"ours {mode}": partial(Ours, mode, memory) for mode in MODES}
+    held = Held(device)
+    variants = {f"ours {mode}": partial(Ours, mode, memory, held) for mode in MODES}
     if world_size == 1:
         variants |= {"ComfyUI core": core, "diffusers tiled": diffusers_tiled}
     else:
@@ -298,9 +354,18 @@ def measure_alone(
         return None
     row = measure(device, partial(decode, latent), repeat)
     if isinstance(decode, Ours):
-        row |= {"load_s": decode.load_s, "tail_ms": decode.tail_ms}
+        row |= {"load_s": decode.load_s, "tail_ms": decode.tail_ms, "exchange_share": decode.held_share}
         decode.engine.release()
-    return row
+    return {key: largest(value) for key, value in row.items()}
+
+
+def largest(value: float) -> float:
+    """The largest of all ranks' values. A collective."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
 
 
 def write(report: dict, folder: Path) -> None:
@@ -315,19 +380,22 @@ def write(report: dict, folder: Path) -> None:
         f"torch {report['torch']}; matrix product {report['matmul_tflops']} TFLOP/s, "
         f"{report['matmul_sustained_tflops']} sustained. `{report['command']}`",
         "",
-        "| size | variant | seconds | over floor | peak GiB | first call | weights | after the last kernel |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| size | variant | seconds | over floor | peak GiB | first call | weights | after last kernel | in exchange |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in report["results"]:
         floor = result["variants"]["floor"]["best_s"]
         for key, row in result["variants"].items():
             if "error" in row:
-                lines.append(f"| {result['size']} | {key} | {row['error']} | | | | | |")
+                lines.append(f"| {result['size']} | {key} | {row['error']} | | | | | | |")
                 continue
             ratio = f"{row['best_s'] / floor:.2f}" if floor else ""
             tail = f"{row['tail_ms']} ms" if "tail_ms" in row else ""
-            cells = (row["best_s"], ratio, row.get("peak_gib", ""), row.get("first_s", ""), row.get("load_s", ""), tail)
-            lines.append(f"| {result['size']} | {key} | " + " | ".join(map(str, cells)) + " |")
+            share = f"{row['exchange_share']:.1%}" if row.get("exchange_share") else ""
+            cells = *(row.get(name, "") for name in ("peak_gib", "first_s", "load_s")), tail, share
+            lines.append(
+                f"| {result['size']} | {key} | {row['best_s']} | {ratio} | " + " | ".join(map(str, cells)) + " |"
+            )
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.decode import SIZES, machine, measure
-from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
+from benchmarks.decode import SIZES, machine, measure, target
+from benchmarks.random_weights import decoder_tensors, random_latent
 from distributed.decoder import Tail, Trunk, Weights
 from distributed.plan import choose_plan
 from distributed.regions import divide, whole
@@ -57,7 +57,7 @@ def share(weights: Weights, size: tuple[int, int, int], ranks: int, device: torc
     """What the largest region of `ranks` takes on one device, and what would travel."""
     time, height, width = size
     division = divide(height, width, ranks)
-    region = max((division.region(i) for i in range(ranks)), key=lambda r: r.height * r.width)
+    region = division.largest
     sides = min(2, division.rows - 1), min(2, division.columns - 1)
     part = region.height, region.width
     plan, _ = choose_plan(weights, part, (height, width), time, ranks > 1, 2**60)
@@ -83,10 +83,10 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=40e-6, help="seconds of one exchange")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    widths, dtype = (FULL, torch.bfloat16) if cuda else (TINY, torch.float32)
-    sizes = (options.sizes or ("480x848x121,720x1280x121,1080x1920x121" if cuda else "64x96x9")).split(",")
+    device, dtype, widths = target(0)
+    sizes = (options.sizes or ("64x96x9" if device.type == "cpu" else "480x848x121,720x1280x121,1080x1920x121")).split(
+        ","
+    )
     report = {"machine": machine(device), "bandwidth": options.bandwidth, "latency": options.latency, "predictions": []}
     with torch.inference_mode():
         weights = Weights(decoder_tensors(widths, device), device, dtype)

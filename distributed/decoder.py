@@ -26,6 +26,7 @@ convolution; `edges` None means that the whole picture is here.
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -169,7 +170,7 @@ class Weights:
         """The first level of the tail that runs at the video's own frame rate. Levels are numbered from 1."""
         return 1 + max((i for i, up in enumerate(self.upsamplers) if up.temporal), default=-1)
 
-    @property
+    @cached_property
     def margins(self) -> tuple[int, ...]:
         """How far beyond what is wanted each level of the tail must begin, in its own pixels: one for each convolution.
 
@@ -181,7 +182,7 @@ class Weights:
             margins.insert(0, convs + (-(-margins[0] // 2) if margins else 0))
         return tuple(margins)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes that the weights take on the device."""
         total = 0

@@ -87,7 +87,7 @@ class Engine:
                 decode(job, video.permute(1, 2, 3, 0), place, watch)
         except torch.OutOfMemoryError as error:
             self._empty_cache()
-            raise self._lack(self.needed, _free_memory(self.device, self.weights.nbytes)) from error
+            raise self._lack(self.needed, self._free()) from error
         finally:
             self.writer.flush()
 
@@ -97,13 +97,22 @@ class Engine:
 
     def _plan(self, job: Job, part: tuple[int, int], picture: tuple[int, int], together: bool) -> Plan:
         """The plan of least work that fits every rank. part: height and width, in latent positions, of the largest."""
-        free = job.memory or _free_memory(self.device, self.weights.nbytes)
+        free = job.memory or self._free()
         free = agree(free, dist.ReduceOp.MIN)
         plan, needed = choose_plan(self.weights, part, picture, job.latent_shape[2], together, free)
         if plan is None:
             raise self._lack(needed, free, least=True, together=True)
         self._reserve(needed)
         return plan
+
+    def _free(self) -> int:
+        """Bytes that a decode may use on this device, the weights that are there already included."""
+        if self.device.type == "cpu":
+            return psutil.virtual_memory().available + self.weights.nbytes
+        accelerator = torch.get_device_module(self.device)
+        free, _ = accelerator.mem_get_info(self.device)
+        cached = accelerator.memory_reserved(self.device) - accelerator.memory_allocated(self.device)
+        return free + cached + self.weights.nbytes
 
     def _reserve(self, needed: int) -> None:
         """Take what the decode will need from the device, so that memory runs out here, on all ranks, or not at all.
@@ -119,7 +128,7 @@ class Engine:
             except torch.OutOfMemoryError:
                 lacking = True
         if agree(lacking):
-            raise self._lack(needed, _free_memory(self.device, self.weights.nbytes), together=True)
+            raise self._lack(needed, self._free(), together=True)
 
     def _lack(self, needed: int, free: int, least: bool = False, together: bool = False) -> OutOfMemory:
         return OutOfMemory(needed, free, _held_by_others(self.device), least=least, together=together)
@@ -135,7 +144,7 @@ class Engine:
     def _seamless(self, job: Job, video: Tensor, frames: Tensor, watch: Watch) -> None:
         height, width = video.shape[1:3]
         division = divide(height, width, self.world_size)
-        largest = max((division.region(i) for i in range(division.size)), key=lambda r: r.height * r.width)
+        largest = division.largest
         together = division.size > 1
         plan = self._plan(job, (largest.height, largest.width), (height, width), together)
         group = self._group(division.size)
@@ -318,16 +327,6 @@ def _edge_extent(grid: TileGrid, index: int, other: int, dim: int) -> int:
 
 def _post(operation, tensor: Tensor, peer: int) -> dist.Work:
     return dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)])[0]
-
-
-def _free_memory(device: torch.device, weights: int) -> int:
-    """Bytes that a decode may use on this device, the weights that are there already included."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available + weights
-    accelerator = torch.get_device_module(device)
-    free, _ = accelerator.mem_get_info(device)
-    cached = accelerator.memory_reserved(device) - accelerator.memory_allocated(device)
-    return free + cached + weights
 
 
 def _held_by_others(device: torch.device) -> str:

@@ -470,7 +470,7 @@ def _failure(failed: list[RankRecord]) -> Exception:
 
 
 def _words(record: RankRecord) -> str:
-    return f"Rank {record.rank} ({record.device}): {record.answer['message']}"
+    return f"{str(record).capitalize()}: {record.answer['message']}"
 
 
 def _first_line(error: Exception) -> str:

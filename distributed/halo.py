@@ -66,8 +66,7 @@ class Mesh:
             self.neighbours[2].append((rank - 1, 1, 0))
         if column < division.columns - 1:
             self.neighbours[2].append((rank + 1, -2, -1))
-        self.regions = [division.region(i) for i in range(division.size)]
-        self.sizes = [region.height * region.width for region in self.regions]
+        self.sizes = [region.height * region.width for region in division.regions]
         self.under_way: deque[Exchange] = deque()
 
     @property
@@ -94,7 +93,7 @@ class Mesh:
     def assemble(self, part: Tensor, picture: Tensor) -> None:
         """Put every rank's `part`, [n, h, w, C], into its place of `picture`, [n, H, W, C], on every rank."""
         arrived = self._all(part.flatten(1, 2)[None])
-        for region, positions in zip(self.regions, arrived, strict=True):
+        for region, positions in zip(self.division.regions, arrived, strict=True):
             place = picture[:, region.top : region.bottom, region.left : region.right]
             place.copy_(positions[0].unflatten(1, (region.height, region.width)))
 

@@ -5,7 +5,9 @@ is negotiated between them.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,15 +119,8 @@ def choose_plan(
     part, picture: height and width in latent positions; together: other ranks have the rest. Returns the plan, or
     None where not even the least needy fits, and the bytes that it needs (see `peak_bytes`).
     """
-    grids = [(rows, columns) for rows in range(1, part[0] + 1) for columns in range(1, part[1] + 1)]
-    # A block is at least as large as its margins: smaller ones repeat more than they save.
-    least = -(-weights.margins[0] // 2)
-    grids = [
-        grid for grid in grids if grid == (1, 1) or all(part[i] // grid[i] >= least for i in (0, 1) if grid[i] > 1)
-    ]
-    grids.sort(key=lambda grid: (tail_work(weights, part, picture, grid), grid))
     tightest = None
-    for grid in grids:
+    for grid in _grids(weights, part, picture):
         for n in _steps_to_try(part, grid, time):
             doubling, flat = max(0, weights.flat - 1), len(weights.blocks) - max(1, weights.flat)
             # A frame has four times the pixels a level up, so the flat levels are as busy with half the frames.
@@ -135,6 +130,16 @@ def choose_plan(
                 return plan, needed
             tightest = min(needed, tightest or needed)
     return None, tightest
+
+
+def _grids(weights: "Weights", part: tuple[int, int], picture: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Rows and columns of blocks, the least work first: that is the undivided part, for it repeats nothing."""
+    yield 1, 1
+    # A block is at least as large as its margins: smaller ones repeat more than they save.
+    least = -(-weights.margins[0] // 2)
+    rows, columns = ([n for n in range(1, side + 1) if n == 1 or side // n >= least] for side in part)
+    divided = [grid for grid in product(rows, columns) if grid != (1, 1)]
+    yield from sorted(divided, key=lambda grid: (tail_work(weights, part, picture, grid), grid))
 
 
 def _steps_to_try(part: tuple[int, int], blocks: tuple[int, int], time: int) -> list[int]:

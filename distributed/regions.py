@@ -42,6 +42,16 @@ class Division:
     def size(self) -> int:
         return self.rows * self.columns
 
+    @property
+    def regions(self) -> list[Region]:
+        """All regions, in the order of their ranks."""
+        return [self.region(index) for index in range(self.size)]
+
+    @property
+    def largest(self) -> Region:
+        """The region that takes longest."""
+        return max(self.regions, key=lambda region: region.height * region.width)
+
     def region(self, index: int) -> Region:
         """The region of rank `index`; regions are numbered row by row."""
         row, column = divmod(index, self.columns)

@@ -197,17 +197,17 @@ class SharedWeights:
     def __init__(self, weights: Mapping[str, Tensor], mark: str) -> None:
         self.mark = mark
         folder = tempfile.TemporaryDirectory(prefix="hv15-vae-")
-        self.close = folder.cleanup
+        remove = weakref.finalize(self, folder.cleanup)
         try:
             self.path = share_state_dict(weights, folder.name)
         except BaseException:
-            folder.cleanup()
+            remove()
             raise
         if sys.platform == "linux":
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            folder.cleanup()
+            remove()
             self.path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-            self.close = weakref.finalize(self, os.close, descriptor)
+            weakref.finalize(self, os.close, descriptor)
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> str:

@@ -35,7 +35,7 @@ def decode_on_ranks(
     source = rank_source(check_vae(vae))
     check_latent(latent, vae.latent_channels)
     check_job(Job(tuple(latent.shape), mode, tile_size, overlap), 1)
-    group = live_group(GroupDescription() if description is None else description)
+    group = live_group(description)
     group.start()
     make_room(group)
     progress = Progress()
@@ -60,7 +60,7 @@ def preload(vae: object, description: GroupDescription | None) -> None:
     """Have the ranks load the VAE in the background. Raises ValueError for one that is not HunyuanVideo-1.5's."""
     main = comfy.model_management.get_torch_device()  # the sampler needs its memory until the decode
     shared = [] if main.type == "cpu" else [str(main)]
-    live_group(GroupDescription() if description is None else description).preload(rank_source(check_vae(vae)), shared)
+    live_group(description).preload(rank_source(check_vae(vae)), shared)
 
 
 class Progress:

@@ -33,8 +33,13 @@ _groups: dict[GroupDescription, RankGroup] = {}
 _lock = threading.Lock()
 
 
-def live_group(description: GroupDescription) -> RankGroup:
-    """The group of that description. Raises ValueError for devices that are not there, and what is no description."""
+def live_group(description: GroupDescription | None) -> RankGroup:
+    """The group of that description, or of the default one.
+
+    Raises ValueError for devices that are not there, and what is no description.
+    """
+    if description is None:
+        description = GroupDescription()
     if not isinstance(description, GroupDescription):
         raise ValueError(f"rank_group holds {description!r}; connect it to a Rank Group node, or leave it free.")
     with _lock:

@@ -121,10 +121,9 @@ def rank_source(vae: comfy.sd.VAE) -> Path:
         handed = _handed.get(model)
         if handed is None or handed.mark != mark:
             log.info("Handing a HunyuanVideo-1.5 VAE in memory (%s layout) over to the ranks.", layout)
-            if handed:
-                handed.close()
+            handed = None
+            _handed.pop(model, None)  # the file of the weights before goes before the next is written
             handed = _handed[model] = SharedWeights(weights, mark)
-            weakref.finalize(model, handed.close)
         return handed.path
 
 

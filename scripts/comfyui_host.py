@@ -6,15 +6,22 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import aiohttp
+import numpy as np
+from PIL import Image
 
 from set_up import ROOT, comfyui_path
+
+if TYPE_CHECKING:
+    import torch
 
 START_SECONDS = 180
 
@@ -36,6 +43,11 @@ class Run:
     """What was shown on nodes as text."""
     events: list[dict] = field(default_factory=list)
     """The `hv15.group` events."""
+
+
+def node(kind: str, **inputs: object) -> dict:
+    """A node of an API prompt."""
+    return {"class_type": kind, "inputs": inputs}
 
 
 class PromptRefused(Exception):
@@ -88,6 +100,36 @@ class Host:
 
     def post(self, path: str, body: object = None) -> object:
         return asyncio.run(_request("POST", self.url + path, body))
+
+    def rank_pids(self) -> set[int]:
+        """The processes of all ranks of all groups."""
+        return {rank["pid"] for group in self.get("/hv15/groups") for rank in group["ranks"]}
+
+    def saved(self, entry: dict) -> Path:
+        """Where a file lies that a run has among its outputs."""
+        return self.base / "output" / entry["subfolder"] / entry["filename"]
+
+    def pictures(self, run: Run, node: str = "save") -> np.ndarray:
+        """The frames that a run's node saved, [T, H, W, 3] in 0..255."""
+        return np.stack([np.asarray(Image.open(self.saved(entry))) for entry in run.outputs[node]["images"]])
+
+    def save_latent(self, name: str, latent: "torch.Tensor") -> None:
+        """Put a latent where LoadLatent finds it by this name."""
+        import torch
+        from safetensors.torch import save_file
+
+        save_file({"latent_tensor": latent, "latent_format_version_0": torch.tensor([])}, self.base / "input" / name)
+
+    def interrupt_at(self, wanted: str, node: str) -> Callable[[str, dict], None]:
+        """A `follow` for `run` that interrupts, once, when an event of this type comes from this node."""
+        said = threading.Event()
+
+        def follow(type: str, data: dict) -> None:
+            if type == wanted and data["node"] == node and not said.is_set():
+                said.set()
+                threading.Thread(target=self.post, args=("/interrupt",)).start()
+
+        return follow
 
     def run(self, prompt: dict, follow: Callable[[str, dict], None] = lambda type, data: None, seconds=600) -> Run:
         """Queue an API prompt and follow it to its end. `follow` sees each event of the websocket."""

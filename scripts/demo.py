@@ -50,8 +50,8 @@ def main() -> int:
                 for devices in two_choices():
                     run = run_fresh(host, graph, mode, devices)
                     rows.append((mode, devices, run))
-                    results.append(frames_of(host, run))
-                video = saved(host, run.outputs["save"]["images"][0])
+                    results.append(host.pictures(run, "frames"))
+                video = host.saved(run.outputs["save"]["images"][0])
                 files.append(Path(shutil.copy(video, options.output / f"text_to_video_{mode}{video.suffix}")))
                 files.append(contact_sheet(files[-1], options.output / f"text_to_video_{mode}.jpg"))
                 difference = int(np.abs(results[0].astype(int) - results[1].astype(int)).max())
@@ -115,15 +115,6 @@ class ProgressBar:
     def end(self) -> None:
         if self.live:
             print()
-
-
-def saved(host: Host, entry: dict) -> Path:
-    return host.base / "output" / entry["subfolder"] / entry["filename"]
-
-
-def frames_of(host: Host, run: Run) -> np.ndarray:
-    """The frames that the run saved, [T, H, W, 3] in 0..255."""
-    return np.stack([np.asarray(Image.open(saved(host, entry))) for entry in run.outputs["frames"]["images"]])
 
 
 def contact_sheet(video: Path, target: Path, columns: int = 4, rows: int = 2) -> Path:

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
 
-from comfyui_host import Host
+from comfyui_host import Host, node
 from set_up import comfyui_path
 
 CONDITIONING = """
@@ -52,10 +51,6 @@ def server(tmp_path_factory):
     finally:
         host.close()
         (base / "models" / "vae" / "full_size.safetensors").unlink()  # 2.5 GB
-
-
-def node(kind: str, **inputs: object) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def stock(latent: dict, conditioning: tuple[list, list], decode: dict) -> dict:
@@ -129,8 +124,7 @@ def own_node() -> dict:
 def pictures(server: Host, graph: dict) -> np.ndarray:
     run = server.run(graph)
     assert run.error is None, run.error["exception_message"]
-    names = [image["filename"] for image in run.outputs["save"]["images"]]
-    return np.stack([np.asarray(Image.open(server.base / "output" / name)) for name in names])
+    return server.pictures(run)
 
 
 @pytest.mark.timeout(600)

@@ -6,16 +6,12 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
+from comfyui_host import node
 from distributed.weights import all_tensors, open_checkpoint, to_core
 
 LATENT = torch.randn(1, 32, 2, 3, 4, generator=torch.Generator().manual_seed(3))
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 def ranks(devices="cpu,cpu", **options):
@@ -54,7 +50,7 @@ def drop_in(kind="VAEDecode", **inputs):
 @pytest.fixture(scope="module")
 def server(host):
     """The host, with a latent and the tiny VAE in every layout."""
-    save_latent(host, LATENT)
+    host.save_latent("decoding.latent", LATENT)
     tiny = graph()
     assert host.run(tiny).error is None
     (folder,) = host.base.glob("user/hv15_tiny/*t2v*/vae")
@@ -74,16 +70,10 @@ def server(host):
     return host
 
 
-def save_latent(host, latent):
-    file = host.base / "input" / "decoding.latent"
-    save_file({"latent_tensor": latent, "latent_format_version_0": torch.tensor([])}, file)
-
-
 def frames(server, prompt):
     run = server.run(prompt)
     assert run.error is None, run.error["exception_message"]
-    names = [image["filename"] for image in run.outputs["save"]["images"]]
-    return np.stack([np.asarray(Image.open(server.base / "output" / name)) for name in names])
+    return server.pictures(run)
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +111,13 @@ def test_core_s_decode_of_our_vae_gives_the_decode_node_s_frames(server, expecte
 
 def test_core_s_tile_sizes_are_honoured(server):
     sizes = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
-    save_latent(server, torch.randn(1, 32, 2, 6, 7, generator=torch.Generator().manual_seed(4)))
+    server.save_latent("decoding.latent", torch.randn(1, 32, 2, 6, 7, generator=torch.Generator().manual_seed(4)))
     try:
         theirs = frames(server, drop_in("VAEDecodeTiled", **sizes))
         assert np.array_equal(theirs, frames(server, graph(mode="tiled", tile_size=64, overlap=16)))
         assert not np.array_equal(theirs, frames(server, graph(mode="tiled", tile_size=48, overlap=16)))
     finally:
-        save_latent(server, LATENT)
+        server.save_latent("decoding.latent", LATENT)
 
 
 def test_encoding_through_our_vae_is_core_s(server):
@@ -139,10 +129,7 @@ def test_encoding_through_our_vae_is_core_s(server):
         prompt[f"save_{name}"] = node("SaveImage", images=[f"decode_{name}", 0], filename_prefix=name)
     run = server.run(prompt)
     assert run.error is None, run.error["exception_message"]
-    pictures = [
-        [np.asarray(Image.open(server.base / "output" / image["filename"])) for image in run.outputs[save]["images"]]
-        for save in ("save_ours", "save_core")
-    ]
+    pictures = [server.pictures(run, save) for save in ("save_ours", "save_core")]
     # Core's encoder draws from the latent's distribution, so the two are alike and not equal.
     assert np.shape(pictures[0]) == np.shape(pictures[1]) == (5, 48, 64, 3)
 
@@ -158,11 +145,11 @@ def test_decodes_after_a_stop_are_the_same(server, expected, change):
 
 
 def test_a_batch_decodes_to_each_one_s_frames_in_turn(server, expected):
-    save_latent(server, torch.cat([LATENT, LATENT.flip(0) * 0.5]))
+    server.save_latent("decoding.latent", torch.cat([LATENT, LATENT.flip(0) * 0.5]))
     try:
         both = frames(server, graph())
     finally:
-        save_latent(server, LATENT)
+        server.save_latent("decoding.latent", LATENT)
     assert both.shape == (10, 48, 64, 3) and np.array_equal(both[:5], expected)
 
 

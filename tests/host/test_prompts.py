@@ -2,15 +2,12 @@
 
 import copy
 import json
-import threading
 import time
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 
 IDS = [
     "HV15LoadPipeline",
@@ -44,15 +41,6 @@ def saved_frames(prompt: dict) -> dict:
     return prompt
 
 
-def pictures(host, run) -> np.ndarray:
-    names = [image["filename"] for image in run.outputs["save"]["images"]]
-    return np.stack([np.asarray(Image.open(host.base / "output" / name)) for name in names])
-
-
-def save_latent(host, name: str, latent: torch.Tensor) -> None:
-    save_file({"latent_tensor": latent, "latent_format_version_0": torch.tensor([])}, host.base / "input" / name)
-
-
 def test_all_nodes_are_there_and_say_what_each_input_is(host):
     info = host.get("/object_info")
     assert [id for id in IDS if id not in info] == []
@@ -72,7 +60,7 @@ def test_an_api_prompt_makes_a_video(host, prompt, name):
 
 
 def test_a_saved_latent_is_decoded(host, prompt):
-    save_latent(host, "hv15_example.latent", torch.randn(1, 32, 2, 4, 6))
+    host.save_latent("hv15_example.latent", torch.randn(1, 32, 2, 4, 6))
     assert host.run(small(prompt("decode_saved_latent"))).error is None
 
 
@@ -81,7 +69,7 @@ def test_tiled_frames_are_the_same_for_one_two_and_three_ranks(host, prompt):
     for devices in ("cpu", "cpu,cpu", "cpu,cpu,cpu"):
         graph = saved_frames(small(prompt("text_to_video"), mode="tiled", tile_size=48, overlap=16))
         graph["ranks"]["inputs"]["devices"] = devices
-        results.append(pictures(host, host.run(graph)))
+        results.append(host.pictures(host.run(graph)))
     assert results[0].std() > 1
     assert all(np.array_equal(result, results[0]) for result in results)
 
@@ -91,7 +79,7 @@ def test_our_latents_go_through_cores_decode_and_one_frame_looks_alike(host, pro
     ours["sampler"]["inputs"]["frames"] = 1
     core = copy.deepcopy(ours)
     core["decode"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["pipeline", 1]}}
-    first, second = pictures(host, host.run(ours)), pictures(host, host.run(core))
+    first, second = host.pictures(host.run(ours)), host.pictures(host.run(core))
     assert np.abs(first.astype(int) - second.astype(int)).max() <= 1
 
 
@@ -115,11 +103,11 @@ def test_cores_tiled_decode_runs_on_the_ranks(host, prompt):
 def test_a_second_prompt_reuses_the_group_and_the_cached_conditioning(host, prompt):
     graph = small(prompt("text_to_video"))
     host.run(graph)
-    pids = {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]}
+    pids = host.rank_pids()
     graph["sampler"]["inputs"]["seed"] = 77
     run = host.run(graph)
     assert "text" in run.cached
-    assert {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]} == pids
+    assert host.rank_pids() == pids
 
 
 def test_the_group_comes_up_and_loads_the_weights_before_there_is_a_latent(host, prompt):
@@ -158,7 +146,7 @@ def test_sampling_and_decoding_report_progress(host, prompt):
     ],
 )
 def test_a_bad_latent_is_refused_in_words_and_the_next_prompt_works(host, prompt, latent, words):
-    save_latent(host, "bad.latent", latent)
+    host.save_latent("bad.latent", latent)
     graph = small(prompt("decode_saved_latent"))
     graph["latent"]["inputs"]["latent"] = "bad.latent"
     run = host.run(graph)
@@ -188,29 +176,22 @@ def test_a_start_image_needs_a_checkpoint_for_it(host, prompt):
 
 
 def test_an_interrupt_ends_the_decode_and_keeps_the_ranks(host, prompt):
-    save_latent(host, "long.latent", torch.randn(1, 32, 40, 12, 16))
+    host.save_latent("long.latent", torch.randn(1, 32, 40, 12, 16))
     graph = small(prompt("decode_saved_latent"))
     graph["latent"]["inputs"]["latent"] = "long.latent"
-    pids = {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]}
-    began = threading.Event()
-
-    def follow(type, data):
-        if type == "progress" and data["node"] == "decode" and not began.is_set():
-            began.set()
-            threading.Thread(target=host.post, args=("/interrupt",)).start()
-
+    pids = host.rank_pids()
     start = time.monotonic()
-    run = host.run(graph, follow)
+    run = host.run(graph, host.interrupt_at("progress", "decode"))
     assert run.interrupted and time.monotonic() - start < 60
-    assert {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]} == pids
+    assert host.rank_pids() == pids
     assert host.run(small(prompt("core_nodes"))).error is None
 
 
 def test_a_killed_rank_does_not_cost_the_prompt(host, prompt):
-    save_latent(host, "middling.latent", torch.randn(1, 32, 20, 8, 12))
+    host.save_latent("middling.latent", torch.randn(1, 32, 20, 8, 12))
     graph = saved_frames(small(prompt("decode_saved_latent")))
     graph["latent"]["inputs"]["latent"] = "middling.latent"
-    expected = pictures(host, host.run(graph))
+    expected = host.pictures(host.run(graph))
     graph["decode"]["inputs"]["tile_size"] = 144  # anything that makes ComfyUI run it again
     killed, groups = [], {}
 
@@ -224,7 +205,7 @@ def test_a_killed_rank_does_not_cost_the_prompt(host, prompt):
 
     run = host.run(graph, follow)
     assert killed and run.error is None
-    assert np.array_equal(pictures(host, run), expected)
+    assert np.array_equal(host.pictures(run), expected)
     assert any(event["state"] == "recovering" for event in run.events)
 
 

@@ -10,7 +10,6 @@ import aiohttp
 import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from comfyui_host import Host, PromptRefused
 
@@ -19,15 +18,11 @@ def job(host: Host, prompt, shape=(1, 32, 2, 4, 6), seed: int = 0, **decode) -> 
     """The prompt that decodes a saved latent of this shape."""
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     name = f"{'x'.join(map(str, shape))}-{seed}.latent"
-    save_file({"latent_tensor": latent, "latent_format_version_0": torch.tensor([])}, host.base / "input" / name)
+    host.save_latent(name, latent)
     graph = copy.deepcopy(prompt("decode_saved_latent"))
     graph["latent"]["inputs"]["latent"] = name
     graph["decode"]["inputs"] |= decode
     return graph
-
-
-def pids(host: Host) -> set[int]:
-    return {rank["pid"] for group in host.get("/hv15/groups") for rank in group["ranks"]}
 
 
 @pytest.fixture
@@ -41,10 +36,17 @@ def second(tmp_path, monkeypatch):
     host.process.wait()
 
 
-def left(second: Host, processes: list[psutil.Process]) -> list:
-    """What is still there of a server that has ended."""
-    temporary = second.base.parent / "temporary"
-    return [process for process in processes if process.is_running()] + list(temporary.glob("hv15-*"))
+def nothing_is_left(second: Host, processes: list[psutil.Process]) -> None:
+    """Ten seconds after a server ended, none of its processes and files is there."""
+
+    def left() -> list:
+        temporary = second.base.parent / "temporary"
+        return [process for process in processes if process.is_running()] + list(temporary.glob("hv15-*"))
+
+    limit = time.monotonic() + 10
+    while left():
+        assert time.monotonic() < limit, left()
+        time.sleep(0.1)
 
 
 def test_two_servers_on_one_machine_never_meet(host, second, prompt):
@@ -58,17 +60,14 @@ def test_two_servers_on_one_machine_never_meet(host, second, prompt):
     for thread in threads:
         thread.join()
     assert [run.error for run in runs.values()] == [None, None]
-    ours, theirs = pids(host), pids(second)
+    ours, theirs = host.rank_pids(), second.rank_pids()
     assert theirs and ours.isdisjoint(theirs)
     processes = [psutil.Process(pid) for pid in theirs]
     processes += [process.parent() for process in processes]
     second.process.send_signal(signal.SIGTERM)
     second.process.wait(20)
-    limit = time.monotonic() + 10
-    while left(second, processes):
-        assert time.monotonic() < limit, left(second, processes)
-        time.sleep(0.1)
-    assert pids(host) == ours
+    nothing_is_left(second, processes)
+    assert host.rank_pids() == ours
     assert host.run(job(host, prompt, seed=1)).error is None
 
 
@@ -86,10 +85,7 @@ def test_a_server_that_is_killed_in_a_decode_leaves_nothing(second, prompt):
         second.run(job(second, prompt, (1, 32, 30, 8, 12)), follow)
     second.process.wait(10)
     assert sum("distributed.worker" in command for command in commands) == 3, "the launcher and two ranks"
-    limit = time.monotonic() + 10
-    while left(second, processes):
-        assert time.monotonic() < limit, left(second, processes)
-        time.sleep(0.1)
+    nothing_is_left(second, processes)
 
 
 def test_a_rank_that_dies_twice_ends_the_prompt_in_words_and_the_next_one_works(host, prompt):
@@ -115,14 +111,7 @@ def test_a_rank_that_dies_twice_ends_the_prompt_in_words_and_the_next_one_works(
 def test_an_interrupt_while_the_group_starts_is_heard_and_the_next_prompt_works(host, prompt):
     graph = job(host, prompt, seed=2)
     graph["ranks"]["inputs"]["start_timeout"] = 179  # a group of its own
-    said = threading.Event()
-
-    def follow(type: str, data: dict) -> None:
-        if type == "executing" and data["node"] == "decode" and not said.is_set():
-            said.set()
-            threading.Thread(target=host.post, args=("/interrupt",)).start()
-
-    run = host.run(graph, follow)
+    run = host.run(graph, host.interrupt_at("executing", "decode"))
     assert run.interrupted
     assert "ready" not in {event["state"] for event in run.events}, "it was interrupted too late to show anything"
     assert host.run(graph).error is None
@@ -133,14 +122,7 @@ def test_an_interrupt_while_the_group_starts_is_heard_and_the_next_prompt_works(
 def test_an_interrupt_while_sampling_is_heard_and_the_next_prompt_works(host, prompt):
     graph = copy.deepcopy(prompt("text_to_video"))
     graph["sampler"]["inputs"] |= {"width": 96, "height": 64, "frames": 5, "steps": 40}
-    said = threading.Event()
-
-    def follow(type: str, data: dict) -> None:
-        if type == "progress" and data["node"] == "sampler" and not said.is_set():
-            said.set()
-            threading.Thread(target=host.post, args=("/interrupt",)).start()
-
-    run = host.run(graph, follow)
+    run = host.run(graph, host.interrupt_at("progress", "sampler"))
     assert run.interrupted and max(part for node, part in run.progress if node == "sampler") < 1
     graph["sampler"]["inputs"]["steps"] = 2
     assert host.run(graph).error is None
@@ -175,7 +157,7 @@ HOSTILE = {
 
 def test_hostile_workflow_values_are_refused_and_the_ranks_are_unharmed(host, prompt):
     assert host.run(job(host, prompt)).error is None
-    before = pids(host)
+    before = host.rank_pids()
     cases = [(name, value) for name, values in HOSTILE.items() for value in values]
     for number, (name, value) in enumerate(cases):
         graph = job(host, prompt, seed=3, mode="tiled")
@@ -189,13 +171,13 @@ def test_hostile_workflow_values_are_refused_and_the_ranks_are_unharmed(host, pr
         words = run.error["exception_message"]
         assert len(words) > 20 and "Traceback" not in words, f"{name} = {value!r}: {words}"
         assert number < len(cases)
-    assert pids(host) == before
+    assert host.rank_pids() == before
     assert host.run(job(host, prompt, seed=4)).error is None
 
 
 def test_random_latents_are_decoded_or_refused_in_words(host, prompt):
     chance = random.Random(5)
-    before = pids(host)
+    before = host.rank_pids()
     for seed in range(12):
         shape = [chance.choice([0, 1, 1, 2, 3]) for _ in range(chance.choice([3, 4, 5, 5, 5, 6]))]
         if len(shape) > 1:
@@ -205,4 +187,4 @@ def test_random_latents_are_decoded_or_refused_in_words(host, prompt):
             assert "latent" in run.error["exception_message"].lower(), (shape, run.error["exception_message"])
         else:
             assert len(shape) == 5 and shape[1] == 32 and 0 not in shape, shape
-    assert pids(host) == before
+    assert host.rank_pids() == before

@@ -1,13 +1,12 @@
 """Groups of real rank processes on gloo, and small checkpoints for them."""
 
-import os
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.random_weights import TINY, decoder_tensors
+from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed import RankGroup
 
 CPU = torch.device("cpu")
@@ -17,12 +16,10 @@ CPU = torch.device("cpu")
 def temporary(tmp_path_factory):
     """A temporary folder of these tests' own, which must hold nothing of ours at their end."""
     folder = tmp_path_factory.mktemp("temporary")
-    before, os.environ["TMPDIR"], tempfile.tempdir = os.environ.get("TMPDIR"), str(folder), None
-    yield folder
-    tempfile.tempdir = None
-    os.environ.pop("TMPDIR")
-    if before:
-        os.environ["TMPDIR"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", None)
+        yield folder
     assert not list(folder.glob("hv15-*"))
 
 
@@ -39,6 +36,19 @@ def vae(weights, tmp_path_factory) -> Path:
 
     path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
     save_file(weights, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def full(tmp_path_factory) -> Path:
+    """A checkpoint of the real size, for tests on GPUs."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("full") / "vae.safetensors"
+    tensors = decoder_tensors(FULL, torch.device("cuda"))
+    save_file({f"decoder.{key}": value.bfloat16().cpu() for key, value in tensors.items()}, path)
+    del tensors
+    torch.cuda.empty_cache()
     return path
 
 

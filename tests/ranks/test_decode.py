@@ -74,11 +74,9 @@ def scarce(weights, shape: tuple[int, ...], ranks: int) -> int:
     tensors = {key.removeprefix("decoder."): value for key, value in weights.items()}
     loaded = Weights(tensors, torch.device("cpu"), torch.float32)
     division = divide(*shape[3:], ranks)
-    regions = [division.region(i) for i in range(division.size)]
-    largest = max(regions, key=lambda region: region.height * region.width)
+    part = division.largest.height, division.largest.width
     free = 2**40
     while True:
-        part = largest.height, largest.width
         plan, needed = choose_plan(loaded, part, shape[3:], shape[2], division.size > 1, free)
         if plan.blocks != (1, 1):
             return needed

@@ -47,7 +47,7 @@ def test_regions_cover_the_picture_and_differ_by_at_most_one_row_and_column(heig
     division = divide(height, width, ranks)
     assert 1 <= division.size <= ranks
     covered = torch.zeros(height, width, dtype=torch.int32)
-    regions = [division.region(i) for i in range(division.size)]
+    regions = division.regions
     for region in regions:
         covered[region.top : region.bottom, region.left : region.right] += 1
     assert (covered == 1).all()
@@ -63,7 +63,7 @@ def test_two_ranks_cut_where_the_halves_are_equal():
 def test_eight_ranks_form_a_grid():
     division = divide(45, 80, 8)
     assert division.size == 8
-    assert max(division.region(i).height * division.region(i).width for i in range(8)) <= 460
+    assert max(region.height * region.width for region in division.regions) <= 460
 
 
 @pytest.fixture(scope="module")
