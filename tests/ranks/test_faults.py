@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.random_weights import random_latent
 from distributed import Cancelled, GroupError, JobError, RankGroup
+from tests.ranks.moments import during, until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,32 +30,6 @@ LONG = (1, 32, 32, 6, 6)
 @pytest.fixture(scope="module")
 def expected(pair, vae):
     return pair.decode(random_latent(*LONG), vae)
-
-
-def during(group: RankGroup, act) -> threading.Thread:
-    """Call `act` once the decode in hand has shown progress."""
-
-    def wait() -> None:
-        limit = time.monotonic() + 60
-        while time.monotonic() < limit and not any(
-            rank["done"] and rank["state"] == "busy" for rank in group.status()["ranks"]
-        ):
-            time.sleep(0.01)
-        act()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
-def until(condition, seconds: float) -> bool:
-    """Whether the condition comes true within so many seconds."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > limit:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.mark.parametrize("who", ["rank 0", "rank 1", "launcher"])

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from benchmarks.random_weights import FULL, decoder_tensors, random_latent
+from benchmarks.random_weights import random_latent
 from distributed import JobError, RankGroup
 
 pytestmark = pytest.mark.gpu
@@ -19,17 +18,6 @@ held = torch.empty(free - int(float(sys.argv[1]) * 2**30), dtype=torch.uint8, de
 print("full", flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture(scope="module")
-def full(tmp_path_factory):
-    """A checkpoint of the real size."""
-    path = tmp_path_factory.mktemp("full") / "vae.safetensors"
-    tensors = decoder_tensors(FULL, torch.device("cuda"))
-    save_file({f"decoder.{key}": value.bfloat16().cpu() for key, value in tensors.items()}, path)
-    del tensors
-    torch.cuda.empty_cache()
-    return path
 
 
 class Hog:
