@@ -60,7 +60,7 @@ def share(weights: Weights, size: tuple[int, int, int], ranks: int, device: torc
     region = division.largest
     sides = min(2, division.rows - 1), min(2, division.columns - 1)
     part = region.height, region.width
-    plan, _ = choose_plan(weights, part, (height, width), time, ranks > 1, 2**60)
+    plan, planned = choose_plan(weights, part, (height, width), time, ranks > 1, 2**60)
     latent = random_latent(time, *part, weights.latent_channels).to(device, weights.dtype)
     edges = CountedEdges(height * width, sides)
 
@@ -69,10 +69,10 @@ def share(weights: Weights, size: tuple[int, int, int], ranks: int, device: torc
         given = edges if ranks > 1 else None
         trunk = Trunk(weights, *part, time, plan.steps.trunk, given)
         tail = Tail(weights, whole(*part, len(weights.blocks)), plan.steps, given)
-        for _ in tail.run(trunk.run(chunk) for chunk in latent.split(plan.steps.trunk)):
+        for _ in tail.run(trunk.run(latent.split(plan.steps.trunk))):
             pass
 
-    return measure(device, decode, 1), edges
+    return measure(device, decode, 1) | {"planned_gib": round(planned / 2**30, 2)}, edges
 
 
 def main() -> None:
@@ -104,6 +104,7 @@ def main() -> None:
                         "ranks": ranks,
                         "compute_s": row["best_s"],
                         "peak_gib": row.get("peak_gib"),
+                        "planned_gib": row["planned_gib"],
                         "border_mb": round(edges.border_bytes / 1e6, 1),
                         "border_messages": edges.border_messages,
                         "gathered_mb": round(edges.gathered_bytes / 1e6, 1),

@@ -13,7 +13,7 @@ The order of events, for one chunk of latent frames [n, H, W, 32]:
     tail    upsampler of the first up block; then level after level: resnets, upsampler       doubling each time
             norm_out, conv_out -> pixels, float32, black 0, white 1, not clamped
 
-The tail goes depth first: a level hands its few output frames on before it takes more input, so what is alive at any
+All goes depth first: a level hands its few output frames on before it takes more input, so what is alive at any
 moment is a few frames of each level, whatever the length of the video.
 
 Between convolutions everything element-wise is one pass (`kernels.fill_window`): it adds the bias and the residual,
@@ -26,7 +26,7 @@ convolution; `edges` None means that the whole picture is here.
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,9 +38,7 @@ from .attention import KeyValues
 from .regions import Region
 
 LANES = 2
-"""Steps in flight in the tail when borders travel: one computes while the other's borders are under way."""
-LEAD = 2
-"""Turns that a step in the tail is ahead of the one after it."""
+"""Steps in flight in each part when borders travel: one computes while the other's borders are under way."""
 
 
 class Edges(Protocol):
@@ -261,21 +259,32 @@ Step = Generator[None, None, Tensor]
 """Work that yields whenever borders are under way, and returns a tensor."""
 
 
-def run(step: Generator):
-    """Run work to its end, waiting wherever it yields."""
-    while True:
-        try:
-            next(step)
-        except StopIteration as end:
-            return end.value
-
-
 class _Part:
-    """What trunk and tail have in common: convolutions and residual blocks on windows."""
+    """What trunk and tail have in common: convolutions and residual blocks on windows, and steps that take turns."""
 
     def __init__(self, weights: Weights, edges: Edges | None) -> None:
         self.weights, self.edges = weights, edges
+        self.lanes = LANES if edges else 1
         self.like = weights.conv_in.weight
+
+    def _in_lanes(self, steps: Iterable[Step]) -> Iterator[Tensor]:
+        """Run steps, some at a time: whenever one waits for borders, the next goes on, or begins.
+
+        They take turns, the oldest first, so no step ever overtakes another, which the windows rely on.
+        """
+        coming = iter(steps)
+        running: list[Step] = []
+        while True:
+            if len(running) < self.lanes and (step := next(coming, None)):
+                running.append(step)
+            if not running:
+                return
+            for step in tuple(running):
+                try:
+                    next(step)
+                except StopIteration as end:
+                    running.remove(step)
+                    yield end.value
 
     def _resnet(self, windows: Windows, index: int, x: Pending, resnet: Resnet):
         hidden = yield from self._conv(windows, index, x, resnet.conv1, resnet.norm1)
@@ -302,7 +311,7 @@ class _Part:
 class Trunk(_Part):
     """The first part of the decoder, at latent resolution, for one video or one part of its picture.
 
-    Takes consecutive chunks of latent frames, `step` at the most. `edges`: the rest of the picture is on other ranks.
+    step: latent frames of a chunk, at the most. edges: the rest of the picture is on other ranks.
     """
 
     def __init__(
@@ -310,16 +319,16 @@ class Trunk(_Part):
     ) -> None:
         super().__init__(weights, edges)
         convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
-        self.entry = Windows(1, step, 1, height, width, weights.latent_channels, self.like)
-        self.base = Windows(convs, step, 1, height, width, weights.widths[0], self.like)
+        self.entry = Windows(1, step, self.lanes, height, width, weights.latent_channels, self.like)
+        self.base = Windows(convs, step, self.lanes, height, width, weights.widths[0], self.like)
         positions = edges.positions if edges else height * width
         self.memory = KeyValues(time, positions, weights.widths[0], weights.dtype, weights.device)
 
-    def run(self, latent: Tensor) -> Tensor:
-        """[n, H, W, latent channels] -> [n, H, W, C], sums formed."""
-        return run(self._run(latent))
+    def run(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Consecutive chunks of latent frames, [n, H, W, latent channels] -> [n, H, W, C] each, sums formed."""
+        return self._in_lanes(map(self._step, chunks))
 
-    def _run(self, latent: Tensor) -> Step:
+    def _step(self, latent: Tensor) -> Step:
         w = self.weights
         out = yield from self._conv(self.entry, 0, Pending(latent.clone()), w.conv_in)
         repeats = w.widths[0] // w.latent_channels
@@ -363,9 +372,8 @@ class Tail(_Part):
         for level, extent in enumerate(extents[:-1]):
             convs = (2 * len(weights.blocks[level]) if level else 0) + (level < len(weights.upsamplers))
             step = steps.tail[level - 1] if level else steps.trunk
-            lanes = LANES if edges and level >= weights.flat else 1
             sides = extent.height, extent.width
-            self.levels.append(Windows(convs, step, lanes, *sides, weights.widths[level], self.like))
+            self.levels.append(Windows(convs, step, self.lanes, *sides, weights.widths[level], self.like))
         self.begun = [False] * len(weights.upsamplers)
         self.late: tuple[Tensor, Tensor] | None = None
 
@@ -375,54 +383,17 @@ class Tail(_Part):
         float32, black 0 and white 1, not clamped, a few frames at a time.
         """
         flat = self.weights.flat
-        pieces = self._descend(0, chunks) if flat else chunks
-        lanes = LANES if self.edges else 1
-        yield from self._in_lanes((self._finish(flat, piece) for piece in pieces), lanes)
-
-    def _descend(self, level: int, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Levels that double time, depth first, down to the first flat one."""
-        if level == self.weights.flat:
-            for chunk in chunks:
-                yield from chunk.split(self.steps.tail[level - 1])
-            return
-
-        def outputs() -> Iterator[Tensor]:
-            for chunk in chunks:
-                for piece in chunk.split(self.steps.tail[level - 1] if level else self.steps.trunk):
-                    yield run(self._level(level, piece))
-
-        yield from self._descend(level + 1, outputs())
+        for level in range(flat):
+            pieces = _split(chunks, self.steps.tail[level - 1] if level else self.steps.trunk)
+            chunks = self._in_lanes(map(partial(self._level, level), pieces))
+        pieces = _split(chunks, self.steps.tail[flat - 1]) if flat else chunks
+        return self._in_lanes(map(partial(self._finish, flat), pieces))
 
     def _finish(self, level: int, x: Tensor) -> Step:
         """The flat levels, one after the other, to pixels."""
         for i in range(level, len(self.weights.blocks)):
             x = yield from self._level(i, x)
         return x
-
-    @staticmethod
-    def _in_lanes(steps: Iterator[Step], lanes: int) -> Iterator[Tensor]:
-        """Run steps in order, `lanes` at a time: whenever one waits for borders, the other goes on.
-
-        They take turns, and a step begins only when the one before it is well ahead, so no step ever overtakes
-        another, which the windows rely on.
-        """
-        running: list[Step] = []
-        turns = 0
-        while True:
-            if len(running) < lanes and (not running or turns >= LEAD):
-                step = next(steps, None)
-                if step is not None:
-                    running.append(step)
-                    turns = 0
-            if not running:
-                return
-            for step in tuple(running):
-                try:
-                    next(step)
-                except StopIteration as end:
-                    running.remove(step)
-                    yield end.value
-            turns += 1
 
     def _level(self, level: int, x: Tensor) -> Step:
         w = self.weights
@@ -454,6 +425,11 @@ class Tail(_Part):
         oldest, older = torch.cat([self.late[0], oldest]), torch.cat([self.late[1], older])
         self.late = oldest[n:].clone(), older[n:].clone()
         return newest + oldest[:n] + older[:n]
+
+
+def _split(chunks: Iterable[Tensor], step: int) -> Iterator[Tensor]:
+    """Chunks of `step` frames at the most."""
+    return (piece for chunk in chunks for piece in chunk.split(step))
 
 
 def _cut(x: Tensor, there: Region, wanted: Region, scale: int) -> Tensor:

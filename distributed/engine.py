@@ -180,7 +180,7 @@ class Engine:
         w = self.weights
         part = self._load(video[:, region.top : region.bottom, region.left : region.right])
         trunk = Trunk(w, region.height, region.width, len(part), plan.steps.trunk, mesh)
-        inputs = (trunk.run(chunk) for chunk in self._chunks(part, plan, watch))
+        inputs = trunk.run(self._chunks(part, plan, watch))
         if plan.blocks == (1, 1):
             yield region, Tail(w, whole(region.height, region.width, len(w.blocks)), plan.steps, mesh).run(inputs)
             return
@@ -232,7 +232,7 @@ class Engine:
                     dtype=self.dtype,
                 )
                 at = 0
-                for piece in tail.run(trunk.run(self._load(chunk)) for chunk in part.split(plan.steps.trunk)):
+                for piece in tail.run(trunk.run(map(self._load, part.split(plan.steps.trunk)))):
                     if watch.cancelled():
                         raise Cancelled
                     pixels[at : at + len(piece)] = piece

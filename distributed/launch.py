@@ -1,4 +1,5 @@
-"""One set of running rank processes: started by torchrun, joined over the control connections, ended for certain.
+"""One set of running rank processes: started by torchrun (`launcher`), joined over the control connections, ended for
+certain.
 
 A `Ranks` lives from one start to one end and is never repaired: when anything about it is in doubt it is `broken`,
 with the reason, and `RankGroup` replaces it. A thread of its own looks for signs of death and of standstill, whatever
@@ -103,12 +104,10 @@ class Ranks:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PACK), os.environ.get("PYTHONPATH")])),
             "TMPDIR": str(self.folder),
             "OMP_NUM_THREADS": "1",
-            # Rendezvous goes by files: torchrun's own stores would listen on all interfaces.
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={len(devices)}"]
-        command += ["--max-restarts=0", "--local-addr=127.0.0.1", "--rdzv-backend=c10d", "--rdzv-id=hv15"]
-        command += ["--rdzv-conf=store_type=file", f"--rdzv-endpoint={self.folder / 'rendezvous'}", "-m", worker]
+        command = [sys.executable, "-m", "distributed.launcher", "--nnodes=1", f"--nproc-per-node={len(devices)}"]
+        command += ["--max-restarts=0", "--rdzv-backend=one-host", f"--rdzv-endpoint={self.folder / 'rendezvous'}"]
+        command += ["-m", worker]
         try:
             with open(os.open(self.logs / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as output:
                 self.launcher = subprocess.Popen(

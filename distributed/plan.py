@@ -144,8 +144,9 @@ def _grids(weights: "Weights", part: tuple[int, int], picture: tuple[int, int]) 
 
 def _steps_to_try(part: tuple[int, int], blocks: tuple[int, int], time: int) -> list[int]:
     positions = math.prod(-(-part[i] // blocks[i]) for i in (0, 1))
-    n = max(1, min(-(-FULL_STEP // positions), LONGEST_STEP, time))
-    return [n >> i for i in range(n.bit_length())]
+    wanted = min(-(-FULL_STEP // positions), LONGEST_STEP, time)
+    doublings = (wanted - 1).bit_length()  # with powers of two no level is left with odd frames over
+    return [2**i for i in range(doublings, -1, -1)]
 
 
 def _sizes(
@@ -182,24 +183,29 @@ def peak_bytes(
     base = weights.nbytes + WORKSPACE
     latent = frame(0, *part)
     convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
-    trunk = 2 * time * math.prod(picture) * weights.widths[0] * size + (2 * convs + 2 * steps.trunk + 2) * latent
-    trunk_working = 3 * steps.trunk * latent
+    lanes = LANES if together else 1
+    trunk = 2 * time * math.prod(picture) * weights.widths[0] * size
+    trunk += (2 * convs + (lanes + 1) * steps.trunk + 2) * latent
+    step_working = 3 * steps.trunk * latent
+    trunk += (lanes - 1) * step_working  # a step that is under way and waits its turn
     tail = working = 0
+    lanes = lanes if undivided else 1
     for level, sides in enumerate(_sizes(weights, part, picture, plan.blocks)):
-        if level == 0:
-            tail += (2 * steps.trunk + 4) * frame(0, *sides)
-            continue
-        step = steps.tail[level - 1]
-        lanes = LANES if together and undivided and level >= weights.flat else 1
-        convs = 2 * len(weights.blocks[level]) + (level < len(weights.upsamplers))
-        tail += (2 * convs + step * lanes + step + 1) * frame(level, *sides)
+        step = steps.tail[level - 1] if level else steps.trunk
+        convs = (2 * len(weights.blocks[level]) if level else 0) + (level < len(weights.upsamplers))
+        tail += (2 * convs + (lanes + 1) * step + 1) * frame(level, *sides)
         # The level's stream, what a convolution gives, and one more: the packed frames that came or the pixels to be;
         # and, of a block, what is cut off.
-        working = max(working, (3 + (not undivided)) * step * lanes * frame(level, *sides))
-        if level <= weights.flat:  # frames that the level before handed on and that wait their turn
+        level_working = (3 + (not undivided)) * step * frame(level, *sides)
+        if level < weights.flat:
+            tail += (lanes - 1) * level_working
+        else:
+            level_working *= lanes
+        working = max(working, level_working)
+        if 0 < level <= weights.flat:  # frames that the level before handed on and that wait their turn
             before = steps.tail[level - 2] if level > 1 else steps.trunk
             tail += 2 * before * frame(level, *sides)
     if undivided:
-        return base + trunk + tail + max(trunk_working, working)
+        return base + trunk + tail + max(step_working, working)
     kept = time * math.prod(picture) * weights.widths[0] * size
-    return base + kept + max(trunk + trunk_working, tail + working)
+    return base + kept + max(trunk + step_working, tail + working)

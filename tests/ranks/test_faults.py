@@ -156,6 +156,15 @@ def test_files_of_a_group_are_its_owners_alone_and_gone_when_it_stops(vae):
     group.stop()
 
 
+def test_no_file_of_a_group_holds_a_pickle(pair, vae):
+    """What could be written by a stranger must not be code; pickles are known by their first bytes, base64 or not."""
+    pair.decode(random_latent(1, 32, 1, 1, 2), vae)
+    files = [file for file in pair._ranks.folder.rglob("*") if file.is_file()]
+    assert {"key", "rendezvous"} <= {file.name for file in files}
+    for file in files:
+        assert not any(mark in file.read_bytes() for mark in (b"\x80\x04\x95", b"gASV")), file.name
+
+
 def test_ranks_leave_when_their_controller_is_killed():
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"

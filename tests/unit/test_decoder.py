@@ -38,7 +38,7 @@ def stream(weights, latent, steps):
     video = latent[0].permute(1, 2, 3, 0).to(weights.dtype).contiguous()
     trunk = Trunk(weights, *video.shape[1:3], video.shape[0], steps.trunk)
     tail = Tail(weights, whole(*video.shape[1:3], len(weights.blocks)), steps)
-    return torch.cat(list(tail.run(trunk.run(chunk) for chunk in video.split(steps.trunk))))
+    return torch.cat(list(tail.run(trunk.run(video.split(steps.trunk)))))
 
 
 @torch.inference_mode()
@@ -68,7 +68,7 @@ def block_and_whole(weights, block, margins):
     """A block's pixels by itself, with these margins, and cut out of the whole."""
     video, steps = random_latent(1, 32, 3, 22, 25, seed=5)[0].permute(1, 2, 3, 0).contiguous(), STEPS[1]
     trunk = Trunk(weights, 22, 25, 3, steps.trunk)
-    chunks = [trunk.run(chunk) for chunk in video.split(steps.trunk)]
+    chunks = list(trunk.run(video.split(steps.trunk)))
     exact = torch.cat(list(Tail(weights, whole(22, 25, 5), steps).run(iter(chunks))))
     extents = block_extents(block, 22, 25, margins)
     first = extents[0]
