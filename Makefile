@@ -10,8 +10,9 @@ setup: .venv/.ready
 	$(PYTHON) scripts/set_up.py
 	@touch $@
 
+# MODEL: a folder of ComfyUI's models/diffusers, instead of the tiny built-in model.
 demo: setup
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
 
 test: setup
 	$(BIN)/python -m pytest tests

@@ -55,9 +55,12 @@ class PromptRefused(Exception):
 
 
 class Host:
-    """A ComfyUI server of our own on a free port, with everything that it writes below `base`."""
+    """A ComfyUI server of our own on a free port, with everything that it writes below `base`.
 
-    def __init__(self, base: Path) -> None:
+    models: a folder of models to offer beside those in `base`.
+    """
+
+    def __init__(self, base: Path, models: Path | None = None) -> None:
         self.base = base
         for name in ("custom_nodes", "input", "output", "temp", "user", "models"):
             (base / name).mkdir(parents=True, exist_ok=True)
@@ -71,6 +74,11 @@ class Host:
         self.log = base / "comfyui.log"
         command = [sys.executable, "main.py", "--port", str(self.port), "--base-directory", str(base)]
         command += ["--disable-auto-launch", "--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]
+        if models:
+            (base / "models.json").write_text(
+                json.dumps({"more": {"base_path": str(models), "diffusers": "diffusers"}})
+            )
+            command += ["--extra-model-paths-config", str(base / "models.json")]  # YAML, of which JSON is a part
         if not _has_accelerator():
             command.append("--cpu")
         with open(self.log, "wb") as output:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from comfyui_host import Host, Run
-from set_up import ROOT
+from set_up import ROOT, comfyui_path
 
 STAGES = {"text encoding": ("pipeline", "text"), "denoising": ("sampler",), "decoding": ("decode",)}
 SEAMLESS_LEVELS = 1
@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="where the files go")
     parser.add_argument("--prompt", help="what to show, instead of the example's text")
-    parser.add_argument("--model", help="a folder of models/diffusers, instead of the tiny built-in model")
+    parser.add_argument("--model", help="a folder of ComfyUI's models/diffusers, instead of the tiny built-in model")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     graph = json.loads((ROOT / "api_prompts" / "text_to_video.json").read_text())
@@ -42,7 +42,7 @@ def main() -> int:
     rows, files, verdicts, same = [], [], [], True
     with tempfile.TemporaryDirectory(prefix="hv15-demo-") as folder:
         print("Starting ComfyUI ...", flush=True)
-        host = Host(Path(folder))
+        host = Host(Path(folder), comfyui_path() / "models")
         try:
             host.wait()
             for mode in ("tiled", "seamless"):

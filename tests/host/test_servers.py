@@ -30,7 +30,7 @@ def second(tmp_path, monkeypatch):
     """A server of its own, with its own temporary folder."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    host = Host(tmp_path / "comfyui").wait()
+    host = Host(tmp_path / "comfyui", tmp_path / "models").wait()
     yield host
     host.process.kill()
     host.process.wait()
@@ -69,6 +69,14 @@ def test_two_servers_on_one_machine_never_meet(host, second, prompt):
     nothing_is_left(second, processes)
     assert host.rank_pids() == ours
     assert host.run(job(host, prompt, seed=1)).error is None
+
+
+def test_models_that_lie_beside_a_servers_own_are_offered(second):
+    folder = second.base.parent / "models" / "diffusers" / "real one"
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    names = second.get("/object_info/HV15LoadPipeline")["HV15LoadPipeline"]["input"]["required"]["model"]
+    assert "real one" in str(names)
 
 
 def test_a_server_that_is_killed_in_a_decode_leaves_nothing(second, prompt):

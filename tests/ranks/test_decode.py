@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15 import HunyuanVideo15Decoder3D
+from safetensors.torch import save_file
 
 from benchmarks.random_weights import TINY, random_latent
 from distributed import Cancelled, JobError, RankGroup
@@ -126,8 +127,13 @@ def test_processes_and_weights_stay_between_decodes(pair, vae):
     assert [rank["pid"] for rank in pair.status()["ranks"]] == before
 
 
+def mapped(pid: int, part: str) -> set[str]:
+    """The files that a process maps and that have this in their path."""
+    return {file.path for file in psutil.Process(pid).memory_maps() if part in file.path}
+
+
 def maps(pid: int, path: Path) -> bool:
-    return str(path) in {mapped.path for mapped in psutil.Process(pid).memory_maps()}
+    return str(path) in mapped(pid, str(path))
 
 
 def test_a_checkpoint_is_loaded_ahead_of_the_decode_and_what_fails_then_is_told_by_the_decode(vae, tmp_path):
@@ -171,6 +177,28 @@ def test_a_state_dict_is_handed_over_once(pair, vae, weights):
     handed = pair._handed.path
     pair.decode(z, dict(weights))
     assert pair._handed.path == handed and handed.stat().st_mode & 0o077 == 0
+
+
+def test_another_vae_takes_the_place_of_the_one_before(pair, vae, weights, tmp_path):
+    """On disk or handed over: ranks map the one that they decode with, and go on."""
+    z = random_latent(1, 32, 1, 1, 2)
+    pids = [rank["pid"] for rank in pair.status()["ranks"]]
+    expected = pair.decode(z, vae).clone()
+    others = [{key: factor * tensor for key, tensor in weights.items()} for factor in (0.5, 0.25)]
+    on_disk = tmp_path / "other.safetensors"
+    save_file(others[0], on_disk)
+    frames = pair.decode(z, on_disk)
+    assert not torch.equal(frames, expected)
+    assert all(maps(pid, on_disk) and not maps(pid, vae) for pid in pids)
+    assert torch.equal(pair.decode(z, others[0]), frames)
+    handed = [mapped(pid, "hv15-vae-") for pid in pids]
+    assert handed[0] == handed[1] and len(handed[0]) == 1 and not any(maps(pid, on_disk) for pid in pids)
+    pair.decode(z, others[1])
+    again = [mapped(pid, "hv15-vae-") for pid in pids]
+    assert again[0] == again[1] and len(again[0]) == 1 and again != handed
+    assert torch.equal(pair.decode(z, vae), expected)
+    assert not any(mapped(pid, "hv15-vae-") for pid in pids)
+    assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
 
 
 def test_frames_are_shared_memory_that_is_reused_once_nobody_holds_it(pair, vae):
