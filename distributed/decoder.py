@@ -48,7 +48,7 @@ class Edges(Protocol):
         """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], from the neighbours."""
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, [n, positions, C], of all regions side by side."""
+        """Keys and values, [n, positions, C] each, of the whole picture."""
 
     @property
     def positions(self) -> int:

@@ -189,7 +189,7 @@ class Engine:
         for start, chunk in zip(range(0, time, plan.steps.trunk), inputs, strict=True):
             place = picture[start : start + len(chunk)]
             if mesh:
-                mesh.assemble(chunk, place)
+                mesh.assemble(chunk.flatten(1, 2), place)
             else:
                 place.copy_(chunk)
         del trunk  # and its windows

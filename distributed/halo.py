@@ -86,25 +86,29 @@ class Mesh:
             self.under_way[0].finish()
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, [n, positions, C] each, of all regions side by side."""
-        together = torch.cat(self._all(torch.stack([keys, values])), dim=2)
-        return together[0], together[1]
+        """Keys and values, [n, positions, C] each, of the whole picture.
+
+        In the picture's order, whatever the division, so that attention adds up in one order for any number of ranks.
+        """
+        n, _, channels = keys.shape
+        whole = keys.new_empty(2 * n, self.division.row_cuts[-1], self.division.column_cuts[-1], channels)
+        self.assemble(torch.cat([keys, values]), whole)
+        return whole[:n].flatten(1, 2), whole[n:].flatten(1, 2)
 
     def assemble(self, part: Tensor, picture: Tensor) -> None:
-        """Put every rank's `part`, [n, h, w, C], into its place of `picture`, [n, H, W, C], on every rank."""
-        arrived = self._all(part.flatten(1, 2)[None])
-        for region, positions in zip(self.division.regions, arrived, strict=True):
+        """Put every rank's `part`, [n, positions, C], into its place of `picture`, [n, H, W, C], on every rank."""
+        for region, positions in zip(self.division.regions, self._all(part), strict=True):
             place = picture[:, region.top : region.bottom, region.left : region.right]
-            place.copy_(positions[0].unflatten(1, (region.height, region.width)))
+            place.copy_(positions.unflatten(1, (region.height, region.width)))
 
     def _all(self, own: Tensor) -> list[Tensor]:
-        """Every rank's [m, n, positions, C].
+        """Every rank's [n, positions, C].
 
         Regions differ by a row or a column, and not every backend gathers tensors of different sizes (gloo refuses):
         what travels is padded to the largest.
         """
-        padded = own.new_zeros(*own.shape[:2], max(self.sizes), own.shape[3])
-        padded[:, :, : own.shape[2]] = own
+        padded = own.new_zeros(own.shape[0], max(self.sizes), own.shape[2])
+        padded[:, : own.shape[1]] = own
         parts = [torch.empty_like(padded) for _ in self.sizes]
         dist.all_gather(parts, padded, group=self.group)
-        return [part[:, :, :size] for part, size in zip(parts, self.sizes, strict=True)]
+        return [part[:, :size] for part, size in zip(parts, self.sizes, strict=True)]

@@ -22,7 +22,7 @@ from set_up import ROOT, comfyui_path
 
 STAGES = {"text encoding": ("pipeline", "text"), "denoising": ("sampler",), "decoding": ("decode",)}
 SEAMLESS_LEVELS = 1
-"""Of 255: seamless ranks sum in another order, so a pixel may round the other way."""
+"""Of 255. A library may add up parts of a picture in another order than the whole, and a pixel round the other way."""
 
 
 def main() -> int:

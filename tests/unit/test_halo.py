@@ -1,0 +1,18 @@
+"""What ranks gather, apart from how it travels."""
+
+import pytest
+import torch
+
+from distributed.halo import Mesh
+from distributed.regions import divide
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 7])
+def test_keys_and_values_come_in_the_pictures_order_whatever_the_division(ranks, monkeypatch):
+    division = divide(5, 7, ranks)
+    picture = torch.arange(2 * 5 * 7 * 3.0).view(2, 5, 7, 3)
+    parts = [picture[:, r.top : r.bottom, r.left : r.right].flatten(1, 2) for r in division.regions]
+    mesh = Mesh(division, 0, None)
+    monkeypatch.setattr(mesh, "_all", lambda own: [torch.cat([part, -part]) for part in parts])
+    keys, values = mesh.gather(parts[0], -parts[0])
+    assert torch.equal(keys, picture.flatten(1, 2)) and torch.equal(values, -keys)
