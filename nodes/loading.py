@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import comfy.model_management
@@ -27,9 +28,10 @@ OFFLOADS = ("model", "none", "group")
 
 
 class WholePatcher(comfy.model_patcher.ModelPatcher):
-    """Has a model on the device as a whole or not at all.
+    """Has a model on the device as a whole or not at all, and its weights on the host all the while.
 
-    ComfyUI's own models can leave some layers behind and fetch them when they run; diffusers' cannot.
+    ComfyUI's own models can leave some layers behind and fetch them when they run; diffusers' cannot. Weights are not
+    changed on the device, so nothing needs to be copied back when they leave it.
     """
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, **options: object) -> int:
@@ -37,6 +39,11 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, *args: object, **options: object) -> int:
         return 0  # nothing freed, upon which ComfyUI unloads it as a whole
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            self.model.leave()
+        super().unpatch_model(device_to, unpatch_weights)
 
 
 class LoadedPipeline:
@@ -90,12 +97,23 @@ class LoadedPipeline:
 
 
 class _Holder(torch.nn.Module):
-    """Lets ComfyUI set `device` on a part; diffusers' own is read-only."""
+    """Lets ComfyUI set `device` on a part; diffusers' own is read-only. Keeps the part's weights on the host."""
 
     def __init__(self, part: torch.nn.Module) -> None:
         super().__init__()
         self.part = part
         self.device = torch.device("cpu")
+        self.host = [
+            (module, name, tensor, tensor.data)
+            for module in part.modules()
+            for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        ]
+
+    def leave(self) -> None:
+        """Have the weights be those on the host again."""
+        for module, name, tensor, data in self.host:
+            tensor.data = data  # where moving has changed the tensor
+            setattr(module, name, tensor)  # where it has put another in its place
 
 
 def stream_layers(model: torch.nn.Module, device: torch.device) -> None:

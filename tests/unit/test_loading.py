@@ -73,6 +73,18 @@ def test_all_parts_have_the_dtype_that_was_chosen(pack, name):
     assert pipeline.pipeline.transformer.dtype == pipeline.pipeline.text_encoder.dtype == vae.vae_dtype == dtype
 
 
+def test_weights_that_leave_the_device_are_not_copied(pack, tiny_folders):
+    """Shown on torch's meta device, from which nothing can be copied."""
+    pipeline = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "model")
+    patcher, transformer = pipeline.patchers["transformer"], pipeline.pipeline.transformer
+    before = {name: (weight.data_ptr(), weight.clone()) for name, weight in transformer.named_parameters()}
+    patcher.partially_load(torch.device("meta"))
+    assert all(weight.is_meta for weight in transformer.parameters())
+    patcher.detach()
+    for name, weight in transformer.named_parameters():
+        assert weight.data_ptr() == before[name][0] and torch.equal(weight, before[name][1])
+
+
 def test_text_to_video_holds_no_second_copy_of_the_vae(pack, tiny_folders):
     text, image = (pack.loading.load_pipeline(tiny_folders[kind], torch.float32, "none") for kind in ("t2v", "i2v"))
     assert "vae" not in text.patchers and all(p.is_meta for p in text.pipeline.vae.parameters())
