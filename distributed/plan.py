@@ -146,7 +146,7 @@ def _steps_to_try(part: tuple[int, int], blocks: tuple[int, int], time: int) -> 
     positions = math.prod(-(-part[i] // blocks[i]) for i in (0, 1))
     wanted = min(-(-FULL_STEP // positions), LONGEST_STEP, time)
     doublings = (wanted - 1).bit_length()  # with powers of two no level is left with odd frames over
-    return [2**i for i in range(doublings, -1, -1)]
+    return [min(2**i, time) for i in range(doublings, -1, -1)]
 
 
 def _sizes(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed.decoder import Weights
-from distributed.plan import Job, check_job, choose_plan, frame_count, peak_bytes, tail_work
+from distributed.plan import Job, _steps_to_try, check_job, choose_plan, frame_count, peak_bytes, tail_work
 from distributed.regions import divide
 from distributed.weights import _decoder_shapes
 
@@ -85,6 +85,11 @@ def test_less_memory_gives_smaller_steps_then_blocks_until_nothing_fits(tiny):
     assert seen[0].blocks == (1, 1) and seen[1].steps.trunk <= seen[0].steps.trunk
     work = [tail_work(tiny, (40, 50), (40, 50), plan.blocks) for plan in seen]
     assert work == sorted(work) and seen[-1].blocks[0] * seen[-1].blocks[1] > 4
+
+
+@pytest.mark.parametrize(("time", "steps"), [(31, [8, 4, 2, 1]), (5, [5, 4, 2, 1]), (1, [1])])
+def test_steps_are_powers_of_two_and_no_longer_than_the_video(time, steps):
+    assert _steps_to_try((30, 53), (1, 1), time) == steps
 
 
 def test_a_picture_too_small_for_blocks_has_one(tiny):
