@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.decode import SIZES, machine, measure, target
 from benchmarks.random_weights import decoder_tensors, random_latent
-from distributed.decoder import Tail, Trunk, Weights
+from distributed.decoder import Tail, Trunk, Weights, split
 from distributed.plan import choose_plan
 from distributed.regions import divide, whole
 
@@ -67,9 +67,9 @@ def share(weights: Weights, size: tuple[int, int, int], ranks: int, device: torc
     def decode() -> None:
         edges.border_bytes = edges.border_messages = edges.gathered_bytes = edges.gathers = 0
         given = edges if ranks > 1 else None
-        trunk = Trunk(weights, *part, time, plan.steps.trunk, given)
+        trunk = Trunk(weights, *part, time, given)
         tail = Tail(weights, whole(*part, len(weights.blocks)), plan.steps, given)
-        for _ in tail.run(trunk.run(latent.split(plan.steps.trunk))):
+        for _ in tail.run(trunk.run(split(latent, plan.steps.trunk))):
             pass
 
     return measure(device, decode, 1) | {"planned_gib": round(planned / 2**30, 2)}, edges

@@ -3,7 +3,7 @@
 The function is that of `AutoencoderKLHunyuanVideo15.decoder` in diffusers (models/autoencoders/
 autoencoder_kl_hunyuanvideo15.py), computed a few frames at a time. What makes that exact:
 
-- A causal convolution of 3 frames needs the last two frames of its input. They stay in the `Windows` of its level.
+- A causal convolution of 3 frames needs the last two frames of its input. They stay in the `Past` of its level.
 - The attention needs the keys and values of earlier frames. They stay in `KeyValues`.
 - An upsampling in time gives two frames for one, but one for the video's first.
 
@@ -16,9 +16,10 @@ The order of events, for one chunk of latent frames [n, H, W, 32]:
 All goes depth first: a level hands its few output frames on before it takes more input, so what is alive at any
 moment is a few frames of each level, whatever the length of the video.
 
-Between convolutions everything element-wise is one pass (`kernels.fill_window`): it adds the bias and the residual,
-normalises, activates, and writes with a border of one into the place that the next convolution reads. The sum of a
-residual block is therefore carried as two tensors, `Pending`, until the next pass adds them.
+Convolutions go through two frames at a time, with two thirds of the multiplications (`winograd`). What lies between
+them is one pass (`kernels.fill_pairs`): it adds up the products, the bias and the residual, normalises, activates,
+and writes with a border of one what the next convolution reads. The sum of a residual block is therefore carried in
+parts, `Pending`, until the next pass adds them. Steps of even length keep the same frames paired whatever the length.
 
 Where the picture is divided between ranks, `edges` overwrites the border with the neighbours' pixels before each
 convolution; `edges` None means that the whole picture is here.
@@ -27,7 +28,7 @@ convolution; `edges` None means that the whole picture is here.
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,7 @@ from torch import Tensor
 from . import kernels
 from .attention import KeyValues
 from .regions import Region
+from .winograd import Products, convolve, transform_taps
 
 LANES = 2
 """Steps in flight in each part when borders travel: one computes while the other's borders are under way."""
@@ -72,8 +74,8 @@ class Steps:
 
 
 class Conv(NamedTuple):
-    weight: Tensor
-    """[out, in, 3, 3, 3], channels last."""
+    taps: Tensor
+    """[4, out, in, 3, 3], transformed (see `winograd`)."""
     bias: Tensor
     """[out], float32."""
 
@@ -100,11 +102,27 @@ class Attention(NamedTuple):
 
 @dataclass
 class Pending:
-    """A sum not yet formed: x + add + bias. `Windows.write` forms it in x, and lets go of add."""
+    """A sum not yet formed: x + products + bias, of what there is. Where x is there, it is formed in x."""
 
-    x: Tensor
-    add: Tensor | None = None
+    x: Tensor | None
+    products: Products | None = None
     bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[n, H, W, C]"""
+        return (self.products if self.x is None else self.x).shape
+
+    def form(self) -> Tensor:
+        """The sum, in x."""
+        if self.products is not None:
+            self.x.copy_(kernels.value_of(self.x, self.products, self.bias))
+            self.formed()
+        return self.x
+
+    def formed(self) -> None:
+        """Let go of the parts that have been used up."""
+        self.products = self.bias = None
 
 
 class Weights:
@@ -123,8 +141,8 @@ class Weights:
             return weight, vector(f"{name}.bias").to(dtype)
 
         def conv(name: str) -> Conv:
-            weight = tensors[f"{name}.conv.weight"].to(device=device, dtype=dtype)
-            return Conv(weight.contiguous(memory_format=torch.channels_last_3d), vector(f"{name}.conv.bias"))
+            weight = tensors[f"{name}.conv.weight"].to(device)
+            return Conv(transform_taps(weight, dtype), vector(f"{name}.conv.bias"))
 
         def resnet(name: str) -> Resnet:
             return Resnet(
@@ -153,15 +171,15 @@ class Weights:
             if f"{block}.upsamplers.0.conv.conv.weight" in tensors:
                 up = conv(f"{block}.upsamplers.0.conv")
                 following = tensors[f"up_blocks.{i + 1}.resnets.0.conv1.conv.weight"].shape[1]
-                self.upsamplers.append(Upsampler(up, temporal=up.weight.shape[0] == 8 * following))
+                self.upsamplers.append(Upsampler(up, temporal=len(up.bias) == 8 * following))
         self.norm_out = vector("norm_out.gamma")
-        last = conv("conv_out")
-        self.conv_out_bias = last.bias
+        self.conv_out_bias = vector("conv_out.conv.bias")
         # [colour, C, t, y, x] -> one row for each (t, y, x, colour), padded to a multiple of 16 rows
-        taps = last.weight.permute(2, 3, 4, 0, 1).reshape(-1, last.weight.shape[1])
+        last = tensors["conv_out.conv.weight"].to(device=device, dtype=dtype)
+        taps = last.permute(2, 3, 4, 0, 1).flatten(0, 3)
         self.taps = F.pad(taps, (0, 0, 0, -len(taps) % 16)).contiguous()
-        self.widths = tuple(block[0].conv1.weight.shape[1] for block in self.blocks)
-        self.latent_channels = self.conv_in.weight.shape[1]
+        self.widths = tuple(len(block[0].conv1.bias) for block in self.blocks)
+        self.latent_channels = self.conv_in.taps.shape[2]
 
     @property
     def flat(self) -> int:
@@ -194,69 +212,16 @@ class Weights:
         return total
 
 
-class Windows:
-    """What the convolutions of one level read: for each of them its last two input frames, and room for new ones.
+class Past:
+    """The last two frames of what each convolution of a level has read."""
 
-    All of them share one ring of frames, so that nothing is moved from step to step. A convolution owns two frames,
-    its past; in the ring the first one's past lies foremost, the others follow behind it. In a step the first writes
-    n new frames in front of its past into the free room and reads past and new together; its n oldest frames are then
-    free, and just there the second one writes. After the last one the room is free at the end of the ring, which is
-    the front again.
-
-    A read must not break at the end of the ring: the buffer repeats the first frames of the ring behind its end, and
-    what is written to one place is written to the other.
-    """
-
-    def __init__(self, convs: int, step: int, lanes: int, height: int, width: int, channels: int, like: Tensor) -> None:
-        self.ring = 2 * convs + step * lanes
-        self.repeated = step + 1
-        self.frames = like.new_empty(self.ring + self.repeated, height + 2, width + 2, channels)
-        self.past = [2 * (convs - 1 - i) for i in range(convs)]
+    def __init__(self, convs: int, height: int, width: int, channels: int, like: Tensor) -> None:
+        self.frames = like.new_empty(convs, 2, height, width, channels)
         self.fresh = [True] * convs
 
-    def write(self, index: int, pending: Pending, gamma: Tensor | None = None) -> Tensor:
-        """Write the input of convolution `index`; returns its new frames, [n, H + 2, W + 2, C], to be `settle`d."""
-        start = self.past[index] % self.ring + 2
-        room = self.frames[start : start + len(pending.x)]
-        fill(room, pending, gamma)
-        return room
 
-    def settle(self, index: int, n: int) -> Tensor:
-        """After the borders are in place: returns what convolution `index` reads, [n + 2, H + 2, W + 2, C]."""
-        start = self.past[index] % self.ring
-        if self.fresh[index]:  # the video begins: its past is its first frame
-            self.frames[start : start + 2] = self.frames[start + 2]
-            self._repeat(start, start + 2 + n)
-        else:
-            self._repeat(start + 2, start + 2 + n)
-        self.fresh[index] = False
-        self.past[index] += n
-        return self.frames[start : start + 2 + n]
-
-    def _repeat(self, start: int, stop: int) -> None:
-        low, high = start, min(stop, self.repeated)
-        if low < high:
-            self.frames[low + self.ring : high + self.ring] = self.frames[low:high]
-        low, high = max(start, self.ring), stop
-        if low < high:
-            self.frames[low - self.ring : high - self.ring] = self.frames[low:high]
-
-
-def fill(window: Tensor, x: Pending, gamma: Tensor | None) -> None:
-    """Write what a convolution reads (see `kernels.fill_window`). A sum is formed by it, and its parts may go."""
-    kernels.fill_window(x.x, window, bias=x.bias, add=x.add, gamma=gamma)
-    if x.add is not None:
-        x.add = x.bias = None
-
-
-def convolve(window: Tensor, weight: Tensor) -> Tensor:
-    """[n + 2, H + 2, W + 2, C] -> [n, H, W, out], without the bias."""
-    out = F.conv3d(window.permute(3, 0, 1, 2)[None], weight)
-    return out[0].permute(1, 2, 3, 0).contiguous()
-
-
-Step = Generator[None, None, Tensor]
-"""Work that yields whenever borders are under way, and returns a tensor."""
+Step = Generator[None, None, Any]
+"""Work that yields whenever borders are under way, and returns its result."""
 
 
 class _Part:
@@ -265,12 +230,12 @@ class _Part:
     def __init__(self, weights: Weights, edges: Edges | None) -> None:
         self.weights, self.edges = weights, edges
         self.lanes = LANES if edges else 1
-        self.like = weights.conv_in.weight
+        self.like = weights.taps
 
     def _in_lanes(self, steps: Iterable[Step]) -> Iterator[Tensor]:
         """Run steps, some at a time: whenever one waits for borders, the next goes on, or begins.
 
-        They take turns, the oldest first, so no step ever overtakes another, which the windows rely on.
+        They take turns, the oldest first, so no step ever overtakes another, which the past relies on.
         """
         coming = iter(steps)
         running: list[Step] = []
@@ -286,41 +251,39 @@ class _Part:
                     running.remove(step)
                     yield end.value
 
-    def _resnet(self, windows: Windows, index: int, x: Pending, resnet: Resnet):
-        hidden = yield from self._conv(windows, index, x, resnet.conv1, resnet.norm1)
-        inner = Pending(hidden, None, resnet.conv1.bias)
-        out = yield from self._conv(windows, index + 1, inner, resnet.conv2, resnet.norm2)
+    def _resnet(self, past: Past, index: int, x: Pending, resnet: Resnet):
+        hidden = Pending(None, (yield from self._conv(past, index, x, resnet.conv1, resnet.norm1)), resnet.conv1.bias)
+        out = yield from self._conv(past, index + 1, hidden, resnet.conv2, resnet.norm2)
         return Pending(x.x, out, resnet.conv2.bias)
 
-    def _borders(self, window: Tensor) -> Generator[None, None, None]:
+    def _borders(self, window: Tensor) -> Step:
         if self.edges:
             exchange = self.edges.start(window)
             yield
             exchange.finish()
 
-    def _conv(self, windows: Windows, index: int, x: Pending, conv: Conv, gamma: Tensor | None = None) -> Step:
-        window = yield from self._window(windows, index, x, gamma)
-        return convolve(window, conv.weight)
-
-    def _window(self, windows: Windows, index: int, x: Pending, gamma: Tensor | None) -> Step:
-        room = windows.write(index, x, gamma)
-        yield from self._borders(room)
-        return windows.settle(index, len(room))
+    def _conv(self, past: Past, index: int, x: Pending, conv: Conv, gamma: Tensor | None = None) -> Step:
+        """Convolution `index` of a level; a sum is formed on the way."""
+        n, height, width, channels = x.shape
+        window = self.like.new_empty(4, -(-n // 2), height + 2, width + 2, channels)
+        fresh, past.fresh[index] = past.fresh[index], False
+        kernels.fill_pairs(x.x, x.products, past.frames[index], window, fresh=fresh, bias=x.bias, gamma=gamma)
+        x.formed()
+        yield from self._borders(window.flatten(0, 1))
+        return convolve(window, n % 2, conv.taps)
 
 
 class Trunk(_Part):
     """The first part of the decoder, at latent resolution, for one video or one part of its picture.
 
-    step: latent frames of a chunk, at the most. edges: the rest of the picture is on other ranks.
+    time: latent frames in all. edges: the rest of the picture is on other ranks.
     """
 
-    def __init__(
-        self, weights: Weights, height: int, width: int, time: int, step: int, edges: Edges | None = None
-    ) -> None:
+    def __init__(self, weights: Weights, height: int, width: int, time: int, edges: Edges | None = None) -> None:
         super().__init__(weights, edges)
         convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
-        self.entry = Windows(1, step, self.lanes, height, width, weights.latent_channels, self.like)
-        self.base = Windows(convs, step, self.lanes, height, width, weights.widths[0], self.like)
+        self.entry = Past(1, height, width, weights.latent_channels, self.like)
+        self.base = Past(convs, height, width, weights.widths[0], self.like)
         positions = edges.positions if edges else height * width
         self.memory = KeyValues(time, positions, weights.widths[0], weights.dtype, weights.device)
 
@@ -330,15 +293,14 @@ class Trunk(_Part):
 
     def _step(self, latent: Tensor) -> Step:
         w = self.weights
-        out = yield from self._conv(self.entry, 0, Pending(latent.clone()), w.conv_in)
-        repeats = w.widths[0] // w.latent_channels
-        x = Pending(latent.repeat_interleave(repeats, dim=-1), out, w.conv_in.bias)
+        shortcut = latent.repeat_interleave(w.widths[0] // w.latent_channels, dim=-1)
+        x = Pending(shortcut, (yield from self._conv(self.entry, 0, Pending(latent), w.conv_in)), w.conv_in.bias)
         x = yield from self._resnet(self.base, 0, x, w.mid[0])
-        x = Pending(self._attention(form(x)))
+        x = Pending(self._attention(x.form()))
         x = yield from self._resnet(self.base, 2, x, w.mid[1])
         for i, resnet in enumerate(w.blocks[0]):
             x = yield from self._resnet(self.base, 4 + 2 * i, x, resnet)
-        return form(x)
+        return x.form()
 
     def _attention(self, x: Tensor) -> Tensor:
         a = self.weights.attention
@@ -368,12 +330,10 @@ class Tail(_Part):
     def __init__(self, weights: Weights, extents: Sequence[Region], steps: Steps, edges: Edges | None = None) -> None:
         super().__init__(weights, edges)
         self.extents, self.steps = extents, steps
-        self.levels: list[Windows] = []
+        self.levels: list[Past] = []
         for level, extent in enumerate(extents[:-1]):
             convs = (2 * len(weights.blocks[level]) if level else 0) + (level < len(weights.upsamplers))
-            step = steps.tail[level - 1] if level else steps.trunk
-            sides = extent.height, extent.width
-            self.levels.append(Windows(convs, step, self.lanes, *sides, weights.widths[level], self.like))
+            self.levels.append(Past(convs, extent.height, extent.width, weights.widths[level], self.like))
         self.begun = [False] * len(weights.upsamplers)
         self.late: tuple[Tensor, Tensor] | None = None
 
@@ -384,9 +344,9 @@ class Tail(_Part):
         """
         flat = self.weights.flat
         for level in range(flat):
-            pieces = _split(chunks, self.steps.tail[level - 1] if level else self.steps.trunk)
+            pieces = _pieces(chunks, self.steps.tail[level - 1] if level else self.steps.trunk)
             chunks = self._in_lanes(map(partial(self._level, level), pieces))
-        pieces = _split(chunks, self.steps.tail[flat - 1]) if flat else chunks
+        pieces = _pieces(chunks, self.steps.tail[flat - 1]) if flat else chunks
         return self._in_lanes(map(partial(self._finish, flat), pieces))
 
     def _finish(self, level: int, x: Tensor) -> Step:
@@ -397,17 +357,18 @@ class Tail(_Part):
 
     def _level(self, level: int, x: Tensor) -> Step:
         w = self.weights
-        windows, pending = self.levels[level], Pending(x)
+        past, pending = self.levels[level], Pending(x)
         blocks = w.blocks[level] if level else ()
         for i, resnet in enumerate(blocks):
-            pending = yield from self._resnet(windows, 2 * i, pending, resnet)
+            pending = yield from self._resnet(past, 2 * i, pending, resnet)
         last = 2 * len(blocks)
         if level < len(w.upsamplers):
             up = w.upsamplers[level]
-            packed = yield from self._conv(windows, last, pending, up.conv)
+            packed = yield from self._conv(past, last, pending, up.conv)
             first = not self.begun[level]
             self.begun[level] = True
             x = kernels.upsample(packed, up.conv.bias, pending.x, temporal=up.temporal, first=first)
+            del packed
             return _cut(x, self.extents[level], self.extents[level + 1], 2)
         pixels = yield from self._pixels(pending)
         return _cut(pixels, self.extents[level], self.extents[level + 1], 1)
@@ -415,9 +376,10 @@ class Tail(_Part):
     def _pixels(self, x: Pending) -> Step:
         """norm_out and conv_out, the sum over time last: then two small maps are all there is to keep of the past."""
         w = self.weights
-        n, height, width, channels = x.x.shape
+        n, height, width, channels = x.shape
         window = x.x.new_empty(n, height + 2, width + 2, channels)
-        fill(window, x, w.norm_out)
+        kernels.fill_window(x.x, x.products, window, bias=x.bias, gamma=w.norm_out)
+        x.formed()
         yield from self._borders(window)
         oldest, older, newest = kernels.sum_taps(kernels.taps(window, w.taps), w.conv_out_bias).unbind(1)
         if self.late is None:
@@ -427,19 +389,17 @@ class Tail(_Part):
         return newest + oldest[:n] + older[:n]
 
 
-def _split(chunks: Iterable[Tensor], step: int) -> Iterator[Tensor]:
-    """Chunks of `step` frames at the most."""
-    return (piece for chunk in chunks for piece in chunk.split(step))
+def split(frames: Tensor, step: int) -> tuple[Tensor, ...]:
+    """Pieces of `step` frames, the remainder first: a video's first frame is the odd one, and then pairs stay pairs."""
+    first = (len(frames) - 1) % step + 1
+    return frames.split([first] + [step] * ((len(frames) - first) // step))
+
+
+def _pieces(chunks: Iterable[Tensor], step: int) -> Iterator[Tensor]:
+    return (piece for chunk in chunks for piece in split(chunk, step))
 
 
 def _cut(x: Tensor, there: Region, wanted: Region, scale: int) -> Tensor:
     """Of frames [n, H, W, C] that show `there`, `scale` times as large, those that show `wanted`."""
     top, left = wanted.top - scale * there.top, wanted.left - scale * there.left
     return x[:, top : top + wanted.height, left : left + wanted.width].contiguous()
-
-
-def form(x: Pending) -> Tensor:
-    """Form the sum, in place."""
-    if x.add is None:
-        return x.x
-    return x.x.copy_(x.x.float() + x.add + x.bias)

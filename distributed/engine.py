@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .decoder import Tail, Trunk, Weights
+from .decoder import Tail, Trunk, Weights, split
 from .halo import Mesh
 from .output import PixelWriter
 from .plan import Job, Plan, check_job, choose_plan, frame_count
@@ -179,15 +179,17 @@ class Engine:
         """
         w = self.weights
         part = self._load(video[:, region.top : region.bottom, region.left : region.right])
-        trunk = Trunk(w, region.height, region.width, len(part), plan.steps.trunk, mesh)
+        trunk = Trunk(w, region.height, region.width, len(part), mesh)
         inputs = trunk.run(self._chunks(part, plan, watch))
         if plan.blocks == (1, 1):
             yield region, Tail(w, whole(region.height, region.width, len(w.blocks)), plan.steps, mesh).run(inputs)
             return
         time, height, width, _ = video.shape
         picture = part.new_empty(time, height, width, w.widths[0])
-        for start, chunk in zip(range(0, time, plan.steps.trunk), inputs, strict=True):
-            place = picture[start : start + len(chunk)]
+        at = 0
+        for chunk in inputs:
+            place = picture[at : at + len(chunk)]
+            at += len(chunk)
             if mesh:
                 mesh.assemble(chunk.flatten(1, 2), place)
             else:
@@ -204,7 +206,7 @@ class Engine:
 
     def _chunks(self, video: Tensor, plan: Plan, watch: Watch) -> Iterator[Tensor]:
         """A video in the trunk's steps. Between them all ranks meet to hear of a cancel."""
-        for chunk in video.split(plan.steps.trunk):
+        for chunk in split(video, plan.steps.trunk):
             self._check_cancel(watch)
             yield chunk
 
@@ -222,7 +224,7 @@ class Engine:
         try:
             for tile in mine:
                 part = video[:, tile.top : tile.bottom, tile.left : tile.right]
-                trunk = Trunk(self.weights, *part.shape[1:3], time, plan.steps.trunk)
+                trunk = Trunk(self.weights, *part.shape[1:3], time)
                 tail = Tail(self.weights, whole(*part.shape[1:3], len(self.weights.blocks)), plan.steps)
                 pixels = part.new_empty(
                     frame_count(time),
@@ -232,7 +234,7 @@ class Engine:
                     dtype=self.dtype,
                 )
                 at = 0
-                for piece in tail.run(trunk.run(map(self._load, part.split(plan.steps.trunk)))):
+                for piece in tail.run(trunk.run(map(self._load, split(part, plan.steps.trunk)))):
                     if watch.cancelled():
                         raise Cancelled
                     pixels[at : at + len(piece)] = piece

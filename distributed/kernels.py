@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .winograd import Products, sum_products, transform_frames
+
 
 @cache
 def _triton():
@@ -26,7 +28,8 @@ def _triton():
 
 
 def _kernels(x: Tensor):
-    return _triton() if x.is_cuda else None
+    """x: [..., H, W, C]. Kernels count within a frame with 32 bits."""
+    return _triton() if x.is_cuda and x.stride(-4) < 2**31 else None
 
 
 @torch.inference_mode()
@@ -45,49 +48,87 @@ def warm_up(latent_channels: int, widths: Sequence[int], device: torch.device, d
     def vector(channels: int) -> Tensor:
         return torch.ones(channels, device=device)
 
-    fill_window(frames(latent_channels), frames(latent_channels, border=2))
+    def products(channels: int) -> Products:
+        return Products(*(frames(channels) for _ in range(4)))
+
+    def fill(channels: int, *, stream: bool = True, convolved: bool = True, norm: bool = True) -> None:
+        one = vector(channels)
+        x, given = frames(channels, 2) if stream else None, products(channels) if convolved else None
+        past, out = frames(channels, 2), frames(channels, 4, border=2)[:, None]
+        fill_pairs(x, given, past, out, fresh=True, bias=one if convolved else None, gamma=one if norm else None)
+
+    fill(latent_channels, convolved=False, norm=False)
     for width in dict.fromkeys(widths):
-        x, window, one = frames(width), frames(width, border=2), vector(width)
-        for form in ({}, {"gamma": one}, {"bias": one, "gamma": one}, {"bias": one, "add": x.clone()}):
-            fill_window(x, window, **form)
-        fill_window(x, window, bias=one, add=x.clone(), gamma=one)
+        fill(width)
+        fill(width, norm=False)
+        fill(width, convolved=False)
+        fill(width, convolved=False, norm=False)
+        fill(width, stream=False)
+    one = vector(widths[-1])
+    fill_window(frames(widths[-1], 2), products(widths[-1]), frames(widths[-1], 2, border=2), bias=one, gamma=one)
     for level, (width, following) in enumerate(pairwise(widths)):
         factor = 8 if level < 2 else 4
         for first in (True, False):
-            packed = frames(factor * following, 2)
-            upsample(packed, vector(factor * following), frames(width, 2), temporal=factor == 8, first=first)
+            bias = vector(factor * following)
+            upsample(products(len(bias)), bias, frames(width, 2), temporal=factor == 8, first=first)
     sum_taps(frames(96, border=2), vector(3))
 
 
-def fill_window(
-    x: Tensor,
+def value_of(x: Tensor | None, products: Products | None, bias: Tensor | None) -> Tensor:
+    """x + products + bias, of what is given of them: [n, H, W, C], float32."""
+    value = x.float() if products is None else sum_products(products)
+    if products is not None and x is not None:
+        value += x
+    return value if bias is None else value + bias
+
+
+def activate(value: Tensor, gamma: Tensor | None) -> Tensor:
+    """silu(rms_norm(value) * gamma), the norm over channels only; without `gamma` the value itself."""
+    if gamma is None:
+        return value
+    return F.silu(F.normalize(value, dim=-1) * (gamma.numel() ** 0.5 * gamma))
+
+
+def fill_pairs(
+    x: Tensor | None,
+    products: Products | None,
+    past: Tensor,
     out: Tensor,
     *,
-    bias: Tensor | None = None,
-    add: Tensor | None = None,
-    gamma: Tensor | None = None,
+    fresh: bool,
+    bias: Tensor | None,
+    gamma: Tensor | None,
 ) -> None:
-    """Write what a convolution reads: the value, perhaps normalised and activated, with a border of one.
+    """Write what a convolution reads: frames, activated where `gamma` is given, transformed for Winograd's algorithm.
 
-    value = x + add + bias (what is given of them); where `add` is given, x becomes the value, in place. With
-    `gamma`, what is written is silu(rms_norm(value) * gamma), the norm over channels only; else the value itself.
-
-    x, add: [n, H, W, C]; bias, gamma: [C], float32; out: [n, H + 2, W + 2, C], whose border repeats the nearest
-    pixel.
+    x, products: [n, H, W, C], whose sum with the bias is the value; where both are given, x becomes it, in place.
+    past: [2, H, W, C], the two activated frames before these, rounded to its dtype; becomes the last two of these.
+    fresh: the video begins, and what was before is its first frame.
+    bias, gamma: [C], float32. out: [4, pairs, H + 2, W + 2, C], whose border repeats the nearest pixel.
     """
-    kernels = _kernels(x)
+    kernels = _kernels(out)
     if kernels:
-        return kernels.fill_window(x, out, bias, add, gamma)
-    value = x.float()
-    if add is not None:
-        value = value + add
-    if bias is not None:
-        value = value + bias
-    if add is not None:
+        return kernels.fill_pairs(x, products, past, out, fresh, bias, gamma)
+    value = value_of(x, products, bias)
+    if x is not None and products is not None:
         x.copy_(value)
-    if gamma is not None:
-        value = F.silu(F.normalize(value, dim=-1) * (gamma.numel() ** 0.5 * gamma))
-    out[:, 1:-1, 1:-1] = value
+    frames = activate(value, gamma).to(out.dtype)
+    if fresh:
+        past[:] = frames[0]
+    out[:, :, 1:-1, 1:-1] = transform_frames(past.float(), frames.float())
+    past.copy_(torch.cat([past, frames])[-2:])
+    repeat_border(out.flatten(0, 1))
+
+
+def fill_window(x: Tensor, products: Products, out: Tensor, *, bias: Tensor, gamma: Tensor) -> None:
+    """Write what the last layer reads: x + products + bias, activated, [n, H, W, C], as it is.
+
+    out: [n, H + 2, W + 2, C], whose border repeats the nearest pixel.
+    """
+    kernels = _kernels(out)
+    if kernels:
+        return kernels.fill_window(x, products, out, bias, gamma)
+    out[:, 1:-1, 1:-1] = activate(value_of(x, products, bias), gamma)
     repeat_border(out)
 
 
@@ -99,20 +140,20 @@ def repeat_border(window: Tensor) -> None:
     window[:, :, -1] = window[:, :, -2]
 
 
-def upsample(packed: Tensor, bias: Tensor, x: Tensor, *, temporal: bool, first: bool) -> Tensor:
+def upsample(packed: Products, bias: Tensor, x: Tensor, *, temporal: bool, first: bool) -> Tensor:
     """Unpack channels into space and time and add the shortcut (diffusers' HunyuanVideo15Upsample).
 
-    packed: [n, H, W, factor * C], the convolution's output without its bias; bias: [factor * C] float32;
+    packed: [n, H, W, factor * C], the convolution's products; bias: [factor * C] float32;
     x: [n, H, W, Cin], the convolution's input, repeated to be the shortcut. factor is 8 with `temporal`, else 4.
     Returns [frames, 2H, 2W, C]. With `first` and `temporal` the first frame is the video's first, which becomes one
     frame and not two.
     """
-    kernels = _kernels(packed)
+    kernels = _kernels(x)
     if kernels:
         return kernels.upsample(packed, bias, x, temporal, first)
     rate = 2 if temporal else 1
     channels = packed.shape[-1] // (4 * rate)
-    value = packed.float() + bias
+    value = sum_products(packed) + bias
     repeats = packed.shape[-1] // x.shape[-1]
     shortcut = x.float()
     if not (temporal and first):

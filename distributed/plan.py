@@ -123,8 +123,7 @@ def choose_plan(
     for grid in _grids(weights, part, picture):
         for n in _steps_to_try(part, grid, time):
             doubling, flat = max(0, weights.flat - 1), len(weights.blocks) - max(1, weights.flat)
-            # A frame has four times the pixels a level up, so the flat levels are as busy with half the frames.
-            plan = Plan(Steps(n, (n,) * doubling + (max(1, n // 2),) * flat), grid)
+            plan = Plan(Steps(n, (_even(n),) * (doubling + flat)), grid)
             needed = peak_bytes(weights, part, picture, time, together, plan)
             if needed <= free:
                 return plan, needed
@@ -145,8 +144,12 @@ def _grids(weights: "Weights", part: tuple[int, int], picture: tuple[int, int]) 
 def _steps_to_try(part: tuple[int, int], blocks: tuple[int, int], time: int) -> list[int]:
     positions = math.prod(-(-part[i] // blocks[i]) for i in (0, 1))
     wanted = min(-(-FULL_STEP // positions), LONGEST_STEP, time)
-    doublings = (wanted - 1).bit_length()  # with powers of two no level is left with odd frames over
-    return [min(2**i, time) for i in range(doublings, -1, -1)]
+    doublings = (wanted - 1).bit_length()
+    return [min(2**i, time) for i in range(max(1, doublings), 0, -1)]  # even, so that frames go in pairs
+
+
+def _even(n: int) -> int:
+    return max(2, n + n % 2)
 
 
 def _sizes(
@@ -167,7 +170,7 @@ def tail_work(weights: "Weights", part: tuple[int, int], picture: tuple[int, int
     for level, (height, width) in enumerate(_sizes(weights, part, picture, blocks)):
         convs = [resnet.conv1 for resnet in weights.blocks[level] if level] * 2
         convs += [up.conv for up in weights.upsamplers[level : level + 1]]
-        total += min(4, 2**level) * height * width * sum(conv.weight.numel() for conv in convs)
+        total += min(4, 2**level) * height * width * sum(conv.taps.numel() for conv in convs)
     return blocks[0] * blocks[1] * total
 
 
@@ -183,29 +186,35 @@ def peak_bytes(
     base = weights.nbytes + WORKSPACE
     latent = frame(0, *part)
     convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
-    lanes = LANES if together else 1
-    trunk = 2 * time * math.prod(picture) * weights.widths[0] * size
-    trunk += (2 * convs + (lanes + 1) * steps.trunk + 2) * latent
-    step_working = 3 * steps.trunk * latent
-    trunk += (lanes - 1) * step_working  # a step that is under way and waits its turn
+    waiting = LANES - 1 if together else 0  # steps under way that wait their turn: a stream and a window
+    trunk = 2 * time * math.prod(picture) * weights.widths[0] * size + (2 * convs + 2) * latent
+    trunk_working = (8 + 3 * waiting) * _even(steps.trunk) * latent
+    waiting = waiting if undivided else 0
     tail = working = 0
-    lanes = lanes if undivided else 1
     for level, sides in enumerate(_sizes(weights, part, picture, plan.blocks)):
-        step = steps.tail[level - 1] if level else steps.trunk
-        convs = (2 * len(weights.blocks[level]) if level else 0) + (level < len(weights.upsamplers))
-        tail += (2 * convs + (lanes + 1) * step + 1) * frame(level, *sides)
-        # The level's stream, what a convolution gives, and one more: the packed frames that came or the pixels to be;
-        # and, of a block, what is cut off.
-        level_working = (3 + (not undivided)) * step * frame(level, *sides)
-        if level < weights.flat:
-            tail += (lanes - 1) * level_working
+        n = _even(steps.tail[level - 1] if level else steps.trunk)
+        here = n * frame(level, *sides)
+        # The stream; then what a convolution gave and what the next one reads, each twice the stream.
+        level_working = 5 * here
+        convs = 2 * len(weights.blocks[level]) if level else 0
+        if level < len(weights.upsamplers):
+            convs += 1
+            rate = 1 + weights.upsamplers[level].temporal
+            out = rate * n * frame(level + 1, 2 * sides[0], 2 * sides[1])
+            cut = 0 if undivided else out
+            level_working = max(level_working, 3 * here + 2 * out, here + 3 * out, here + out + cut)
         else:
-            level_working *= lanes
+            pixels = n * (sides[0] + 2) * (sides[1] + 2)
+            level_working = max(level_working, 2 * here + pixels * (len(weights.taps) * size + 72))
+        tail += 2 * convs * frame(level, *sides)
+        if level < weights.flat:
+            tail += 3 * waiting * here
+        else:
+            level_working += 3 * waiting * here
         working = max(working, level_working)
         if 0 < level <= weights.flat:  # frames that the level before handed on and that wait their turn
-            before = steps.tail[level - 2] if level > 1 else steps.trunk
-            tail += 2 * before * frame(level, *sides)
+            tail += 2 * _even(steps.tail[level - 2] if level > 1 else steps.trunk) * frame(level, *sides)
     if undivided:
-        return base + trunk + tail + max(step_working, working)
+        return base + trunk + tail + max(trunk_working, working)
     kept = time * math.prod(picture) * weights.widths[0] * size
-    return base + kept + max(trunk + step_working, tail + working)
+    return base + kept + max(trunk + trunk_working, tail + working)

@@ -24,7 +24,7 @@ from tests.ranks.moments import during, until
 ROOT = Path(__file__).resolve().parents[2]
 
 
-LONG = (1, 32, 32, 6, 6)
+LONG = (1, 32, 64, 6, 6)
 
 
 @pytest.fixture(scope="module")

@@ -39,16 +39,20 @@ def test_a_card_that_another_process_fills_is_shared_as_far_as_it_goes(full):
     latent = random_latent(1, 32, 5, 30, 53)
     with RankGroup("cuda:0") as group:
         expected = group.decode(latent, full).clone()
+
+        def check(frames: torch.Tensor) -> None:
+            """To rounding: other steps, or another algorithm that cuDNN takes for want of workspace and keeps to."""
+            assert (frames - expected).norm() / expected.norm() < 0.02
+
         pids = [rank["pid"] for rank in group.status()["ranks"]]
         for gib in (8, 5):
             group.release()
             with Hog(gib):
-                frames = group.decode(latent, full)
-            assert (frames - expected).norm() / expected.norm() < 0.02
+                check(group.decode(latent, full))
         group.release()
         with Hog(2), pytest.raises(JobError, match=r"needs .* GiB can be used; other processes hold \d\d"):
             group.decode(latent, full)
-        assert torch.equal(group.decode(latent, full), expected)
+        check(group.decode(latent, full))
         assert [rank["pid"] for rank in group.status()["ranks"]] == pids
 
 

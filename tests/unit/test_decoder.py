@@ -1,13 +1,17 @@
 """The streaming decoder against diffusers' own, on one device."""
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
 from benchmarks.random_weights import random_latent
 from distributed import kernels
-from distributed.decoder import Steps, Tail, Trunk, Weights
+from distributed.decoder import Steps, Tail, Trunk, Weights, split
 from distributed.regions import Region, block_extents, whole
+from distributed.winograd import Products
 
 WIDTHS = (8, 8, 16, 32, 32)
 CPU = torch.device("cpu")
@@ -36,9 +40,9 @@ def weights(vae):
 def stream(weights, latent, steps):
     """latent [1, 32, T, H, W] -> frames [T', H', W', 3]."""
     video = latent[0].permute(1, 2, 3, 0).to(weights.dtype).contiguous()
-    trunk = Trunk(weights, *video.shape[1:3], video.shape[0], steps.trunk)
+    trunk = Trunk(weights, *video.shape[1:3], video.shape[0])
     tail = Tail(weights, whole(*video.shape[1:3], len(weights.blocks)), steps)
-    return torch.cat(list(tail.run(trunk.run(video.split(steps.trunk)))))
+    return torch.cat(list(tail.run(trunk.run(split(video, steps.trunk)))))
 
 
 @torch.inference_mode()
@@ -48,6 +52,14 @@ def reference(vae, latent):
 
 def relative(a, b):
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@pytest.mark.parametrize("time", [5, 8])
+def test_even_steps_keep_frames_paired_and_the_result_the_same_in_every_bit(vae, time):
+    weights = Weights(decoder_of(vae), CPU, torch.bfloat16)
+    latent = random_latent(1, 32, time, 3, 4, seed=6)
+    short, long = (stream(weights, latent, steps) for steps in (Steps(2, (2, 4, 4, 4)), Steps(8, (8, 8, 2, 2))))
+    assert torch.equal(short, long)
 
 
 STEPS = [Steps(1, (1, 1, 1, 1)), Steps(2, (2, 1, 1, 1)), Steps(3, (4, 2, 2, 2)), Steps(8, (3, 5, 5, 5))]
@@ -67,8 +79,8 @@ BLOCKS = [Region(0, 1, 0, 1), Region(10, 13, 0, 3), Region(9, 12, 11, 14), Regio
 def block_and_whole(weights, block, margins):
     """A block's pixels by itself, with these margins, and cut out of the whole."""
     video, steps = random_latent(1, 32, 3, 22, 25, seed=5)[0].permute(1, 2, 3, 0).contiguous(), STEPS[1]
-    trunk = Trunk(weights, 22, 25, 3, steps.trunk)
-    chunks = list(trunk.run(video.split(steps.trunk)))
+    trunk = Trunk(weights, 22, 25, 3)
+    chunks = list(trunk.run(split(video, steps.trunk)))
     exact = torch.cat(list(Tail(weights, whole(22, 25, 5), steps).run(iter(chunks))))
     extents = block_extents(block, 22, 25, margins)
     first = extents[0]
@@ -140,23 +152,37 @@ def test_triton_kernels_compute_what_their_plain_twins_compute(dtype, monkeypatc
     def draw(*shape, dtype=dtype):
         return torch.randn(shape, device=device, dtype=dtype)
 
-    for channels in (8, 128, 1024):
-        x, add, bias, gamma = draw(2, 5, 7, channels), draw(2, 5, 7, channels), *draw(2, channels, dtype=torch.float32)
-        for given in ({}, {"bias": bias, "gamma": gamma}, {"bias": bias, "add": add, "gamma": gamma}, {"add": add}):
+    def products(n, *shape):
+        """Of n frames."""
+        return Products(*(draw(pairs, *shape) for pairs in (n // 2, -(-n // 2), -(-n // 2), -(-n // 2))))
 
-            def fill(given=given, x=x, channels=channels):
-                value, out = x.clone(), torch.full((2, 7, 9, channels), float("nan"), device=device, dtype=dtype)
-                kernels.fill_window(value, out, **given)
-                return value, out
+    def fill(x, given, past, bias, gamma, fresh):
+        n, _, _, channels = (x if given is None else given).shape
+        value, kept = None if x is None else x.clone(), past.clone()
+        out = torch.full((4, -(-n // 2), 7, 9, channels), float("nan"), device=device, dtype=dtype)
+        kernels.fill_pairs(value, given, kept, out, fresh=fresh, bias=bias, gamma=gamma)
+        written = kept, out[0, n % 2 :], out[1:]
+        return written if x is None else (value, *written)
 
-            both(fill)
+    def fill_last(x, given, bias, gamma):
+        out = torch.full((len(x), 7, 9, x.shape[-1]), float("nan"), device=device, dtype=dtype)
+        kernels.fill_window(x, given, out, bias=bias, gamma=gamma)
+        return (out,)
+
+    def upsample(packed, bias, x, temporal, first):
+        return (kernels.upsample(packed, bias, x, temporal=temporal, first=first),)
+
+    for channels, n in itertools.product((8, 128, 1024), (1, 2, 3, 4)):
+        x, past, given = draw(n, 5, 7, channels), draw(2, 5, 7, channels), products(n, 5, 7, channels)
+        bias, gamma = draw(2, channels, dtype=torch.float32)
+        for norm, fresh in itertools.product((None, gamma), (True, False)):
+            both(partial(fill, x, None, past, None, norm, fresh))
+            both(partial(fill, None, given, past, bias, norm, fresh))
+            both(partial(fill, x, given, past, bias, norm, fresh))
+        both(partial(fill_last, x, given, bias, gamma))
         for temporal, first in ((True, True), (True, False), (False, True)):
             factor = (8 if temporal else 4) * channels
-            tensors = draw(2, 5, 7, factor), draw(factor, dtype=torch.float32), draw(2, 5, 7, 2 * channels)
-
-            def upsample(tensors=tensors, temporal=temporal, first=first):
-                return (kernels.upsample(*tensors, temporal=temporal, first=first),)
-
-            both(upsample)
-    partial, colours = draw(3, 7, 9, 96), draw(3, dtype=torch.float32)
-    both(lambda: (kernels.sum_taps(partial, colours),))
+            bias, shortcut = draw(factor, dtype=torch.float32), draw(n, 5, 7, 2 * channels)
+            both(partial(upsample, products(n, 5, 7, factor), bias, shortcut, temporal, first))
+    partial_sums, colours = draw(3, 7, 9, 96), draw(3, dtype=torch.float32)
+    both(lambda: (kernels.sum_taps(partial_sums, colours),))

@@ -87,7 +87,7 @@ def test_less_memory_gives_smaller_steps_then_blocks_until_nothing_fits(tiny):
     assert work == sorted(work) and seen[-1].blocks[0] * seen[-1].blocks[1] > 4
 
 
-@pytest.mark.parametrize(("time", "steps"), [(31, [8, 4, 2, 1]), (5, [5, 4, 2, 1]), (1, [1])])
+@pytest.mark.parametrize(("time", "steps"), [(31, [8, 4, 2]), (5, [5, 4, 2]), (2, [2]), (1, [1])])
 def test_steps_are_powers_of_two_and_no_longer_than_the_video(time, steps):
     assert _steps_to_try((30, 53), (1, 1), time) == steps
 
@@ -116,7 +116,8 @@ def full():
 def test_the_real_model_fits_the_budgets_that_are_promised(full, picture, gib):
     plan, needed = choose_plan(full, picture, picture, 31, False, gib * 2**30)
     assert plan is not None and needed <= gib * 2**30
-    assert (plan.blocks == (1, 1)) == (gib == 10)
+    once, more = (tail_work(full, picture, picture, blocks) for blocks in ((1, 1), plan.blocks))
+    assert more < once * 1.3  # blocks compute their margins twice
 
 
 def test_the_benchmarks_work_is_that_of_the_model():
