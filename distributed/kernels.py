@@ -75,18 +75,19 @@ def warm_up(latent_channels: int, widths: Sequence[int], device: torch.device, d
 
 
 def value_of(x: Tensor | None, products: Products | None, bias: Tensor | None) -> Tensor:
-    """x + products + bias, of what is given of them: [n, H, W, C], float32."""
-    value = x.float() if products is None else sum_products(products)
+    """x + products + bias, of what is given of them: [n, H, W, C], float32, in memory of its own."""
+    value = x.to(torch.float32, copy=True) if products is None else sum_products(products)
     if products is not None and x is not None:
         value += x
-    return value if bias is None else value + bias
+    return value if bias is None else value.add_(bias)
 
 
-def activate(value: Tensor, gamma: Tensor | None) -> Tensor:
-    """silu(rms_norm(value) * gamma), the norm over channels only; without `gamma` the value itself."""
+def activate_(value: Tensor, gamma: Tensor | None) -> Tensor:
+    """silu(rms_norm(value) * gamma), in place, the norm over channels only; without `gamma` the value itself."""
     if gamma is None:
         return value
-    return F.silu(F.normalize(value, dim=-1) * (gamma.numel() ** 0.5 * gamma))
+    norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True).clamp_min_(1e-12)
+    return F.silu(value.div_(norm).mul_(gamma.numel() ** 0.5 * gamma), inplace=True)
 
 
 def fill_pairs(
@@ -112,11 +113,11 @@ def fill_pairs(
     value = value_of(x, products, bias)
     if x is not None and products is not None:
         x.copy_(value)
-    frames = activate(value, gamma).to(out.dtype)
+    frames = activate_(value, gamma).to(out.dtype)
     if fresh:
         past[:] = frames[0]
-    out[:, :, 1:-1, 1:-1] = transform_frames(past.float(), frames.float())
-    past.copy_(torch.cat([past, frames])[-2:])
+    transform_frames(past, frames, out[:, :, 1:-1, 1:-1])
+    past.copy_(torch.cat([past, frames[-2:]])[-2:])
     repeat_border(out.flatten(0, 1))
 
 
@@ -128,7 +129,7 @@ def fill_window(x: Tensor, products: Products, out: Tensor, *, bias: Tensor, gam
     kernels = _kernels(out)
     if kernels:
         return kernels.fill_window(x, products, out, bias, gamma)
-    out[:, 1:-1, 1:-1] = activate(value_of(x, products, bias), gamma)
+    out[:, 1:-1, 1:-1] = activate_(value_of(x, products, bias), gamma)
     repeat_border(out)
 
 

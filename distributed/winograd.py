@@ -66,12 +66,14 @@ def transform_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return four
 
 
-def transform_frames(past: Tensor, frames: Tensor) -> Tensor:
-    """past [2, H, W, C] and the frames after it, [n, H, W, C], float32 -> [4, pairs, H, W, C]."""
-    alone = len(frames) % 2
-    d = torch.cat([past[:alone], past, frames])
+def transform_frames(past: Tensor, frames: Tensor, out: Tensor) -> None:
+    """past [2, H, W, C] and the frames after it, [n, H, W, C], into out, [4, pairs, H, W, C], rounded once."""
+    d = torch.cat([past[: len(frames) % 2], past, frames])
     d0, d1, d2, d3 = d[:-2:2], d[1:-1:2], d[2::2], d[3::2]
-    return torch.stack([d0 - d2, d1 + d2, d2 - d1, d1 - d3])
+    torch.sub(d0, d2, out=out[0])
+    torch.add(d1, d2, out=out[1])
+    torch.sub(d2, d1, out=out[2])
+    torch.sub(d1, d3, out=out[3])
 
 
 def convolve(window: Tensor, alone: int, taps: Tensor) -> Products:
@@ -90,7 +92,9 @@ def _convolve(part: Tensor, tap: Tensor) -> Tensor:
 
 def sum_products(products: Products) -> Tensor:
     """The frames, [n, H, W, out], float32."""
-    p0, p1, p2, p3 = (p.float() for p in products)
+    p0, p1, p2, p3 = products
     alone = products.alone
-    y0, y1 = p0 + p1[alone:] + p2[alone:], p1 - p2 - p3
-    return torch.cat([y1[:alone], torch.stack([y0, y1[alone:]], 1).flatten(0, 1)])
+    frames = p3.new_empty(products.shape, dtype=torch.float32)
+    frames[alone::2].copy_(p0).add_(p1[alone:]).add_(p2[alone:])
+    frames[1 - alone :: 2].copy_(p1).sub_(p2).sub_(p3)
+    return frames
