@@ -9,6 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels are then run by numpy
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -20,8 +24,6 @@ os.environ["HV15_TEST_RUN"] = RUN
 
 def pytest_collection_modifyitems(items) -> None:
     """Skip what needs a GPU where there is none."""
-    import torch
-
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

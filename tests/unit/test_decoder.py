@@ -1,17 +1,12 @@
 """The streaming decoder against diffusers' own, on one device."""
 
-import itertools
-from functools import partial
-
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
 from benchmarks.random_weights import random_latent
-from distributed import kernels
 from distributed.decoder import Steps, Tail, Trunk, Weights, split
 from distributed.regions import Region, block_extents, whole
-from distributed.winograd import Products
 
 WIDTHS = (8, 8, 16, 32, 32)
 CPU = torch.device("cpu")
@@ -133,56 +128,3 @@ def test_dropping_the_past_would_be_noticed(vae, weights):
     apart = torch.cat([stream(weights, latent[:, :, :2], STEPS[0]), stream(weights, latent[:, :, 2:], STEPS[0])])
     exact = reference(vae, latent)
     assert relative(apart[-4:], exact[-4:]) > 1e-2
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_triton_kernels_compute_what_their_plain_twins_compute(dtype, monkeypatch):
-    device = torch.device("cuda")
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
-
-    def both(compute):
-        fused = compute()
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_kernels", lambda x: None)
-            plain = compute()
-        for a, b in zip(fused, plain, strict=True):
-            assert relative(a, b) < tolerance
-
-    def draw(*shape, dtype=dtype):
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    def products(n, *shape):
-        """Of n frames."""
-        return Products(*(draw(pairs, *shape) for pairs in (n // 2, -(-n // 2), -(-n // 2), -(-n // 2))))
-
-    def fill(x, given, past, bias, gamma, fresh):
-        n, _, _, channels = (x if given is None else given).shape
-        value, kept = None if x is None else x.clone(), past.clone()
-        out = torch.full((4, -(-n // 2), 7, 9, channels), float("nan"), device=device, dtype=dtype)
-        kernels.fill_pairs(value, given, kept, out, fresh=fresh, bias=bias, gamma=gamma)
-        written = kept, out[0, n % 2 :], out[1:]
-        return written if x is None else (value, *written)
-
-    def fill_last(x, given, bias, gamma):
-        out = torch.full((len(x), 7, 9, x.shape[-1]), float("nan"), device=device, dtype=dtype)
-        kernels.fill_window(x, given, out, bias=bias, gamma=gamma)
-        return (out,)
-
-    def upsample(packed, bias, x, temporal, first):
-        return (kernels.upsample(packed, bias, x, temporal=temporal, first=first),)
-
-    for channels, n in itertools.product((8, 128, 1024), (1, 2, 3, 4)):
-        x, past, given = draw(n, 5, 7, channels), draw(2, 5, 7, channels), products(n, 5, 7, channels)
-        bias, gamma = draw(2, channels, dtype=torch.float32)
-        for norm, fresh in itertools.product((None, gamma), (True, False)):
-            both(partial(fill, x, None, past, None, norm, fresh))
-            both(partial(fill, None, given, past, bias, norm, fresh))
-            both(partial(fill, x, given, past, bias, norm, fresh))
-        both(partial(fill_last, x, given, bias, gamma))
-        for temporal, first in ((True, True), (True, False), (False, True)):
-            factor = (8 if temporal else 4) * channels
-            bias, shortcut = draw(factor, dtype=torch.float32), draw(n, 5, 7, 2 * channels)
-            both(partial(upsample, products(n, 5, 7, factor), bias, shortcut, temporal, first))
-    partial_sums, colours = draw(3, 7, 9, 96), draw(3, dtype=torch.float32)
-    both(lambda: (kernels.sum_taps(partial_sums, colours),))

@@ -1,0 +1,118 @@
+"""The Triton kernels against their plain-torch twins: compiled where there is a GPU, else interpreted on the CPU."""
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed import kernels
+from distributed.winograd import Products
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHANNELS = (8, 128, 1024) if DEVICE.type == "cuda" else (8, 24)
+HEIGHT, WIDTH = 5, 7
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""Relative. Triton's interpreter does not round to bfloat16 but cuts off."""
+
+
+@pytest.fixture(scope="module")
+def fused():
+    """The Triton forms."""
+    from distributed import triton_kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            from triton.runtime import interpreter
+
+            def patch_tensors(tensor, scope, original=interpreter._patch_lang_tensor):
+                original(tensor, scope)
+                # Triton 3.6 has it convert an array of one number, which numpy 2.4 refuses.
+                scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+            patch.setattr(interpreter, "_patch_lang_tensor", patch_tensors)
+        yield triton_kernels
+
+
+@pytest.fixture
+def both(fused, monkeypatch, dtype):
+    """Compares what a call gives with the fused and with the plain form."""
+
+    def compare(call: Callable[..., tuple[Tensor, ...]], *arguments: object) -> None:
+        results = []
+        for module in (fused, None):
+            monkeypatch.setattr(kernels, "_kernels", lambda x, module=module: module)
+            results.append(call(*arguments))
+        for ours, plain in zip(*results, strict=True):
+            assert ours.shape == plain.shape and (ours.isfinite() == plain.isfinite()).all()
+            error = (ours.float() - plain.float()).norm() / plain.float().norm().clamp_min(1e-6)
+            assert error < TOLERANCE[dtype]
+
+    return compare
+
+
+@pytest.fixture
+def draw(dtype):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    return lambda *shape, dtype=dtype: torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
+
+
+def draw_products(draw, n: int, channels: int) -> Products:
+    """Of n frames."""
+    pairs = -(-n // 2)
+    return Products(*(draw(count, HEIGHT, WIDTH, channels) for count in (n // 2, pairs, pairs, pairs)))
+
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
+    pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str),
+]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_pairs_are_filled_alike(both, draw, dtype, n):
+    def fill(x, products, bias, gamma, fresh):
+        value, kept = None if x is None else x.clone(), past.clone()
+        out = torch.full((4, -(-n // 2), HEIGHT + 2, WIDTH + 2, channels), float("nan"), device=DEVICE, dtype=dtype)
+        kernels.fill_pairs(value, products, kept, out, fresh=fresh, bias=bias, gamma=gamma)
+        written = kept, out[0, n % 2 :], out[1:]
+        return written if x is None else (value, *written)
+
+    for channels in CHANNELS:
+        x, past = draw(n, HEIGHT, WIDTH, channels), draw(2, HEIGHT, WIDTH, channels)
+        products, (bias, gamma) = draw_products(draw, n, channels), draw(2, channels, dtype=torch.float32)
+        for norm, fresh in itertools.product((None, gamma), (True, False)):
+            both(fill, x, None, None, norm, fresh)
+            both(fill, None, products, bias, norm, fresh)
+            both(fill, x, products, bias, norm, fresh)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_last_window_is_filled_alike(both, draw, dtype, n):
+    def fill(x, products, bias, gamma):
+        out = torch.full((n, HEIGHT + 2, WIDTH + 2, channels), float("nan"), device=DEVICE, dtype=dtype)
+        kernels.fill_window(x, products, out, bias=bias, gamma=gamma)
+        return (out,)
+
+    for channels in CHANNELS:
+        x, products = draw(n, HEIGHT, WIDTH, channels), draw_products(draw, n, channels)
+        both(fill, x, products, *draw(2, channels, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize(("temporal", "first"), [(True, True), (True, False), (False, True)])
+def test_frames_are_upsampled_alike(both, draw, n, temporal, first):
+    def upsample(packed, bias, x):
+        return (kernels.upsample(packed, bias, x, temporal=temporal, first=first),)
+
+    for channels in CHANNELS:
+        factor = (8 if temporal else 4) * channels
+        bias, x = draw(factor, dtype=torch.float32), draw(n, HEIGHT, WIDTH, 2 * channels)
+        both(upsample, draw_products(draw, n, factor), bias, x)
+
+
+def test_taps_are_summed_alike(both, draw):
+    partial, bias = draw(3, HEIGHT + 2, WIDTH + 2, 96), draw(3, dtype=torch.float32)
+    both(lambda: (kernels.sum_taps(partial, bias),))
