@@ -28,10 +28,10 @@ def _pair(
     second = bias
     if PRODUCTS:
         skip = pair * plane
-        total = _load(p1_ptr + skip, at, inside)
-        difference = _load(p2_ptr + skip, at, inside)
-        first += _load(p0_ptr + skip - alone * plane, at, paired) + total + difference
-        second += total - difference - _load(p3_ptr + skip, at, inside)
+        p1 = _load(p1_ptr + skip, at, inside)
+        p2 = _load(p2_ptr + skip, at, inside)
+        first += _load(p0_ptr + skip - alone * plane, at, paired) + p1 + p2
+        second += p1 - p2 - _load(p3_ptr + skip, at, inside)
     if X:
         first += _load(x_ptr + early * plane, at, paired)
         second += _load(x_ptr + early * plane + plane, at, inside)
@@ -203,11 +203,11 @@ def _upsample(
     late = (source + alone) % 2
     plane = (height * width).to(tl.int64) * TOTAL
     at = position.to(tl.int64)[:, None] * TOTAL + index + pair * plane
-    total = _load(p1_ptr, at, inside)
-    difference = _load(p2_ptr, at, inside)
+    p1 = _load(p1_ptr, at, inside)
+    p2 = _load(p2_ptr, at, inside)
     # One of these two is masked off.
     value = _load(p0_ptr, at - alone * plane, inside & (late == 0)) - _load(p3_ptr, at, inside & (late == 1))
-    value += total + tl.where(late == 1, -difference, difference)
+    value += p1 + tl.where(late == 1, -p2, p2)
     value += _load(bias_ptr, index, inside)
     value += _load(x_ptr, (source.to(tl.int64) * height * width + position)[:, None] * CIN + short, inside)
     target = (frame.to(tl.int64) * 4 * height * width + pixel)[:, None] * C + channel
