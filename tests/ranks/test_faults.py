@@ -24,7 +24,7 @@ from tests.ranks.moments import during, until
 ROOT = Path(__file__).resolve().parents[2]
 
 
-LONG = (1, 32, 64, 6, 6)
+LONG = (1, 32, 96, 6, 6)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_cancel_ends_the_decode_soon_and_keeps_the_ranks(pair, vae, expected):
 
     thread = during(pair, cancel)
     with pytest.raises(Cancelled):
-        pair.decode(random_latent(1, 32, 100, 6, 6), vae)
+        pair.decode(random_latent(1, 32, 200, 6, 6), vae)
     assert time.monotonic() - cancelled_at[0] < 10
     thread.join()
     assert torch.equal(pair.decode(random_latent(*LONG), vae), expected)
@@ -74,7 +74,7 @@ def test_a_cancel_ends_the_decode_soon_and_keeps_the_ranks(pair, vae, expected):
 def test_a_timeout_ends_the_decode_and_keeps_the_ranks(pair, vae):
     pids = [rank["pid"] for rank in pair.status()["ranks"]]
     with pytest.raises(TimeoutError):
-        pair.decode(random_latent(1, 32, 100, 6, 6), vae, timeout=1)
+        pair.decode(random_latent(1, 32, 200, 6, 6), vae, timeout=1)
     pair.decode(random_latent(1, 32, 1, 1, 2), vae)
     assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
 
