@@ -36,7 +36,7 @@ def _kernels(x: Tensor):
 def warm_up(latent_channels: int, widths: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
     """Have compiled what a decoder of these widths, deepest level first, will call.
 
-    Each form of a kernel is compiled when it is first called: 18 s in all on an H100's host, 2 s where Triton finds
+    Each form of a kernel is compiled when it is first called: 20 s in all on an H100's host, 2 s where Triton finds
     them on disk (2026-11-24). This takes a few kilobytes of the device.
     """
     if device.type != "cuda" or _triton() is None:
