@@ -186,10 +186,7 @@ class Engine:
             return
         time, height, width, _ = video.shape
         picture = part.new_empty(time, height, width, w.widths[0])
-        at = 0
-        for chunk in inputs:
-            place = picture[at : at + len(chunk)]
-            at += len(chunk)
+        for place, chunk in zip(split(picture, plan.steps.trunk), inputs, strict=True):
             if mesh:
                 mesh.assemble(chunk.flatten(1, 2), place)
             else:

@@ -60,10 +60,11 @@ def warm_up(latent_channels: int, widths: Sequence[int], device: torch.device, d
     fill(latent_channels, convolved=False, norm=False)
     for width in dict.fromkeys(widths):
         fill(width)
-        fill(width, norm=False)
         fill(width, convolved=False)
-        fill(width, convolved=False, norm=False)
         fill(width, stream=False)
+    fill(widths[0], convolved=False, norm=False)
+    for width in dict.fromkeys(widths[1:-1]):
+        fill(width, norm=False)
     one = vector(widths[-1])
     fill_window(frames(widths[-1], 2), products(widths[-1]), frames(widths[-1], 2, border=2), bias=one, gamma=one)
     for level, (width, following) in enumerate(pairwise(widths)):
@@ -109,7 +110,7 @@ def fill_pairs(
     """
     kernels = _kernels(out)
     if kernels:
-        return kernels.fill_pairs(x, products, past, out, fresh, bias, gamma)
+        return kernels.fill(x, products, past, out, fresh, bias, gamma)
     value = value_of(x, products, bias)
     if x is not None and products is not None:
         x.copy_(value)
@@ -128,7 +129,7 @@ def fill_window(x: Tensor, products: Products, out: Tensor, *, bias: Tensor, gam
     """
     kernels = _kernels(out)
     if kernels:
-        return kernels.fill_window(x, products, out, bias, gamma)
+        return kernels.fill(x, products, None, out, False, bias, gamma)
     out[:, 1:-1, 1:-1] = activate_(value_of(x, products, bias), gamma)
     repeat_border(out)
 

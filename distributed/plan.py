@@ -122,8 +122,7 @@ def choose_plan(
     tightest = None
     for grid in _grids(weights, part, picture):
         for n in _steps_to_try(part, grid, time):
-            doubling, flat = max(0, weights.flat - 1), len(weights.blocks) - max(1, weights.flat)
-            plan = Plan(Steps(n, (_even(n),) * (doubling + flat)), grid)
+            plan = Plan(Steps(n, (_even(n),) * (len(weights.blocks) - 1)), grid)
             needed = peak_bytes(weights, part, picture, time, together, plan)
             if needed <= free:
                 return plan, needed
@@ -201,8 +200,7 @@ def peak_bytes(
             convs += 1
             rate = 1 + weights.upsamplers[level].temporal
             out = rate * n * frame(level + 1, 2 * sides[0], 2 * sides[1])
-            cut = 0 if undivided else out
-            level_working = max(level_working, 3 * here + 2 * out, here + 3 * out, here + out + cut)
+            level_working = max(level_working, 3 * here + 2 * out, here + 3 * out)
         else:
             pixels = n * (sides[0] + 2) * (sides[1] + 2)
             level_working = max(level_working, 2 * here + pixels * (len(weights.taps) * size + 72))

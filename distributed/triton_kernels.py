@@ -94,7 +94,7 @@ def _fill(
         bias += _load(bias_ptr, channel, channel < C)
     gamma = bias
     if NORM:
-        gamma = _load(gamma_ptr, channel, channel < C)
+        gamma = _load(gamma_ptr, channel, channel < C) * C**0.5
     before = bias
     last = bias
     if PAIRS:
@@ -139,34 +139,25 @@ def _fill(
         tl.store(past_ptr + plane + at, last.to(past_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch_fill(x, products, past, out, fresh, bias, gamma) -> None:
-    n, height, width, channels = (products if x is None else x).shape
-    block_c = triton.next_power_of_2(channels)
-    block = max(1, 1024 // block_c)
-    scaled = out if gamma is None else gamma * channels**0.5
-    given = products or (out,) * 4
-    _fill[(triton.cdiv(height * width, block),)](
-        out if x is None else x, *given, out if bias is None else bias, scaled, out if past is None else past, out,
-        n, height, width, fresh, channels, block_c, block, x is not None, products is not None, gamma is not None,
-        past is not None,
-    )  # fmt: skip
-    repeat_border(out.flatten(0, -4))
-
-
-def fill_pairs(
+def fill(
     x: Tensor | None,
     products: Products | None,
-    past: Tensor,
+    past: Tensor | None,
     out: Tensor,
     fresh: bool,
     bias: Tensor | None,
     gamma: Tensor | None,
 ) -> None:
-    _launch_fill(x, products, past, out, int(fresh), bias, gamma)
-
-
-def fill_window(x: Tensor, products: Products, out: Tensor, bias: Tensor, gamma: Tensor) -> None:
-    _launch_fill(x, products, None, out, 0, bias, gamma)
+    """`fill_pairs` where there is a past, else `fill_window`."""
+    n, height, width, channels = (products if x is None else x).shape
+    block_c = triton.next_power_of_2(channels)
+    block = max(1, 1024 // block_c)
+    x_ptr, bias_ptr, gamma_ptr, past_ptr = (out if given is None else given for given in (x, bias, gamma, past))
+    _fill[(triton.cdiv(height * width, block),)](
+        x_ptr, *(products or (out,) * 4), bias_ptr, gamma_ptr, past_ptr, out, n, height, width, int(fresh),
+        channels, block_c, block, x is not None, products is not None, gamma is not None, past is not None,
+    )  # fmt: skip
+    repeat_border(out.flatten(0, -4))
 
 
 @JIT
@@ -245,9 +236,9 @@ def _sum_taps(partial_ptr, bias_ptr, out_ptr, height, width, STRIDE: tl.constexp
         for x in tl.static_range(3):
             place = (frame.to(tl.int64) * (height + 2) + row + y) * (width + 2) + column + x
             tap = partial_ptr + place * STRIDE + time * 27 + (y * 3 + x) * 3
-            red += tl.load(tap, mask=inside, other=0.0).to(tl.float32)
-            green += tl.load(tap + 1, mask=inside, other=0.0).to(tl.float32)
-            blue += tl.load(tap + 2, mask=inside, other=0.0).to(tl.float32)
+            red += _load(tap, 0, inside)
+            green += _load(tap, 1, inside)
+            blue += _load(tap, 2, inside)
     target = out_ptr + ((tl.program_id(2).to(tl.int64) * height + row) * width + column) * 3
     tl.store(target, red * 0.5, mask=inside)
     tl.store(target + 1, green * 0.5, mask=inside)
