@@ -7,7 +7,6 @@ for the next.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise, product
 from typing import Protocol
 
 import psutil
@@ -19,7 +18,8 @@ from .decoder import Tail, Trunk, Weights, split
 from .halo import Mesh
 from .output import PixelWriter
 from .plan import Job, Plan, check_job, choose_plan, frame_count
-from .regions import Region, block_extents, cuts, divide, whole
+from .regions import Region, block_extents, blocks, divide, whole
+from .seams import Seams
 from .tiling import SPATIAL, Tile, TileGrid, assign, blend, seam, tile_grid
 
 
@@ -192,14 +192,13 @@ class Engine:
             else:
                 place.copy_(chunk)
         del trunk  # and its windows
-        rows = pairwise(cuts(region.top, region.bottom, plan.blocks[0]))
-        columns = pairwise(cuts(region.left, region.right, plan.blocks[1]))
-        for (top, bottom), (left, right) in product(rows, columns):
-            block = Region(top, bottom, left, right)
-            extents = block_extents(block, height, width, w.margins)
+        seams = Seams(*plan.blocks)
+        for row, column, block in blocks(region, *plan.blocks):
+            extents = block_extents(block, height, width, w.margins, above=row > 0, left=column > 0)
             seen = picture[:, extents[0].top : extents[0].bottom, extents[0].left : extents[0].right]
             chunks = (chunk.contiguous() for chunk in self._chunks(seen, plan, watch))
-            yield block, Tail(w, extents, plan.steps).run(chunks)
+            edges = seams.edges(row, column, block, extents)
+            yield block, Tail(w, extents, plan.steps, edges).run(chunks)
 
     def _chunks(self, video: Tensor, plan: Plan, watch: Watch) -> Iterator[Tensor]:
         """A video in the trunk's steps. Between them all ranks meet to hear of a cancel."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .decoder import LANES
 from .regions import Division
 
 
@@ -54,6 +55,8 @@ class Exchange:
 class Mesh:
     """One rank's place in a division of the picture. The first `division.size` ranks of the world take part."""
 
+    lanes = LANES
+
     def __init__(self, division: Division, rank: int, group: dist.ProcessGroup) -> None:
         self.division, self.group = division, group
         row, column = divmod(rank, division.columns)
@@ -74,8 +77,8 @@ class Mesh:
         """Latent positions of the whole picture."""
         return sum(self.sizes)
 
-    def start(self, window: Tensor) -> Exchange:
-        """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], from the neighbours."""
+    def start(self, window: Tensor, level: int) -> Exchange:
+        """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], from the neighbours. All levels are alike."""
         exchange = Exchange(self, window)
         self.under_way.append(exchange)
         return exchange

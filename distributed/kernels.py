@@ -48,30 +48,33 @@ def warm_up(latent_channels: int, widths: Sequence[int], device: torch.device, d
     def vector(channels: int) -> Tensor:
         return torch.ones(channels, device=device)
 
-    def products(channels: int) -> Products:
-        return Products(*(frames(channels) for _ in range(4)))
+    def products(channels: int, m: int, alone: bool) -> Products:
+        return Products(tuple(frames(channels) for _ in range(m + 2)), frames(channels) if alone else None)
 
-    def fill(channels: int, *, stream: bool = True, convolved: bool = True, norm: bool = True) -> None:
+    def fill(channels: int, m: int, *, stream: bool = True, convolved: bool = True, norm: bool = True) -> None:
         one = vector(channels)
-        x, given = frames(channels, 2) if stream else None, products(channels) if convolved else None
-        past, out = frames(channels, 2), frames(channels, 4, border=2)[:, None]
-        fill_pairs(x, given, past, out, fresh=True, bias=one if convolved else None, gamma=one if norm else None)
+        x, given = frames(channels, m) if stream else None, products(channels, m, False) if convolved else None
+        past, out = frames(channels, 2), frames(channels, m + 2, border=2)[:, None]
+        fill_groups(x, given, past, out, fresh=True, bias=one if convolved else None, gamma=one if norm else None)
 
-    fill(latent_channels, convolved=False, norm=False)
-    for width in dict.fromkeys(widths):
-        fill(width)
-        fill(width, convolved=False)
-        fill(width, stream=False)
-    fill(widths[0], convolved=False, norm=False)
-    for width in dict.fromkeys(widths[1:-1]):
-        fill(width, norm=False)
-    one = vector(widths[-1])
-    fill_window(frames(widths[-1], 2), products(widths[-1]), frames(widths[-1], 2, border=2), bias=one, gamma=one)
+    groups = [2 if level < 2 else 4 for level in range(len(widths))]  # time is doubled by the first two upsamplers
+    fill(latent_channels, 2, convolved=False, norm=False)
+    for level, (width, m) in enumerate(zip(widths, groups, strict=True)):
+        fill(width, m)
+        fill(width, m, convolved=False)
+        fill(width, m, stream=False)
+        if level < len(widths) - 1:
+            fill(width, m, convolved=level > 0, norm=False)
+    one, m = vector(widths[-1]), groups[-1]
+    fill_window(
+        frames(widths[-1], m), products(widths[-1], m, False), frames(widths[-1], m, border=2), bias=one, gamma=one
+    )
     for level, (width, following) in enumerate(pairwise(widths)):
         factor = 8 if level < 2 else 4
         for first in (True, False):
             bias = vector(factor * following)
-            upsample(products(len(bias)), bias, frames(width, 2), temporal=factor == 8, first=first)
+            packed = products(len(bias), groups[level], first)
+            upsample(packed, bias, frames(width, packed.shape[0]), temporal=factor == 8, first=first)
     sum_taps(frames(96, border=2), vector(3))
 
 
@@ -91,7 +94,7 @@ def activate_(value: Tensor, gamma: Tensor | None) -> Tensor:
     return F.silu(value.div_(norm).mul_(gamma.numel() ** 0.5 * gamma), inplace=True)
 
 
-def fill_pairs(
+def fill_groups(
     x: Tensor | None,
     products: Products | None,
     past: Tensor,
@@ -103,10 +106,12 @@ def fill_pairs(
 ) -> None:
     """Write what a convolution reads: frames, activated where `gamma` is given, transformed for Winograd's algorithm.
 
-    x, products: [n, H, W, C], whose sum with the bias is the value; where both are given, x becomes it, in place.
-    past: [2, H, W, C], the two activated frames before these, rounded to its dtype; becomes the last two of these.
-    fresh: the video begins, and what was before is its first frame.
-    bias, gamma: [C], float32. out: [4, pairs, H + 2, W + 2, C], whose border repeats the nearest pixel.
+    x, products: n frames [n, H, W, C], whose sum with the bias is the value; where both are given, x becomes it, in
+    place. past: [2, H, W, C], the two activated frames before these, rounded to its dtype; becomes the last two of
+    these. fresh: the video begins, and what was before is its first frame. bias, gamma: [C], float32.
+    out: [m + 2, groups, H + 2, W + 2, C], whose border repeats the nearest pixel. n is a multiple of m, or one more
+    where the video begins: then its first frame stands alone, as it is, in out[0, 0], and the rest of the first group
+    is not written.
     """
     kernels = _kernels(out)
     if kernels:
@@ -117,7 +122,9 @@ def fill_pairs(
     frames = activate_(value, gamma).to(out.dtype)
     if fresh:
         past[:] = frames[0]
-    transform_frames(past, frames, out[:, :, 1:-1, 1:-1])
+    alone, inner = len(frames) % (len(out) - 2), out[:, :, 1:-1, 1:-1]
+    inner[0, :alone] = frames[:alone]
+    transform_frames(past, frames[alone:], inner[:, alone:])
     past.copy_(torch.cat([past, frames[-2:]])[-2:])
     repeat_border(out.flatten(0, 1))
 

@@ -122,7 +122,7 @@ def choose_plan(
     tightest = None
     for grid in _grids(weights, part, picture):
         for n in _steps_to_try(part, grid, time):
-            plan = Plan(Steps(n, (_even(n),) * (len(weights.blocks) - 1)), grid)
+            plan = Plan(Steps(n, max(4, n)), grid)
             needed = peak_bytes(weights, part, picture, time, together, plan)
             if needed <= free:
                 return plan, needed
@@ -144,21 +144,21 @@ def _steps_to_try(part: tuple[int, int], blocks: tuple[int, int], time: int) -> 
     positions = math.prod(-(-part[i] // blocks[i]) for i in (0, 1))
     wanted = min(-(-FULL_STEP // positions), LONGEST_STEP, time)
     doublings = (wanted - 1).bit_length()
-    return [min(2**i, time) for i in range(max(1, doublings), 0, -1)]  # even, so that frames go in pairs
-
-
-def _even(n: int) -> int:
-    return max(2, n + n % 2)
+    return [2**i for i in range(max(1, doublings), 0, -1)]
 
 
 def _sizes(
     weights: "Weights", part: tuple[int, int], picture: tuple[int, int], blocks: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """Height and width of what each level computes for the largest block."""
+    """Height and width of what each level computes for the largest block.
+
+    Margins end with the picture, and only the first block has one before it (see `seams`).
+    """
     if blocks == (1, 1):
         return [(part[0] * 2**level, part[1] * 2**level) for level in range(len(weights.margins))]
+    margins = [1 if part[i] == picture[i] else 2 for i in (0, 1)]
     return [
-        tuple(min(picture[i] * 2**level, -(-part[i] // blocks[i]) * 2**level + 2 * margin) for i in (0, 1))
+        tuple(min(picture[i] * 2**level, -(-part[i] // blocks[i]) * 2**level + margins[i] * margin) for i in (0, 1))
         for level, margin in enumerate(weights.margins)
     ]
 
@@ -166,11 +166,15 @@ def _sizes(
 def tail_work(weights: "Weights", part: tuple[int, int], picture: tuple[int, int], blocks: tuple[int, int]) -> float:
     """Multiplications of the tail for one latent frame, about: what blocks compute twice is in."""
     total = 0
-    for level, (height, width) in enumerate(_sizes(weights, part, picture, blocks)):
+    for level, margin in enumerate(weights.margins):
+        sides = [part[i] * 2**level for i in (0, 1)]
+        if blocks != (1, 1):
+            sides = [sides[i] + margin * (blocks[i] - 1 + 2 * (part[i] < picture[i])) for i in (0, 1)]
         convs = [resnet.conv1 for resnet in weights.blocks[level] if level] * 2
         convs += [up.conv for up in weights.upsamplers[level : level + 1]]
-        total += min(4, 2**level) * height * width * sum(conv.taps.numel() for conv in convs)
-    return blocks[0] * blocks[1] * total
+        multiplications = sum(conv.taps[0].numel() * (conv.group + 2) / conv.group for conv in convs)
+        total += min(4, 2**level) * math.prod(sides) * multiplications
+    return total
 
 
 def peak_bytes(
@@ -187,32 +191,38 @@ def peak_bytes(
     convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
     waiting = LANES - 1 if together else 0  # steps under way that wait their turn: a stream and a window
     trunk = 2 * time * math.prod(picture) * weights.widths[0] * size + (2 * convs + 2) * latent
-    trunk_working = (8 + 3 * waiting) * _even(steps.trunk) * latent
+    trunk_step = min(steps.trunk, time + time % 2)
+    trunk_working = (8 + 3 * waiting) * trunk_step * latent
     waiting = waiting if undivided else 0
-    tail = working = 0
+    tail = working = seams = 0
     for level, sides in enumerate(_sizes(weights, part, picture, plan.blocks)):
-        n = _even(steps.tail[level - 1] if level else steps.trunk)
+        n = steps.tail if level else trunk_step
         here = n * frame(level, *sides)
-        # The stream; then what a convolution gave and what the next one reads, each twice the stream.
-        level_working = 5 * here
+        group = (weights.blocks[level][0].conv1 if level else weights.conv_in).group
+        grown = 1 + 2 / group  # what a convolution reads and what it gives, in frames for each frame
+        level_working = (1 + 2 * grown) * here
         convs = 2 * len(weights.blocks[level]) if level else 0
         if level < len(weights.upsamplers):
             convs += 1
             rate = 1 + weights.upsamplers[level].temporal
             out = rate * n * frame(level + 1, 2 * sides[0], 2 * sides[1])
-            level_working = max(level_working, 3 * here + 2 * out, here + 3 * out)
+            level_working = max(level_working, (1 + grown) * here + grown * out, here + (grown + 1) * out)
         else:
             pixels = n * (sides[0] + 2) * (sides[1] + 2)
             level_working = max(level_working, 2 * here + pixels * (len(weights.taps) * size + 72))
         tail += 2 * convs * frame(level, *sides)
+        if not undivided:
+            ends = (plan.blocks[0] > 1) * plan.blocks[1] * (sides[1] + 2) + (plan.blocks[1] > 1) * (sides[0] + 2)
+            frames = min(4, 2**level) * time
+            seams += (convs * grown + (level == len(weights.widths) - 1)) * frames * ends * weights.widths[level] * size
         if level < weights.flat:
-            tail += 3 * waiting * here
+            tail += (1 + grown) * waiting * here
         else:
-            level_working += 3 * waiting * here
+            level_working += (1 + grown) * waiting * here
         working = max(working, level_working)
         if 0 < level <= weights.flat:  # frames that the level before handed on and that wait their turn
-            tail += 2 * _even(steps.tail[level - 2] if level > 1 else steps.trunk) * frame(level, *sides)
+            tail += 2 * (steps.tail if level > 1 else trunk_step) * frame(level, *sides)
     if undivided:
-        return base + trunk + tail + max(trunk_working, working)
+        return int(base + trunk + tail + max(trunk_working, working))
     kept = time * math.prod(picture) * weights.widths[0] * size
-    return base + kept + max(trunk + trunk_working, tail + working)
+    return int(base + kept + max(trunk + trunk_working, tail + seams + working))

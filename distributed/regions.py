@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,29 @@ def whole(height: int, width: int, levels: int) -> tuple[Region, ...]:
     return (*extents, extents[-1])
 
 
-def block_extents(block: Region, height: int, width: int, margins: Sequence[int]) -> tuple[Region, ...]:
+def blocks(region: Region, rows: int, columns: int) -> list[tuple[int, int, Region]]:
+    """A region cut into rows x columns blocks, row by row: the row, the column and the block of each."""
+    across, down = pairwise(cuts(region.left, region.right, columns)), pairwise(cuts(region.top, region.bottom, rows))
+    places = product(enumerate(down), enumerate(across))
+    return [(row, column, Region(*vertical, *horizontal)) for (row, vertical), (column, horizontal) in places]
+
+
+def block_extents(
+    block: Region, height: int, width: int, margins: Sequence[int], *, above: bool, left: bool
+) -> tuple[Region, ...]:
     """What is computed at each level for one block of a picture of height x width latent positions.
 
     `margins` are how far beyond the block each level must begin, in its own pixels (see `Weights.margins`); they end
-    where the picture does. The last of the regions is the block's own pixels.
+    where the picture does. above, left: there is a block from which seams come, and no margin is needed (see `seams`).
+    The last of the regions is the block's own pixels.
     """
 
     def grown(level: int, margin: int) -> Region:
         scale = 2**level
         return Region(
-            max(0, block.top * scale - margin),
+            max(0, block.top * scale - (0 if above else margin)),
             min(height * scale, block.bottom * scale + margin),
-            max(0, block.left * scale - margin),
+            max(0, block.left * scale - (0 if left else margin)),
             min(width * scale, block.right * scale + margin),
         )
 

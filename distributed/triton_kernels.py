@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .winograd import Products
+from .winograd import POINTS, Products
 
 JIT = triton.jit(do_not_specialize=["frames", "height", "width", "fresh"])
 """Sizes differ from decode to decode; a kernel compiled anew for each kind of them would cost seconds."""
@@ -16,26 +16,32 @@ def _load(pointer, at, mask):
     return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
 
 
+NEAR, FAR = (tl.constexpr(point) for point in POINTS[4])
+NEAR_2, FAR_2 = (tl.constexpr(point**2) for point in POINTS[4])
+
+
 @triton.jit
-def _pair(
-    pair, alone, p0_ptr, p1_ptr, p2_ptr, p3_ptr, x_ptr, bias, at, plane, inside,
-    X: tl.constexpr, PRODUCTS: tl.constexpr,
-):  # fmt: skip
-    """Both frames of a pair: x + products + bias."""
-    early = 2 * pair - alone
-    paired = inside & (early >= 0)
-    first = bias
-    second = bias
-    if PRODUCTS:
-        skip = pair * plane
-        p1 = _load(p1_ptr + skip, at, inside)
-        p2 = _load(p2_ptr + skip, at, inside)
-        first += _load(p0_ptr + skip - alone * plane, at, paired) + p1 + p2
-        second += p1 - p2 - _load(p3_ptr + skip, at, inside)
-    if X:
-        first += _load(x_ptr + early * plane, at, paired)
-        second += _load(x_ptr + early * plane + plane, at, inside)
-    return first, second
+def _two(value, p0_ptr, p1_ptr, p2_ptr, p3_ptr, at, inside):
+    """A pair of frames: value + products."""
+    p1 = _load(p1_ptr, at, inside)
+    p2 = _load(p2_ptr, at, inside)
+    return value + _load(p0_ptr, at, inside) + p1 + p2, value + p1 - p2 + _load(p3_ptr, at, inside)
+
+
+@triton.jit
+def _four(value, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, at, inside):
+    """Four frames: value + products. The points are each other's reciprocals."""
+    p1 = _load(p1_ptr, at, inside)
+    p2 = _load(p2_ptr, at, inside)
+    p3 = _load(p3_ptr, at, inside)
+    p4 = _load(p4_ptr, at, inside)
+    near, far = p1 + p2, p3 + p4
+    first = value + _load(p0_ptr, at, inside) + near + far
+    third = value + near * NEAR_2 + far * FAR_2
+    near, far = (p1 - p2) * NEAR, (p3 - p4) * FAR
+    second = value + near + far
+    fourth = value + near * NEAR_2 + far * FAR_2 + _load(p5_ptr, at, inside)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -73,13 +79,25 @@ def repeat_border(window: Tensor) -> None:
     _repeat_border[grid](window, height - 2, width - 2, channels, block_c, block)
 
 
+@triton.jit
+def _rounded(value, out_ptr):
+    return value.to(out_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, at, value, inside):
+    tl.store(pointer + at, value.to(pointer.dtype.element_ty), mask=inside)
+
+
 @JIT
 def _fill(
-    x_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr, bias_ptr, gamma_ptr, past_ptr, out_ptr, frames, height, width, fresh,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
-    X: tl.constexpr, PRODUCTS: tl.constexpr, NORM: tl.constexpr, PAIRS: tl.constexpr,
+    x_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, alone_ptr, bias_ptr, gamma_ptr, past_ptr, out_ptr,
+    frames, height, width, fresh,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
+    X: tl.constexpr, PRODUCTS: tl.constexpr, NORM: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    """`fill_pairs` with PAIRS, else `fill_window`. A program goes through all frames of some pixels."""
+    """`fill_groups` with TRANSFORM, else `fill_window`. A program goes through all frames of some pixels."""
+    SUM: tl.constexpr = X and PRODUCTS and TRANSFORM
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_C)[None, :]
     inside = (pixel < height * width)[:, None] & (channel < C)
@@ -87,56 +105,107 @@ def _fill(
     place = ((pixel // width + 1) * (width + 2) + pixel % width + 1)[:, None] * C + channel
     plane = (height * width).to(tl.int64) * C
     framed = (height + 2).to(tl.int64) * (width + 2) * C
-    alone = frames % 2
-    pairs = (frames + 1) // 2
+    alone = frames % M
+    groups = frames // M
+    slots = (groups + alone) * framed
     bias = tl.zeros((BLOCK, BLOCK_C), tl.float32)
     if PRODUCTS:
         bias += _load(bias_ptr, channel, channel < C)
     gamma = bias
     if NORM:
         gamma = _load(gamma_ptr, channel, channel < C) * C**0.5
-    before = bias
-    last = bias
-    if PAIRS:
+    d0 = bias
+    d1 = bias
+    if alone == 1:
+        value = bias
+        if PRODUCTS:
+            value += _load(alone_ptr, at, inside)
+        if X:
+            value += _load(x_ptr, at, inside)
+            if SUM:
+                _store(x_ptr, at, value, inside)
+        d0 = _rounded(_activate(value, gamma, NORM), out_ptr)
+        d1 = d0
+        _store(out_ptr, place, d0, inside)
+    elif TRANSFORM:
         if fresh:
-            first, second = _pair(
-                0, alone, p0_ptr, p1_ptr, p2_ptr, p3_ptr, x_ptr, bias, at, plane, inside, X, PRODUCTS
-            )  # fmt: skip
-            last = _activate(tl.where(alone == 1, second, first), gamma, NORM)
-            last = last.to(out_ptr.dtype.element_ty).to(tl.float32)
-            before = last
+            value = bias
+            if PRODUCTS:
+                value += _load(p0_ptr, at, inside) + _load(p1_ptr, at, inside) + _load(p2_ptr, at, inside)
+                if M == 4:
+                    value += _load(p3_ptr, at, inside) + _load(p4_ptr, at, inside)
+            if X:
+                value += _load(x_ptr, at, inside)
+            d0 = _rounded(_activate(value, gamma, NORM), out_ptr)
+            d1 = d0
         else:
-            before = _load(past_ptr, at, inside)
-            last = _load(past_ptr + plane, at, inside)
-    for pair in range(0, pairs):
-        first, second = _pair(
-            pair, alone, p0_ptr, p1_ptr, p2_ptr, p3_ptr, x_ptr, bias, at, plane, inside, X, PRODUCTS
-        )  # fmt: skip
-        early = 2 * pair - alone
-        paired = inside & (early >= 0)
-        if PAIRS and X and PRODUCTS:
-            tl.store(x_ptr + early * plane + at, first.to(x_ptr.dtype.element_ty), mask=paired)
-            tl.store(x_ptr + early * plane + plane + at, second.to(x_ptr.dtype.element_ty), mask=inside)
-        first = _activate(first, gamma, NORM)
-        second = _activate(second, gamma, NORM)
-        if PAIRS:
-            d1 = tl.where(early < 0, before, last)
-            d2 = tl.where(early < 0, last, first.to(out_ptr.dtype.element_ty).to(tl.float32))
-            d3 = second.to(out_ptr.dtype.element_ty).to(tl.float32)
-            part = out_ptr + pair * framed
-            tl.store(part + place, (before - d2).to(out_ptr.dtype.element_ty), mask=paired)
-            tl.store(part + pairs * framed + place, (d1 + d2).to(out_ptr.dtype.element_ty), mask=inside)
-            tl.store(part + 2 * pairs * framed + place, (d2 - d1).to(out_ptr.dtype.element_ty), mask=inside)
-            tl.store(part + 3 * pairs * framed + place, (d1 - d3).to(out_ptr.dtype.element_ty), mask=inside)
-            before = d2
-            last = d3
+            d0 = _load(past_ptr, at, inside)
+            d1 = _load(past_ptr + plane, at, inside)
+    x_ptr += alone * plane
+    out_ptr += alone * framed
+    for group in range(0, groups):
+        first = bias
+        second = bias
+        third = bias
+        fourth = bias
+        if PRODUCTS:
+            where = at + group * plane
+            if M == 2:
+                first, second = _two(bias, p0_ptr, p1_ptr, p2_ptr, p3_ptr, where, inside)
+            else:
+                first, second, third, fourth = _four(
+                    bias, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, where, inside
+                )  # fmt: skip
+        if X:
+            here = x_ptr + group * M * plane
+            first += _load(here, at, inside)
+            second += _load(here + plane, at, inside)
+            if M == 4:
+                third += _load(here + 2 * plane, at, inside)
+                fourth += _load(here + 3 * plane, at, inside)
+            if SUM:
+                _store(here, at, first, inside)
+                _store(here + plane, at, second, inside)
+                if M == 4:
+                    _store(here + 2 * plane, at, third, inside)
+                    _store(here + 3 * plane, at, fourth, inside)
+        d2 = _rounded(_activate(first, gamma, NORM), out_ptr)
+        d3 = _rounded(_activate(second, gamma, NORM), out_ptr)
+        d4 = d2
+        d5 = d3
+        if M == 4:
+            d4 = _rounded(_activate(third, gamma, NORM), out_ptr)
+            d5 = _rounded(_activate(fourth, gamma, NORM), out_ptr)
+        if TRANSFORM:
+            part = out_ptr + group * framed
+            if M == 2:
+                _store(part, place, d0 - d2, inside)
+                _store(part + slots, place, (d2 + d1) * 0.5, inside)
+                _store(part + 2 * slots, place, (d2 - d1) * 0.5, inside)
+                _store(part + 3 * slots, place, d3 - d1, inside)
+            else:
+                _store(part, place, d0 - d2 * (NEAR_2 + FAR_2) + d4, inside)
+                even = (d4 - d2 * FAR_2) * (0.5 / (NEAR_2 - FAR_2) / NEAR_2)
+                odd = (d3 - d1 * FAR_2) * (0.5 / (NEAR_2 - FAR_2) / NEAR)
+                _store(part + slots, place, even + odd, inside)
+                _store(part + 2 * slots, place, even - odd, inside)
+                even = (d4 - d2 * NEAR_2) * (0.5 / (FAR_2 - NEAR_2) / FAR_2)
+                odd = (d3 - d1 * NEAR_2) * (0.5 / (FAR_2 - NEAR_2) / FAR)
+                _store(part + 3 * slots, place, even + odd, inside)
+                _store(part + 4 * slots, place, even - odd, inside)
+                _store(part + 5 * slots, place, d1 - d3 * (NEAR_2 + FAR_2) + d5, inside)
         else:
-            part = out_ptr + early * framed
-            tl.store(part + place, first.to(out_ptr.dtype.element_ty), mask=paired)
-            tl.store(part + framed + place, second.to(out_ptr.dtype.element_ty), mask=inside)
-    if PAIRS:
-        tl.store(past_ptr + at, before.to(past_ptr.dtype.element_ty), mask=inside)
-        tl.store(past_ptr + plane + at, last.to(past_ptr.dtype.element_ty), mask=inside)
+            part = out_ptr + group * M * framed
+            _store(part, place, d2, inside)
+            _store(part + framed, place, d3, inside)
+            if M == 4:
+                _store(part + 2 * framed, place, d4, inside)
+                _store(part + 3 * framed, place, d5, inside)
+        d0 = d4
+        d1 = d5
+    if TRANSFORM:
+        _store(past_ptr, at, d0, inside)
+        _store(past_ptr + plane, at, d1, inside)
 
 
 def fill(
@@ -148,26 +217,33 @@ def fill(
     bias: Tensor | None,
     gamma: Tensor | None,
 ) -> None:
-    """`fill_pairs` where there is a past, else `fill_window`."""
+    """`fill_groups` where there is a past, else `fill_window`."""
     n, height, width, channels = (products if x is None else x).shape
+    m = len(products.parts if past is None else out) - 2
     block_c = triton.next_power_of_2(channels)
     block = max(1, 1024 // block_c)
     x_ptr, bias_ptr, gamma_ptr, past_ptr = (out if given is None else given for given in (x, bias, gamma, past))
     _fill[(triton.cdiv(height * width, block),)](
-        x_ptr, *(products or (out,) * 4), bias_ptr, gamma_ptr, past_ptr, out, n, height, width, int(fresh),
-        channels, block_c, block, x is not None, products is not None, gamma is not None, past is not None,
+        x_ptr, *_pointers(products, out), bias_ptr, gamma_ptr, past_ptr, out, n, height, width, int(fresh),
+        channels, block_c, block, m, x is not None, products is not None, gamma is not None, past is not None,
     )  # fmt: skip
     repeat_border(out.flatten(0, -4))
 
 
+def _pointers(products: Products | None, instead: Tensor) -> tuple[Tensor, ...]:
+    """p0 to p5 and the frame alone; another tensor, never read, for those that are not there."""
+    parts, alone = products or ((), None)
+    return *parts, *(instead,) * (6 - len(parts)), instead if alone is None else alone
+
+
 @JIT
 def _upsample(
-    p0_ptr, p1_ptr, p2_ptr, p3_ptr, bias_ptr, x_ptr, out_ptr, frames, height, width,
+    p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, alone_ptr, bias_ptr, x_ptr, out_ptr, frames, height, width,
     C: tl.constexpr, CIN: tl.constexpr, RATE: tl.constexpr, FIRST: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     shift: tl.constexpr = 1 if FIRST else 0
-    # Frames of one place run side by side, because those of a pair read the same products.
+    # Frames of one place run side by side, because those of a group read the same products.
     out_frames = frames * RATE - shift
     frame = tl.program_id(0) % out_frames
     pixel = (tl.program_id(0) // out_frames) * BLOCK + tl.arange(0, BLOCK)
@@ -189,18 +265,27 @@ def _upsample(
     if FIRST:
         index = tl.where(first, (corner * 2 * C)[:, None] + channel, index)
         short = tl.where(first, (corner * (CIN // 4))[:, None] + channel // (repeats // 2), short)
-    alone = frames % 2
-    pair = (source + alone) // 2
-    late = (source + alone) % 2
-    plane = (height * width).to(tl.int64) * TOTAL
-    at = position.to(tl.int64)[:, None] * TOTAL + index + pair * plane
-    p1 = _load(p1_ptr, at, inside)
-    p2 = _load(p2_ptr, at, inside)
-    # One of these two is masked off.
-    value = _load(p0_ptr, at - alone * plane, inside & (late == 0)) - _load(p3_ptr, at, inside & (late == 1))
-    value += p1 + tl.where(late == 1, -p2, p2)
-    value += _load(bias_ptr, index, inside)
+    value = _load(bias_ptr, index, inside)
     value += _load(x_ptr, (source.to(tl.int64) * height * width + position)[:, None] * CIN + short, inside)
+    at = position.to(tl.int64)[:, None] * TOTAL + index
+    alone = frames % M
+    if source < alone:
+        value += _load(alone_ptr, at, inside)
+    else:
+        k = (source - alone) % M
+        at += ((source - alone) // M) * (height * width).to(tl.int64) * TOTAL
+        sign = 1 - 2 * (k % 2)
+        near = _load(p1_ptr, at, inside) + sign * _load(p2_ptr, at, inside)
+        if M == 2:
+            value += near
+        else:
+            far = _load(p3_ptr, at, inside) + sign * _load(p4_ptr, at, inside)
+            value += near * tl.where(k < 2, 1.0, NEAR_2) * tl.where(k % 2 == 0, 1.0, NEAR)
+            value += far * tl.where(k < 2, 1.0, FAR_2) * tl.where(k % 2 == 0, 1.0, FAR)
+        if k == 0:
+            value += _load(p0_ptr, at, inside)
+        elif k == M - 1:
+            value += _load(p3_ptr if M == 2 else p5_ptr, at, inside)
     target = (frame.to(tl.int64) * 4 * height * width + pixel)[:, None] * C + channel
     tl.store(out_ptr + target, value.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -215,8 +300,9 @@ def upsample(packed: Products, bias: Tensor, x: Tensor, temporal: bool, first: b
     block_c = triton.next_power_of_2(channels)
     block = max(1, 2048 // block_c)
     _upsample[(frames * triton.cdiv(4 * height * width, block),)](
-        *packed, bias, x, out, n, height, width, channels, x.shape[-1], rate, first, block_c, block
-    )
+        *_pointers(packed, x), bias, x, out, n, height, width,
+        channels, x.shape[-1], rate, first, block_c, block, len(packed.parts) - 2,
+    )  # fmt: skip
     return out
 
 

@@ -1,88 +1,114 @@
-"""A convolution over three frames with two thirds of the multiplications: Winograd's minimal filtering F(2, 3).
+"""A convolution over three frames with half or two thirds of the multiplications: Winograd's F(m, 3).
 
-Two frames of a causal convolution are made of four input frames d0 to d3 (oldest first) and three taps g0 to g2,
-each of them a 3x3 convolution:
+m frames of a causal convolution are made of m + 2 input frames d (oldest first) and three taps g, each of them a 3x3
+convolution, 3 m in all:
 
-    y0 = d0 g0 + d1 g1 + d2 g2          y1 = d1 g0 + d2 g1 + d3 g2
+    y[k] = d[k] g[0] + d[k + 1] g[1] + d[k + 2] g[2]
 
-That is six 3x3 convolutions. The same two frames come of four (S. Winograd, Arithmetic Complexity of Computations,
-1980; A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308):
+The same frames come of m + 2 convolutions (S. Winograd, Arithmetic Complexity of Computations, 1980; A. Lavin and
+S. Gray, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308):
 
-    p0 = (d0 - d2) g0
-    p1 = (d1 + d2) (g0 + g1 + g2) / 2
-    p2 = (d2 - d1) (g0 - g1 + g2) / 2
-    p3 = (d1 - d3) g2
-    y0 = p0 + p1 + p2                   y1 = p1 - p2 - p3
+    y = A p,   p[i] = (B d)[i] (G g)[i]
 
-The taps are transformed once, when weights are loaded. The sums of frames are formed by the pass that writes what the
-convolution reads, those of products by the pass that reads what it gives (`kernels`). In half precision the whole
-decoder's error stays below diffusers' own: 0.88 times in bfloat16, at small widths (2026-11-24). F(4, 3), which would
-save half of the multiplications, made it 1.26 times.
+The matrices follow from m + 1 points x and infinity: the rows of G are 1, x, x^2 and the columns of A the powers of x
+up to m - 1; at infinity only the last is there. B is the inverse of the transposed matrix of powers up to m + 1. The
+taps are transformed once, when weights are loaded. The sums of frames are formed by the pass that writes what the
+convolution reads, those of products by the pass that reads what it gives (`kernels`).
 
-Of an odd number of frames the first stands alone: as the y1 of a pair whose y0 nobody wants.
+m is 2 or 4 (`POINTS`). For 4, points around 1 and their reciprocals keep rounding errors small (B. Barabasz et al.,
+Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks, arXiv:1803.10986): with
+the usual 0, 1, -1, 2, -2 they are larger by half. Where a level convolves two frames and where four, see `decoder`.
+
+The first frame of a video has only itself before it, so its convolution is one with the sum of the taps. It stands
+alone, and groups of m follow it.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+POINTS = {2: (1.0,), 4: (2 / 3, 3 / 2)}
+"""For each m the points beside 0 and infinity; their negatives belong to them."""
+
+TOTAL = {2: 1, 4: 6}
+"""Where among the transformed taps their sum is: with a point at 1 it is one of them, else it comes after them."""
+
 WIDE, PIECE = 4096, 1024
 """Of more than so many channels at once, so many: cuDNN 9 is up to six times slower at 1024 -> 8192."""
 
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@cache
+def matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
+    """A [m, m + 2], B [m + 2, m + 2] and G [m + 2, 3] of F(m, 3)."""
+    points = torch.tensor([0, *(sign * x for x in POINTS[m] for sign in (1, -1))], dtype=torch.float64)
+
+    def powers(count: int) -> Tensor:
+        infinity = torch.eye(count, dtype=torch.float64)[-1:]
+        return torch.cat([points[:, None] ** torch.arange(count), infinity])
+
+    three = powers(m).T, powers(m + 2).inverse().T.round(decimals=12), powers(3)
+    return tuple(tuple(map(tuple, matrix.tolist())) for matrix in three)
+
 
 class Products(NamedTuple):
-    """What a convolution gave, before the last sums and without its bias: p0 to p3, [pairs, H, W, out] each.
+    """What a convolution gave, before the last sums and without its bias."""
 
-    p0 lacks the first pair where the first frame stands alone.
-    """
-
-    p0: Tensor
-    p1: Tensor
-    p2: Tensor
-    p3: Tensor
-
-    @property
-    def alone(self) -> int:
-        """1 where the first frame stands alone, else 0."""
-        return len(self.p3) - len(self.p0)
+    parts: tuple[Tensor, ...]
+    """p: m + 2 times [groups, H, W, out]."""
+    alone: Tensor | None
+    """[1, H, W, out], the video's first frame, if it is the first of these."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the frames, [n, H, W, out]."""
-        return len(self.p0) + len(self.p3), *self.p3.shape[1:]
+        groups, *rest = self.parts[0].shape
+        return (self.alone is not None) + (len(self.parts) - 2) * groups, *rest
 
 
-def transform_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[out, in, 3, 3, 3] -> [4, out, in, 3, 3], each of the four channels-last, rounded once."""
-    g0, g1, g2 = weight.unbind(2)
-    four = weight.new_empty(4, weight.shape[0], *weight.shape[3:], weight.shape[1], dtype=dtype)
-    four = four.permute(0, 1, 4, 2, 3)
-    ends = g0.float() + g2
-    four[0], four[3] = g0, g2
-    four[1] = (ends + g1) / 2
-    four[2] = ends.sub_(g1).div_(2)
-    return four
+def _combined(row: tuple[float, ...], tensors: tuple[Tensor, ...]) -> Tensor:
+    """The sum of the tensors times the numbers of a row, in float32 at least."""
+    total = torch.zeros_like(tensors[0], dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+    for factor, tensor in zip(row, tensors, strict=True):
+        if factor:
+            total.add_(tensor, alpha=factor)
+    return total
+
+
+def transform_taps(weight: Tensor, dtype: torch.dtype, m: int) -> Tensor:
+    """[out, in, 3, 3, 3] -> [m + 2 or m + 3, out, in, 3, 3], each channels-last and rounded once (see `TOTAL`)."""
+    rows = matrices(m)[2]
+    if TOTAL[m] == len(rows):
+        rows = *rows, (1.0, 1.0, 1.0)
+    taps = weight.new_empty(len(rows), weight.shape[0], *weight.shape[3:], weight.shape[1], dtype=dtype)
+    taps = taps.permute(0, 1, 4, 2, 3)
+    for tap, row in zip(taps, rows, strict=True):
+        tap.copy_(_combined(row, weight.unbind(2)))
+    return taps
 
 
 def transform_frames(past: Tensor, frames: Tensor, out: Tensor) -> None:
-    """past [2, H, W, C] and the frames after it, [n, H, W, C], into out, [4, pairs, H, W, C], rounded once."""
-    d = torch.cat([past[: len(frames) % 2], past, frames])
-    d0, d1, d2, d3 = d[:-2:2], d[1:-1:2], d[2::2], d[3::2]
-    torch.sub(d0, d2, out=out[0])
-    torch.add(d1, d2, out=out[1])
-    torch.sub(d2, d1, out=out[2])
-    torch.sub(d1, d3, out=out[3])
+    """past [2, H, W, C] and the frames after it, [m * groups, H, W, C], into out, [m + 2, groups, H, W, C]."""
+    m = len(out) - 2
+    before = torch.cat([past, frames])
+    d = tuple(before[i : i + len(frames) : m] for i in range(m + 2))
+    for part, row in zip(out, matrices(m)[1], strict=True):
+        part.copy_(_combined(row, d))
 
 
-def convolve(window: Tensor, alone: int, taps: Tensor) -> Products:
-    """[4, pairs, H + 2, W + 2, C], transformed frames with a border, and taps [4, out, C, 3, 3] -> products."""
-    parts = window[0, alone:], *window[1:]
-    return Products(*(_convolve(part.permute(0, 3, 1, 2), tap) for part, tap in zip(parts, taps, strict=True)))
+def convolve(window: Tensor, alone: bool, taps: Tensor) -> Products:
+    """A window (see `kernels.fill_groups`) and taps, [>= m + 2, out, C, 3, 3] -> products."""
+    m = len(window) - 2
+    first = _convolve(window[0, :1], taps[TOTAL[m]]) if alone else None
+    return Products(tuple(_convolve(part[int(alone) :], tap) for part, tap in zip(window, taps, strict=False)), first)
 
 
 def _convolve(part: Tensor, tap: Tensor) -> Tensor:
+    part = part.permute(0, 3, 1, 2)
     if len(tap) > WIDE:
         given = torch.cat([F.conv2d(part, piece) for piece in tap.split(PIECE)], 1)
     else:
@@ -92,9 +118,13 @@ def _convolve(part: Tensor, tap: Tensor) -> Tensor:
 
 def sum_products(products: Products) -> Tensor:
     """The frames, [n, H, W, out], float32."""
-    p0, p1, p2, p3 = products
-    alone = products.alone
-    frames = p3.new_empty(products.shape, dtype=torch.float32)
-    frames[alone::2].copy_(p0).add_(p1[alone:]).add_(p2[alone:])
-    frames[1 - alone :: 2].copy_(p1).sub_(p2).sub_(p3)
+    parts, alone = products
+    first, m = int(alone is not None), len(parts) - 2
+    frames = parts[0].new_zeros(products.shape, dtype=torch.float32)
+    if alone is not None:
+        frames[:1] = alone
+    for k, row in enumerate(matrices(m)[0]):
+        for factor, part in zip(row, parts, strict=True):
+            if factor:
+                frames[first + k :: m].add_(part, alpha=factor)
     return frames

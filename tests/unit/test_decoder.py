@@ -6,7 +6,8 @@ from diffusers import AutoencoderKLHunyuanVideo15
 
 from benchmarks.random_weights import random_latent
 from distributed.decoder import Steps, Tail, Trunk, Weights, split
-from distributed.regions import Region, block_extents, whole
+from distributed.regions import Region, block_extents, blocks, whole
+from distributed.seams import Seams
 
 WIDTHS = (8, 8, 16, 32, 32)
 CPU = torch.device("cpu")
@@ -50,14 +51,20 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("time", [5, 8])
-def test_even_steps_keep_frames_paired_and_the_result_the_same_in_every_bit(vae, time):
+def test_steps_of_any_length_give_the_same_frames_in_every_bit(vae, time):
     weights = Weights(decoder_of(vae), CPU, torch.bfloat16)
     latent = random_latent(1, 32, time, 3, 4, seed=6)
-    short, long = (stream(weights, latent, steps) for steps in (Steps(2, (2, 4, 4, 4)), Steps(8, (8, 8, 2, 2))))
-    assert torch.equal(short, long)
+    short, *longer = (stream(weights, latent, steps) for steps in (Steps(2, 4), Steps(8, 8), Steps(6, 12)))
+    assert all(torch.equal(short, long) for long in longer)
 
 
-STEPS = [Steps(1, (1, 1, 1, 1)), Steps(2, (2, 1, 1, 1)), Steps(3, (4, 2, 2, 2)), Steps(8, (3, 5, 5, 5))]
+@pytest.mark.parametrize(("trunk", "tail"), [(1, 4), (2, 2), (4, 6), (0, 4)])
+def test_steps_that_would_cut_a_group_of_frames_are_refused(trunk, tail):
+    with pytest.raises(ValueError, match="multiple of 2 and tail one of 4"):
+        Steps(trunk, tail)
+
+
+STEPS = [Steps(2, 4), Steps(2, 8), Steps(4, 12), Steps(8, 4)]
 
 
 @pytest.mark.parametrize("steps", STEPS, ids=str)
@@ -77,7 +84,7 @@ def block_and_whole(weights, block, margins):
     trunk = Trunk(weights, 22, 25, 3)
     chunks = list(trunk.run(split(video, steps.trunk)))
     exact = torch.cat(list(Tail(weights, whole(22, 25, 5), steps).run(iter(chunks))))
-    extents = block_extents(block, 22, 25, margins)
+    extents = block_extents(block, 22, 25, margins, above=False, left=False)
     first = extents[0]
     seen = [chunk[:, first.top : first.bottom, first.left : first.right].contiguous() for chunk in chunks]
     pixels = torch.cat(list(Tail(weights, extents, steps).run(iter(seen))))
@@ -88,6 +95,36 @@ def block_and_whole(weights, block, margins):
 def test_a_block_with_its_margins_gives_its_part_of_the_whole(weights, block):
     pixels, exact = block_and_whole(weights, block, weights.margins)
     assert pixels.shape == exact.shape and (pixels - exact).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def blocks_and_whole(weights, grid):
+    """A part of a picture in blocks, one after the other, and cut out of the whole."""
+    video, steps, part = random_latent(1, 32, 4, 12, 14, seed=5)[0].permute(1, 2, 3, 0), STEPS[0], Region(0, 11, 2, 14)
+    inputs = torch.cat(list(Trunk(weights, 12, 14, 4).run(split(video.contiguous(), steps.trunk))))
+    exact = torch.cat(list(Tail(weights, whole(12, 14, 5), steps).run(split(inputs, steps.trunk))))
+    frames, seams = torch.zeros_like(exact), Seams(*grid)
+    for row, column, block in blocks(part, *grid):
+        extents = block_extents(block, 12, 14, weights.margins, above=row > 0, left=column > 0)
+        seen = inputs[:, extents[0].top : extents[0].bottom, extents[0].left : extents[0].right].contiguous()
+        tail = Tail(weights, extents, steps, seams.edges(row, column, block, extents))
+        pixels = torch.cat(list(tail.run(split(seen, steps.trunk))))
+        frames[:, 16 * block.top : 16 * block.bottom, 16 * block.left : 16 * block.right] = pixels
+    assert not seams.left and not any(seams.above)  # what was kept has been used
+    where = slice(None), slice(16 * part.top, 16 * part.bottom), slice(16 * part.left, 16 * part.right)
+    return frames[where], exact[where]
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (2, 1), (2, 2), (3, 4), (11, 1)], ids=str)
+def test_blocks_one_after_the_other_give_the_whole(weights, grid):
+    frames, exact = blocks_and_whole(weights, grid)
+    assert (frames - exact).abs().max() < 1e-5
+
+
+def test_blocks_that_keep_nothing_for_each_other_would_be_noticed(weights, monkeypatch):
+    monkeypatch.setattr("distributed.seams.SeamEdges.start", lambda self, window, level: self)
+    frames, exact = blocks_and_whole(weights, (2, 2))
+    assert (frames - exact).abs().max() > 1e-3
 
 
 def test_margins_that_are_too_narrow_would_be_noticed(weights):

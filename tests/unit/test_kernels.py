@@ -59,10 +59,11 @@ def draw(dtype):
     return lambda *shape, dtype=dtype: torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
 
 
-def draw_products(draw, n: int, channels: int) -> Products:
-    """Of n frames."""
-    pairs = -(-n // 2)
-    return Products(*(draw(count, HEIGHT, WIDTH, channels) for count in (n // 2, pairs, pairs, pairs)))
+def draw_products(draw, n: int, channels: int, m: int) -> Products:
+    """Of n frames in groups of m."""
+    groups, alone = divmod(n, m)
+    parts = tuple(draw(groups, HEIGHT, WIDTH, channels) for _ in range(m + 2))
+    return Products(parts, draw(1, HEIGHT, WIDTH, channels) if alone else None)
 
 
 pytestmark = [
@@ -71,46 +72,53 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_pairs_are_filled_alike(both, draw, dtype, n):
+LENGTHS = [(2, 1), (2, 2), (2, 3), (2, 4), (4, 1), (4, 4), (4, 5), (4, 8)]
+"""m, and frames in groups of m."""
+
+
+@pytest.mark.parametrize(("m", "n"), LENGTHS)
+def test_groups_are_filled_alike(both, draw, dtype, m, n):
+    groups, alone = divmod(n, m)
+
     def fill(x, products, bias, gamma, fresh):
         value, kept = None if x is None else x.clone(), past.clone()
-        out = torch.full((4, -(-n // 2), HEIGHT + 2, WIDTH + 2, channels), float("nan"), device=DEVICE, dtype=dtype)
-        kernels.fill_pairs(value, products, kept, out, fresh=fresh, bias=bias, gamma=gamma)
-        written = kept, out[0, n % 2 :], out[1:]
+        shape = m + 2, groups + alone, HEIGHT + 2, WIDTH + 2, channels
+        out = torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
+        kernels.fill_groups(value, products, kept, out, fresh=fresh, bias=bias, gamma=gamma)
+        written = kept, out[0, :alone], out[:, alone:]
         return written if x is None else (value, *written)
 
     for channels in CHANNELS:
         x, past = draw(n, HEIGHT, WIDTH, channels), draw(2, HEIGHT, WIDTH, channels)
-        products, (bias, gamma) = draw_products(draw, n, channels), draw(2, channels, dtype=torch.float32)
-        for norm, fresh in itertools.product((None, gamma), (True, False)):
+        products, (bias, gamma) = draw_products(draw, n, channels, m), draw(2, channels, dtype=torch.float32)
+        for norm, fresh in itertools.product((None, gamma), (True,) if alone else (True, False)):
             both(fill, x, None, None, norm, fresh)
             both(fill, None, products, bias, norm, fresh)
             both(fill, x, products, bias, norm, fresh)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_the_last_window_is_filled_alike(both, draw, dtype, n):
+@pytest.mark.parametrize(("m", "n"), LENGTHS)
+def test_the_last_window_is_filled_alike(both, draw, dtype, m, n):
     def fill(x, products, bias, gamma):
         out = torch.full((n, HEIGHT + 2, WIDTH + 2, channels), float("nan"), device=DEVICE, dtype=dtype)
         kernels.fill_window(x, products, out, bias=bias, gamma=gamma)
         return (out,)
 
     for channels in CHANNELS:
-        x, products = draw(n, HEIGHT, WIDTH, channels), draw_products(draw, n, channels)
+        x, products = draw(n, HEIGHT, WIDTH, channels), draw_products(draw, n, channels, m)
         both(fill, x, products, *draw(2, channels, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize(("m", "n"), LENGTHS)
 @pytest.mark.parametrize(("temporal", "first"), [(True, True), (True, False), (False, True)])
-def test_frames_are_upsampled_alike(both, draw, n, temporal, first):
+def test_frames_are_upsampled_alike(both, draw, m, n, temporal, first):
     def upsample(packed, bias, x):
         return (kernels.upsample(packed, bias, x, temporal=temporal, first=first),)
 
     for channels in CHANNELS:
         factor = (8 if temporal else 4) * channels
         bias, x = draw(factor, dtype=torch.float32), draw(n, HEIGHT, WIDTH, 2 * channels)
-        both(upsample, draw_products(draw, n, factor), bias, x)
+        both(upsample, draw_products(draw, n, factor, m), bias, x)
 
 
 def test_taps_are_summed_alike(both, draw):

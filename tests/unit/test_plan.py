@@ -87,8 +87,8 @@ def test_less_memory_gives_smaller_steps_then_blocks_until_nothing_fits(tiny):
     assert work == sorted(work) and seen[-1].blocks[0] * seen[-1].blocks[1] > 4
 
 
-@pytest.mark.parametrize(("time", "steps"), [(31, [8, 4, 2]), (5, [5, 4, 2]), (2, [2]), (1, [1])])
-def test_steps_are_powers_of_two_and_no_longer_than_the_video(time, steps):
+@pytest.mark.parametrize(("time", "steps"), [(31, [8, 4, 2]), (4, [4, 2]), (1, [2])])
+def test_steps_are_powers_of_two_and_hardly_longer_than_the_video(time, steps):
     assert _steps_to_try((30, 53), (1, 1), time) == steps
 
 

@@ -6,31 +6,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed.winograd import convolve, sum_products, transform_frames, transform_taps
+from distributed.winograd import TOTAL, convolve, matrices, sum_products, transform_frames, transform_taps
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def transformed(past: Tensor, frames: Tensor) -> Tensor:
-    window = frames.new_empty(4, -(-len(frames) // 2), *frames.shape[1:])
-    transform_frames(past, frames, window)
-    return window
+def group(past: Tensor, frames: Tensor, m: int) -> tuple[Tensor, bool]:
+    """What a convolution reads, and whether its first frame stands alone."""
+    groups, alone = divmod(len(frames), m)
+    window = frames.new_zeros(m + 2, groups + alone, *frames.shape[1:])
+    window[0, :alone] = frames[:alone]
+    transform_frames(past, frames[alone:], window[:, alone:])
+    return window, bool(alone)
 
 
-def both(n: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+def both(m: int, n: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The same frames, [n, H, W, out], by this module and by a three-dimensional convolution."""
     past, frames = draw(2, 6, 7, weight.shape[1], seed=1), draw(n, 6, 7, weight.shape[1], seed=2)
-    taps = transform_taps(weight, torch.float64)
-    ours = sum_products(convolve(transformed(past, frames), n % 2, taps))
+    if n % m:  # a video begins
+        past[:] = frames[0]
+    ours = sum_products(convolve(*group(past, frames, m), transform_taps(weight, torch.float64, m)))
     plain = F.conv3d(torch.cat([past, frames]).permute(3, 0, 1, 2)[None], weight)[0].permute(1, 2, 3, 0)
     return ours.double(), plain
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
-def test_it_is_the_convolution(n):
-    ours, plain = both(n, draw(5, 8, 3, 3, 3))
+LENGTHS = [(2, 1), (2, 2), (2, 3), (2, 6), (4, 1), (4, 4), (4, 5), (4, 8)]
+
+
+@pytest.mark.parametrize(("m", "n"), LENGTHS)
+def test_it_is_the_convolution(m, n):
+    ours, plain = both(m, n, draw(5, 8, 3, 3, 3))
     assert ours.shape == plain.shape == (n, 4, 5, 5)
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)  # sums are formed in float32
 
@@ -38,26 +45,28 @@ def test_it_is_the_convolution(n):
 def test_a_wide_convolution_is_cut_into_pieces(monkeypatch):
     monkeypatch.setattr("distributed.winograd.WIDE", 4)
     monkeypatch.setattr("distributed.winograd.PIECE", 2)
-    ours, plain = both(3, draw(5, 8, 3, 3, 3))
+    ours, plain = both(2, 3, draw(5, 8, 3, 3, 3))
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "share"), [(8, 2 / 3), (1, 1), (3, 7 / 9)])
-def test_frames_in_pairs_take_two_thirds_of_the_multiplications(n, share):
+@pytest.mark.parametrize(("m", "n", "share"), [(2, 8, 2 / 3), (4, 8, 1 / 2), (4, 1, 1 / 3), (4, 5, 7 / 15)])
+def test_groups_of_frames_take_fewer_multiplications(m, n, share):
     weight, frames = draw(5, 8, 3, 3, 3), draw(n + 2, 6, 7, 8)
-    window, taps = transformed(frames[:2], frames[2:]), transform_taps(weight, torch.float64)
+    arguments = *group(frames[:2], frames[2:], m), transform_taps(weight, torch.float64, m)
     with FlopCounterMode(display=False) as ours:
-        convolve(window, n % 2, taps)
+        convolve(*arguments)
     with FlopCounterMode(display=False) as plain:
         F.conv3d(frames.permute(3, 0, 1, 2)[None], weight)
     assert ours.get_total_flops() == pytest.approx(share * plain.get_total_flops())
 
 
+@pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_taps_are_rounded_once(dtype):
+def test_taps_are_rounded_once(dtype, m):
     weight = draw(3, 4, 3, 3, 3).float()
-    g0, g1, g2 = weight.unbind(2)
-    taps = transform_taps(weight, dtype)
-    for tap, exact in zip(taps, (g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2), strict=True):
+    taps = transform_taps(weight, dtype, m)
+    rows = [*matrices(m)[2], (1, 1, 1)]
+    for tap, row in zip([*taps[: m + 2], taps[TOTAL[m]]], rows, strict=True):
+        exact = torch.einsum("t,oityx->oiyx", torch.tensor(row, dtype=torch.float32), weight)
         assert tap.is_contiguous(memory_format=torch.channels_last)
         assert (tap - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
