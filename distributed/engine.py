@@ -6,6 +6,7 @@ so that a cancel, or a rank that lacks memory, ends the decode on all of them at
 for the next.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from .decoder import Tail, Trunk, Weights, split
 from .halo import Mesh
 from .output import PixelWriter
-from .plan import Job, Plan, check_job, choose_plan, frame_count
+from .plan import WORKSPACE, Job, Plan, check_job, choose_plan, frame_count
 from .regions import Region, block_extents, blocks, divide, whole
 from .seams import Seams
 from .tiling import SPATIAL, Tile, TileGrid, assign, blend, seam, tile_grid
@@ -50,7 +51,7 @@ class Engine:
     """The decoder of one checkpoint on one rank's device.
 
     `tensors` are the decoder's, in diffusers' names without "decoder.". Where torch.distributed is initialised its
-    default group is the world; otherwise this rank is alone.
+    default group is the world; otherwise this rank is alone. Raises OutOfMemory where the weights do not fit.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
@@ -58,11 +59,19 @@ class Engine:
         together = dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.world_size = dist.get_world_size() if together else 1
-        self.weights = Weights(tensors, device, dtype)
+        self.weights = self._load_weights(tensors)
         self.writer = PixelWriter(device)
         self.groups: dict[int, dist.ProcessGroup] = {}
         self.needed = 0
         """Bytes that the decode in hand was planned to need."""
+
+    def _load_weights(self, tensors: Mapping[str, Tensor]) -> Weights:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return Weights(tensors, self.device, self.dtype)
+        self._empty_cache()
+        meta = torch.device("meta")
+        needed = Weights({name: tensor.to(meta) for name, tensor in tensors.items()}, meta, self.dtype).nbytes
+        raise self._lack(needed + WORKSPACE, _free(self.device), least=True, together=True)
 
     def release(self) -> None:
         """Give back what the engine holds on the device. It cannot be used again."""
@@ -107,12 +116,7 @@ class Engine:
 
     def _free(self) -> int:
         """Bytes that a decode may use on this device, the weights that are there already included."""
-        if self.device.type == "cpu":
-            return psutil.virtual_memory().available + self.weights.nbytes
-        accelerator = torch.get_device_module(self.device)
-        free, _ = accelerator.mem_get_info(self.device)
-        cached = accelerator.memory_reserved(self.device) - accelerator.memory_allocated(self.device)
-        return free + cached + self.weights.nbytes
+        return _free(self.device) + self.weights.nbytes
 
     def _reserve(self, needed: int) -> None:
         """Take what the decode will need from the device, so that memory runs out here, on all ranks, or not at all.
@@ -325,6 +329,15 @@ def _edge_extent(grid: TileGrid, index: int, other: int, dim: int) -> int:
 
 def _post(operation, tensor: Tensor, peer: int) -> dist.Work:
     return dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)])[0]
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a device that nobody uses; what torch keeps for later is not used."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    accelerator = torch.get_device_module(device)
+    free, _ = accelerator.mem_get_info(device)
+    return free + accelerator.memory_reserved(device) - accelerator.memory_allocated(device)
 
 
 def _held_by_others(device: torch.device) -> str:

@@ -5,6 +5,7 @@ chatter     writes two megabytes to its standard output
 refuse      cannot open the checkpoint
 raise       raises in the middle of a decode, alone
 memory      runs out of memory in the middle of a decode, alone
+load        runs out of memory while it loads the weights
 hang        never reaches the next collective, but lives and sends its beats
 exit        exits in the middle of a decode, with code 7
 With "once" behind it the file is taken away before the deed is done.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from distributed import worker
+from distributed import engine, worker
 from distributed.engine import Engine
 
 DEED = Path(os.environ["HV15_TEST_DEED"])
@@ -35,7 +36,7 @@ def due(*deeds: str) -> str | None:
     return deed
 
 
-write, open_checkpoint = Engine._write, worker.open_checkpoint
+write, open_checkpoint, weights = Engine._write, worker.open_checkpoint, engine.Weights
 
 
 def misbehave(self: Engine, *args: object) -> None:
@@ -60,7 +61,13 @@ def refuse(path: str) -> object:
     return open_checkpoint(path)
 
 
-Engine._write, worker.open_checkpoint = misbehave, refuse
+def load(tensors: dict, device: torch.device, dtype: torch.dtype) -> engine.Weights:
+    if device.type != "meta" and due("load"):
+        raise torch.OutOfMemoryError("a deed")
+    return weights(tensors, device, dtype)
+
+
+Engine._write, worker.open_checkpoint, engine.Weights = misbehave, refuse, load
 
 if __name__ == "__main__":
     if due("late"):

@@ -355,6 +355,15 @@ def test_memory_that_runs_out_in_mid_decode_has_it_run_again_in_less(rogues, dee
     assert len(told) == 1 and "GiB can be used" in told[0] and "run again in" in told[0]
 
 
+def test_memory_that_runs_out_while_weights_are_loaded_is_told_with_the_numbers(rogues, deed, vae):
+    pids = [rank["pid"] for rank in rogues.status()["ranks"]]
+    deed.write_text("load 1 once")
+    with pytest.raises(JobError, match=r"needs \d.* GiB and \d.* GiB can be used"):
+        rogues.decode(random_latent(1, 32, 4, 2, 4), vae)
+    assert rogues.decode(random_latent(1, 32, 4, 2, 4), vae).isfinite().all()
+    assert [rank["pid"] for rank in rogues.status()["ranks"]] == pids
+
+
 def test_one_rank_that_runs_out_of_memory_stays_up(deed, vae):
     with RankGroup(["cpu"], worker="tests.ranks.misbehaving") as group:
         pids = [rank["pid"] for rank in group.status()["ranks"]]
