@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.decode import SIZES, machine, measure, target
 from benchmarks.random_weights import decoder_tensors, random_latent
-from distributed.decoder import Tail, Trunk, Weights, split
+from distributed.decoder import LANES, Tail, Trunk, Weights, split
 from distributed.plan import choose_plan
 from distributed.regions import divide, whole
 
@@ -36,8 +36,9 @@ class CountedEdges:
     border_messages: int = 0
     gathered_bytes: int = 0
     gathers: int = 0
+    lanes: int = LANES
 
-    def start(self, window: Tensor) -> "CountedEdges":
+    def start(self, window: Tensor, level: int) -> "CountedEdges":
         for dim, neighbours in zip((1, 2), self.sides, strict=True):
             self.border_bytes += neighbours * window.select(dim, 0).numel() * window.element_size()
             self.border_messages += neighbours > 0

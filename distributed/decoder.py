@@ -387,11 +387,11 @@ class Tail(_Part):
             packed = yield from self._conv(past, last, pending, up.conv)
             first = not self.begun[level]
             self.begun[level] = True
-            x = kernels.upsample(packed, up.conv.bias, pending.x, temporal=up.temporal, first=first)
-            del packed
-            return _cut(x, self.extents[level], self.extents[level + 1], 2)
+            part = _within(self.extents[level + 1], self.extents[level], 2)
+            return kernels.upsample(packed, up.conv.bias, pending.x, part, temporal=up.temporal, first=first)
         pixels = yield from self._pixels(pending)
-        return _cut(pixels, self.extents[level], self.extents[level + 1], 1)
+        part = _within(self.extents[level + 1], self.extents[level], 1)
+        return pixels[:, part.top : part.bottom, part.left : part.right].contiguous()
 
     def _pixels(self, x: Pending) -> Step:
         """norm_out and conv_out, the sum over time last: then two small maps are all there is to keep of the past."""
@@ -419,7 +419,7 @@ def _pieces(chunks: Iterable[Tensor], step: int) -> Iterator[Tensor]:
     return (piece for chunk in chunks for piece in split(chunk, step))
 
 
-def _cut(x: Tensor, there: Region, wanted: Region, scale: int) -> Tensor:
-    """Of frames [n, H, W, C] that show `there`, `scale` times as large, those that show `wanted`."""
-    top, left = wanted.top - scale * there.top, wanted.left - scale * there.left
-    return x[:, top : top + wanted.height, left : left + wanted.width].contiguous()
+def _within(wanted: Region, there: Region, scale: int) -> Region:
+    """Where `wanted` lies in frames that show `there`, `scale` times as large."""
+    top, left = scale * there.top, scale * there.left
+    return Region(wanted.top - top, wanted.bottom - top, wanted.left - left, wanted.right - left)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .regions import Region
 from .winograd import Products, sum_products, transform_frames
 
 
@@ -69,12 +70,13 @@ def warm_up(latent_channels: int, widths: Sequence[int], device: torch.device, d
     fill_window(
         frames(widths[-1], m), products(widths[-1], m, False), frames(widths[-1], m, border=2), bias=one, gamma=one
     )
+    whole = Region(0, 2, 0, 2)
     for level, (width, following) in enumerate(pairwise(widths)):
         factor = 8 if level < 2 else 4
         for first in (True, False):
             bias = vector(factor * following)
             packed = products(len(bias), groups[level], first)
-            upsample(packed, bias, frames(width, packed.shape[0]), temporal=factor == 8, first=first)
+            upsample(packed, bias, frames(width, packed.shape[0]), whole, temporal=factor == 8, first=first)
     sum_taps(frames(96, border=2), vector(3))
 
 
@@ -149,28 +151,30 @@ def repeat_border(window: Tensor) -> None:
     window[:, :, -1] = window[:, :, -2]
 
 
-def upsample(packed: Products, bias: Tensor, x: Tensor, *, temporal: bool, first: bool) -> Tensor:
+def upsample(packed: Products, bias: Tensor, x: Tensor, part: Region, *, temporal: bool, first: bool) -> Tensor:
     """Unpack channels into space and time and add the shortcut (diffusers' HunyuanVideo15Upsample).
 
     packed: [n, H, W, factor * C], the convolution's products; bias: [factor * C] float32;
     x: [n, H, W, Cin], the convolution's input, repeated to be the shortcut. factor is 8 with `temporal`, else 4.
-    Returns [frames, 2H, 2W, C]. With `first` and `temporal` the first frame is the video's first, which becomes one
-    frame and not two.
+    Returns `part` of [frames, 2H, 2W, C]. With `first` and `temporal` the first frame is the video's first, which
+    becomes one frame and not two.
     """
     kernels = _kernels(x)
     if kernels:
-        return kernels.upsample(packed, bias, x, temporal, first)
+        return kernels.upsample(packed, bias, x, part, temporal, first)
     rate = 2 if temporal else 1
     channels = packed.shape[-1] // (4 * rate)
     value = sum_products(packed) + bias
     repeats = packed.shape[-1] // x.shape[-1]
     shortcut = x.float()
-    if not (temporal and first):
-        return (_unpack(value, rate) + _unpack(shortcut.repeat_interleave(repeats, -1), rate)).to(x.dtype)
-    one = _unpack(value[:1], 1)[..., :channels]
-    one = one + _unpack(shortcut[:1], 1).repeat_interleave(repeats // 2, -1)
-    rest = _unpack(value[1:], 2) + _unpack(shortcut[1:].repeat_interleave(repeats, -1), 2)
-    return torch.cat([one, rest]).to(x.dtype)
+    if temporal and first:
+        one = _unpack(value[:1], 1)[..., :channels]
+        one = one + _unpack(shortcut[:1], 1).repeat_interleave(repeats // 2, -1)
+        rest = _unpack(value[1:], 2) + _unpack(shortcut[1:].repeat_interleave(repeats, -1), 2)
+        frames = torch.cat([one, rest])
+    else:
+        frames = _unpack(value, rate) + _unpack(shortcut.repeat_interleave(repeats, -1), rate)
+    return frames[:, part.top : part.bottom, part.left : part.right].to(x.dtype).contiguous()
 
 
 def _unpack(packed: Tensor, rate: int) -> Tensor:

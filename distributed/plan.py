@@ -87,7 +87,7 @@ def check_latent(latent: Tensor, channels: int) -> None:
 FULL_STEP = 12_500
 """Latent positions (frames x height x width) of a step that keeps a large GPU busy; a larger one only costs memory."""
 
-LONGEST_STEP = 8
+LONGEST_STEP = 16
 """Latent frames of a step of a small picture."""
 
 WORKSPACE = 256 * 2**20

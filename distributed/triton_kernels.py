@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .regions import Region
 from .winograd import POINTS, Products
 
-JIT = triton.jit(do_not_specialize=["frames", "height", "width", "fresh"])
+SIZES = ["frames", "height", "width", "top", "left", "out_height", "out_width", "fresh"]
+JIT = triton.jit(do_not_specialize=SIZES)
 """Sizes differ from decode to decode; a kernel compiled anew for each kind of them would cost seconds."""
 
 
@@ -221,7 +223,7 @@ def fill(
     n, height, width, channels = (products if x is None else x).shape
     m = len(products.parts if past is None else out) - 2
     block_c = triton.next_power_of_2(channels)
-    block = max(1, 1024 // block_c)
+    block = max(1, 512 // block_c)
     x_ptr, bias_ptr, gamma_ptr, past_ptr = (out if given is None else given for given in (x, bias, gamma, past))
     _fill[(triton.cdiv(height * width, block),)](
         x_ptr, *_pointers(products, out), bias_ptr, gamma_ptr, past_ptr, out, n, height, width, int(fresh),
@@ -238,7 +240,8 @@ def _pointers(products: Products | None, instead: Tensor) -> tuple[Tensor, ...]:
 
 @JIT
 def _upsample(
-    p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, alone_ptr, bias_ptr, x_ptr, out_ptr, frames, height, width,
+    p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, alone_ptr, bias_ptr, x_ptr, out_ptr,
+    frames, height, width, top, left, out_height, out_width,
     C: tl.constexpr, CIN: tl.constexpr, RATE: tl.constexpr, FIRST: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -248,8 +251,8 @@ def _upsample(
     frame = tl.program_id(0) % out_frames
     pixel = (tl.program_id(0) // out_frames) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_C)[None, :]
-    column = pixel % (2 * width)
-    row = pixel // (2 * width)
+    column = pixel % out_width + left
+    row = pixel // out_width + top
     # With FIRST the first input frame gives one output frame: everything after it is shifted by one.
     moved = frame + shift
     source = moved // RATE
@@ -257,7 +260,7 @@ def _upsample(
     phase = tl.where(first, 0, moved % RATE)
     corner = (row % 2) * 2 + column % 2
     position = (row // 2) * width + column // 2
-    inside = (row < 2 * height)[:, None] & (channel < C)
+    inside = (pixel < out_height * out_width)[:, None] & (channel < C)
     TOTAL: tl.constexpr = RATE * 4 * C
     repeats: tl.constexpr = TOTAL // CIN
     index = ((phase * 4 + corner) * C)[:, None] + channel
@@ -286,21 +289,21 @@ def _upsample(
             value += _load(p0_ptr, at, inside)
         elif k == M - 1:
             value += _load(p3_ptr if M == 2 else p5_ptr, at, inside)
-    target = (frame.to(tl.int64) * 4 * height * width + pixel)[:, None] * C + channel
+    target = (frame.to(tl.int64) * out_height * out_width + pixel)[:, None] * C + channel
     tl.store(out_ptr + target, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def upsample(packed: Products, bias: Tensor, x: Tensor, temporal: bool, first: bool) -> Tensor:
+def upsample(packed: Products, bias: Tensor, x: Tensor, part: Region, temporal: bool, first: bool) -> Tensor:
     n, height, width, total = packed.shape
     rate = 2 if temporal else 1
     channels = total // (4 * rate)
     first = temporal and first
     frames = n * rate - first
-    out = torch.empty(frames, 2 * height, 2 * width, channels, dtype=x.dtype, device=x.device)
+    out = torch.empty(frames, part.height, part.width, channels, dtype=x.dtype, device=x.device)
     block_c = triton.next_power_of_2(channels)
     block = max(1, 2048 // block_c)
-    _upsample[(frames * triton.cdiv(4 * height * width, block),)](
-        *_pointers(packed, x), bias, x, out, n, height, width,
+    _upsample[(frames * triton.cdiv(part.height * part.width, block),)](
+        *_pointers(packed, x), bias, x, out, n, height, width, part.top, part.left, part.height, part.width,
         channels, x.shape[-1], rate, first, block_c, block, len(packed.parts) - 2,
     )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distributed import kernels
+from distributed.regions import Region
 from distributed.winograd import Products
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,9 +112,10 @@ def test_the_last_window_is_filled_alike(both, draw, dtype, m, n):
 
 @pytest.mark.parametrize(("m", "n"), LENGTHS)
 @pytest.mark.parametrize(("temporal", "first"), [(True, True), (True, False), (False, True)])
-def test_frames_are_upsampled_alike(both, draw, m, n, temporal, first):
+@pytest.mark.parametrize("part", [Region(0, 2 * HEIGHT, 0, 2 * WIDTH), Region(1, 8, 3, 13)], ids=str)
+def test_frames_are_upsampled_alike(both, draw, m, n, temporal, first, part):
     def upsample(packed, bias, x):
-        return (kernels.upsample(packed, bias, x, temporal=temporal, first=first),)
+        return (kernels.upsample(packed, bias, x, part, temporal=temporal, first=first),)
 
     for channels in CHANNELS:
         factor = (8 if temporal else 4) * channels
