@@ -87,6 +87,15 @@ def test_less_memory_gives_smaller_steps_then_blocks_until_nothing_fits(tiny):
     assert work == sorted(work) and seen[-1].blocks[0] * seen[-1].blocks[1] > 4
 
 
+def test_a_plan_leaves_room_between_blocks_of_memory_unless_it_is_the_last_that_fits(tiny):
+    size = (40, 50), (40, 50), 31, False
+    first, needed = choose_plan(tiny, *size, 2**40)
+    assert choose_plan(tiny, *size, int(needed / 0.94))[0] == first
+    assert choose_plan(tiny, *size, int(needed / 0.96))[0] != first
+    _, least = choose_plan(tiny, *size, 1)
+    assert choose_plan(tiny, *size, least)[1] == least and choose_plan(tiny, *size, least - 1)[0] is None
+
+
 @pytest.mark.parametrize(("time", "steps"), [(31, [8, 4, 2]), (4, [4, 2]), (1, [2])])
 def test_steps_are_powers_of_two_and_hardly_longer_than_the_video(time, steps):
     assert _steps_to_try((30, 53), (1, 1), time) == steps
