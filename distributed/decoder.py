@@ -17,11 +17,11 @@ All goes depth first: a level hands its few output frames on before it takes mor
 moment is a few frames of each level, whatever the length of the video.
 
 Convolutions take frames in groups (`winograd`): four at a time at the video's own frame rate, with half of the
-multiplications, and two before, with two thirds. (Groups of four everywhere would save 4 % of the time and make the
-error in bfloat16 larger than diffusers' own.) What lies between them is one pass (`kernels.fill_groups`): it adds up
-the products, the bias and the residual, normalises, activates, and writes with a border of one what the next
-convolution reads. The sum of a residual block is therefore carried in parts, `Pending`, until the next pass adds them.
-The length of steps does not change which frames form a group, so frames are the same to the last bit.
+multiplications, and two before, with two thirds: groups of four one level earlier would make bfloat16's error larger
+than diffusers' own. What lies between them is one pass (`kernels.fill_groups`): it adds up the products, the bias and
+the residual, normalises, activates, and writes with a border of one what the next convolution reads. The sum of a
+residual block is therefore carried in parts, `Pending`, until the next pass adds them. The length of steps does not
+change which frames form a group, so frames are the same to the last bit.
 
 Where the picture is divided, between ranks or into blocks, `edges` overwrites the border with the neighbours' pixels
 before each convolution; `edges` None means that the whole picture is here.

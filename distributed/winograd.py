@@ -15,9 +15,10 @@ up to m - 1; at infinity only the last is there. B is the inverse of the transpo
 taps are transformed once, when weights are loaded. The sums of frames are formed by the pass that writes what the
 convolution reads, those of products by the pass that reads what it gives (`kernels`).
 
-m is 2 or 4 (`POINTS`). For 4, points around 1 and their reciprocals keep rounding errors small (B. Barabasz et al.,
-Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks, arXiv:1803.10986): with
-the usual 0, 1, -1, 2, -2 they are larger by half. Where a level convolves two frames and where four, see `decoder`.
+m is 2 or 4 (`POINTS`). For 4, two points near 1 that are each other's reciprocals, and their negatives, keep rounding
+errors small: of all small fractions these made the expected error least. How much depends on the points is shown in B.
+Barabasz et al., Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks,
+arXiv:1803.10986. Where a level convolves two frames and where four, see `decoder`.
 
 The first frame of a video has only itself before it, so its convolution is one with the sum of the taps. It stands
 alone, and groups of m follow it.
