@@ -180,11 +180,12 @@ class Weights:
         )
         self.blocks: list[tuple[Resnet, ...]] = []
         self.upsamplers: list[Upsampler] = []
+        self.rates: list[int] = []
+        """Frames of each level for a latent frame, but for the video's first, which is one frame everywhere."""
         for i in range(count("up_blocks")):
             block = f"up_blocks.{i}"
-            # A latent frame has become so many, and a video's first frame has remained one.
-            frames = 2 ** sum(up.temporal for up in self.upsamplers)
-            group = 4 if frames % 4 == 0 else 2
+            self.rates.append(2 ** sum(up.temporal for up in self.upsamplers))
+            group = 4 if self.rates[i] % 4 == 0 else 2
             self.blocks.append(tuple(resnet(f"{block}.resnets.{j}", group) for j in range(count(f"{block}.resnets"))))
             if f"{block}.upsamplers.0.conv.conv.weight" in tensors:
                 up = conv(f"{block}.upsamplers.0.conv", group)
@@ -290,7 +291,7 @@ class _Part:
         kernels.fill_groups(x.x, x.products, past.frames[index], window, fresh=fresh, bias=x.bias, gamma=gamma)
         x.formed()
         yield from self._borders(window.flatten(0, 1), past.level)
-        return convolve(window, bool(alone), conv.taps)
+        return convolve(window, alone, conv.taps)
 
 
 class Trunk(_Part):

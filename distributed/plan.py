@@ -179,7 +179,7 @@ def tail_work(weights: "Weights", part: tuple[int, int], picture: tuple[int, int
         convs = [resnet.conv1 for resnet in weights.blocks[level] if level] * 2
         convs += [up.conv for up in weights.upsamplers[level : level + 1]]
         multiplications = sum(conv.taps[0].numel() * (conv.group + 2) / conv.group for conv in convs)
-        total += min(4, 2**level) * math.prod(sides) * multiplications
+        total += weights.rates[level] * math.prod(sides) * multiplications
     return total
 
 
@@ -219,8 +219,8 @@ def peak_bytes(
         tail += 2 * convs * frame(level, *sides)
         if not undivided:
             ends = (plan.blocks[0] > 1) * plan.blocks[1] * (sides[1] + 2) + (plan.blocks[1] > 1) * (sides[0] + 2)
-            frames = min(4, 2**level) * time
-            seams += (convs * grown + (level == len(weights.widths) - 1)) * frames * ends * weights.widths[level] * size
+            kept = (convs * grown + (level == len(weights.widths) - 1)) * weights.rates[level] * time
+            seams += kept * ends * weights.widths[level] * size
         if level < weights.flat:
             tail += (1 + grown) * waiting * here
         else:
@@ -230,5 +230,5 @@ def peak_bytes(
             tail += 2 * (steps.tail if level > 1 else trunk_step) * frame(level, *sides)
     if undivided:
         return int(base + trunk + tail + max(trunk_working, working))
-    kept = time * math.prod(picture) * weights.widths[0] * size
-    return int(base + kept + max(trunk + trunk_working, tail + seams + working))
+    between = time * math.prod(picture) * weights.widths[0] * size
+    return int(base + between + max(trunk + trunk_working, tail + seams + working))

@@ -290,7 +290,7 @@ def _upsample(
         elif k == M - 1:
             value += _load(p3_ptr if M == 2 else p5_ptr, at, inside)
     target = (frame.to(tl.int64) * out_height * out_width + pixel)[:, None] * C + channel
-    tl.store(out_ptr + target, value.to(out_ptr.dtype.element_ty), mask=inside)
+    _store(out_ptr, target, value, inside)
 
 
 def upsample(packed: Products, bias: Tensor, x: Tensor, part: Region, temporal: bool, first: bool) -> Tensor:

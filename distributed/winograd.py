@@ -101,11 +101,14 @@ def transform_frames(past: Tensor, frames: Tensor, out: Tensor) -> None:
         part.copy_(_combined(row, d))
 
 
-def convolve(window: Tensor, alone: bool, taps: Tensor) -> Products:
-    """A window (see `kernels.fill_groups`) and taps, [>= m + 2, out, C, 3, 3] -> products."""
+def convolve(window: Tensor, alone: int, taps: Tensor) -> Products:
+    """A window (see `kernels.fill_groups`) and taps, [>= m + 2, out, C, 3, 3] -> products.
+
+    alone: 1 where the first frame stands alone, else 0.
+    """
     m = len(window) - 2
     first = _convolve(window[0, :1], taps[TOTAL[m]]) if alone else None
-    return Products(tuple(_convolve(part[int(alone) :], tap) for part, tap in zip(window, taps, strict=False)), first)
+    return Products(tuple(_convolve(part[alone:], tap) for part, tap in zip(window, taps, strict=False)), first)
 
 
 def _convolve(part: Tensor, tap: Tensor) -> Tensor:

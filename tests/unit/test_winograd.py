@@ -13,13 +13,13 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def group(past: Tensor, frames: Tensor, m: int) -> tuple[Tensor, bool]:
-    """What a convolution reads, and whether its first frame stands alone."""
+def group(past: Tensor, frames: Tensor, m: int) -> tuple[Tensor, int]:
+    """What a convolution reads, and 1 if its first frame stands alone."""
     groups, alone = divmod(len(frames), m)
     window = frames.new_zeros(m + 2, groups + alone, *frames.shape[1:])
     window[0, :alone] = frames[:alone]
     transform_frames(past, frames[alone:], window[:, alone:])
-    return window, bool(alone)
+    return window, alone
 
 
 def both(m: int, n: int, weight: Tensor) -> tuple[Tensor, Tensor]:
