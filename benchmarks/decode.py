@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
+from distributed.devices import COPIERS
 from distributed.engine import Engine, OutOfMemory
 from distributed.halo import Exchange, Mesh
 from distributed.plan import MODES, Job
@@ -283,6 +284,7 @@ def main() -> None:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_num_threads(COPIERS)  # as ranks have
     if "RANK" in os.environ:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",

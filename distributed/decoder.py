@@ -73,7 +73,7 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True)
 class Steps:
-    """Frames that each part takes at a time: latent frames in the trunk, of each level's own in the tail.
+    """Frames taken at a time: latent frames by the trunk, by the tail those of the video's own frame rate.
 
     trunk is a multiple of 2, tail of 4, so that no group of frames is ever cut.
     """
@@ -84,6 +84,14 @@ class Steps:
     def __post_init__(self) -> None:
         if min(self.trunk, self.tail) < 1 or self.trunk % 2 or self.tail % 4:
             raise ValueError(f"{self}: trunk must be a multiple of 2 and tail one of 4.")
+
+    def of(self, level: int, flat: int) -> int:
+        """Frames that a level takes at a time; `flat` is the first at the video's own frame rate.
+
+        Those between take twice as many as it: there are few pixels, and a large GPU would be idle (at 720x1280 in two
+        blocks, 8 frames instead of 4 made the convolutions of the second level 14 % faster, H100, 2026-11-24).
+        """
+        return self.trunk if level == 0 else self.tail if level >= flat else 2 * self.tail
 
 
 class Conv(NamedTuple):
@@ -365,9 +373,9 @@ class Tail(_Part):
         """
         flat = self.weights.flat
         for level in range(flat):
-            pieces = _pieces(chunks, self.steps.tail if level else self.steps.trunk)
+            pieces = _pieces(chunks, self.steps.of(level, flat))
             chunks = self._in_lanes(map(partial(self._level, level), pieces))
-        pieces = _pieces(chunks, self.steps.tail) if flat else chunks
+        pieces = _pieces(chunks, self.steps.of(flat, flat))
         return self._in_lanes(map(partial(self._finish, flat), pieces))
 
     def _finish(self, level: int, x: Tensor) -> Step:

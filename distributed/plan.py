@@ -201,8 +201,11 @@ def peak_bytes(
     trunk_working = (8 + 3 * waiting) * trunk_step * latent
     waiting = waiting if undivided else 0
     tail = working = seams = 0
+    handed = trunk_step
     for level, sides in enumerate(_sizes(weights, part, picture, plan.blocks)):
-        n = steps.tail if level else trunk_step
+        if 0 < level <= weights.flat:  # what the level before handed on waits its turn
+            tail += handed * frame(level, *sides)
+        n = min(handed, steps.of(level, weights.flat))
         here = n * frame(level, *sides)
         group = (weights.blocks[level][0].conv1 if level else weights.conv_in).group
         grown = 1 + 2 / group  # what a convolution reads and what it gives, in frames for each frame
@@ -211,7 +214,8 @@ def peak_bytes(
         if level < len(weights.upsamplers):
             convs += 1
             rate = 1 + weights.upsamplers[level].temporal
-            out = rate * n * frame(level + 1, 2 * sides[0], 2 * sides[1])
+            handed = rate * n
+            out = handed * frame(level + 1, 2 * sides[0], 2 * sides[1])
             level_working = max(level_working, (1 + grown) * here + grown * out, here + (grown + 1) * out)
         else:
             pixels = n * (sides[0] + 2) * (sides[1] + 2)
@@ -226,8 +230,6 @@ def peak_bytes(
         else:
             level_working += (1 + grown) * waiting * here
         working = max(working, level_working)
-        if 0 < level <= weights.flat:  # frames that the level before handed on and that wait their turn
-            tail += 2 * (steps.tail if level > 1 else trunk_step) * frame(level, *sides)
     if undivided:
         return int(base + trunk + tail + max(trunk_working, working))
     between = time * math.prod(picture) * weights.widths[0] * size
