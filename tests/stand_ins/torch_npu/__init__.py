@@ -35,6 +35,7 @@ def set_device(device: torch.device) -> None:
     if device.index >= device_count():
         raise RuntimeError(f"there is no {device}")
     torch.Tensor.record_stream = lambda tensor, stream: None  # it takes no stream but torch's own
+    torch.set_num_threads(1)  # a device's sums do not depend on the host's threads
     _OnCpu().__enter__()
 
 
