@@ -64,6 +64,19 @@ def test_steps_that_would_cut_a_group_of_frames_are_refused(trunk, tail):
         Steps(trunk, tail)
 
 
+def test_levels_of_few_pixels_and_few_frames_take_more_of_them_at_a_time(vae, monkeypatch):
+    weights, seen = Weights(decoder_of(vae), CPU, torch.float32), {}
+    level = Tail._level
+
+    def recorded(self, index, x):
+        seen.setdefault(index, []).append(len(x))
+        return level(self, index, x)
+
+    monkeypatch.setattr(Tail, "_level", recorded)
+    stream(weights, random_latent(1, 32, 9, 2, 2), Steps(8, 4))
+    assert seen == {0: [1, 8], 1: [1, 8, 8], 2: [1] + [4] * 8, 3: [1] + [4] * 8, 4: [1] + [4] * 8}
+
+
 STEPS = [Steps(2, 4), Steps(2, 8), Steps(4, 12), Steps(8, 4)]
 
 
