@@ -213,8 +213,7 @@ def peak_bytes(
         convs = 2 * len(weights.blocks[level]) if level else 0
         if level < len(weights.upsamplers):
             convs += 1
-            rate = 1 + weights.upsamplers[level].temporal
-            handed = rate * n
+            handed = (1 + weights.upsamplers[level].temporal) * n
             out = handed * frame(level + 1, 2 * sides[0], 2 * sides[1])
             level_working = max(level_working, (1 + grown) * here + grown * out, here + (grown + 1) * out)
         else:
