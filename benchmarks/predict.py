@@ -38,7 +38,7 @@ class CountedEdges:
     gathers: int = 0
     lanes: int = LANES
 
-    def start(self, window: Tensor, level: int) -> "CountedEdges":
+    def start(self, window: Tensor) -> "CountedEdges":
         for dim, neighbours in zip((1, 2), self.sides, strict=True):
             self.border_bytes += neighbours * window.select(dim, 0).numel() * window.element_size()
             self.border_messages += neighbours > 0
@@ -69,7 +69,7 @@ def share(weights: Weights, size: tuple[int, int, int], ranks: int, device: torc
         edges.border_bytes = edges.border_messages = edges.gathered_bytes = edges.gathers = 0
         given = edges if ranks > 1 else None
         trunk = Trunk(weights, *part, time, given)
-        tail = Tail(weights, whole(*part, len(weights.blocks)), plan.steps, given)
+        tail = Tail(weights, whole(*part, weights.convs), plan.steps, given)
         for _ in tail.run(trunk.run(split(latent, plan.steps.trunk))):
             pass
 

@@ -24,7 +24,8 @@ residual block is therefore carried in parts, `Pending`, until the next pass add
 change which frames form a group, so frames are the same to the last bit.
 
 Where the picture is divided, between ranks or into blocks, `edges` overwrites the border with the neighbours' pixels
-before each convolution; `edges` None means that the whole picture is here.
+before each convolution; `edges` None means that the whole picture is here. A rank's region stays where it is; a block
+moves over the picture, a pixel with each convolution (`regions.blocks`), and the stream of its residual blocks with it.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from . import kernels
 from .attention import KeyValues
-from .regions import Region
+from .regions import Extents, Region, hull
 from .winograd import Products, convolve, transform_taps
 
 LANES = 2
@@ -51,8 +52,15 @@ class Edges(Protocol):
     lanes: int
     """Steps that may be in flight."""
 
-    def start(self, window: Tensor, level: int) -> "Exchange":
-        """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], of that level, from the neighbours."""
+    def start(self, window: Tensor) -> "Exchange":
+        """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], from the neighbours."""
+
+
+class MovingEdges(Edges, Protocol):
+    """What a block needs too: it moves."""
+
+    def move(self, frames: Tensor, by: int) -> None:
+        """Put in place the first `by` rows and columns of `frames`, [n, H, W, C], which it now needs."""
 
 
 class WholeEdges(Edges, Protocol):
@@ -215,17 +223,10 @@ class Weights:
         """The first level of the tail that runs at the video's own frame rate. Levels are numbered from 1."""
         return 1 + max((i for i, up in enumerate(self.upsamplers) if up.temporal), default=-1)
 
-    @cached_property
-    def margins(self) -> tuple[int, ...]:
-        """How far beyond what is wanted each level of the tail must begin, in its own pixels: one for each convolution.
-
-        What a convolution computes at an edge that is not the picture's is wrong by a pixel more each time.
-        """
-        margins: list[int] = []
-        for level in reversed(range(len(self.blocks))):
-            convs = (2 * len(self.blocks[level]) if level else 0) + 1
-            margins.insert(0, convs + (-(-margins[0] // 2) if margins else 0))
-        return tuple(margins)
+    @property
+    def convs(self) -> tuple[int, ...]:
+        """Convolutions of each level of the tail, the last of which is the upsampler's or that to pixels."""
+        return (1, *(2 * len(block) + 1 for block in self.blocks[1:]))
 
     @cached_property
     def nbytes(self) -> int:
@@ -242,12 +243,15 @@ class Weights:
 
 
 class Past:
-    """The last two frames of what each convolution of a level has read."""
+    """The last two frames of what each convolution of a level has read.
 
-    def __init__(self, level: int, convs: int, height: int, width: int, channels: int, like: Tensor) -> None:
-        self.level = level
-        self.frames = like.new_empty(convs, 2, height, width, channels)
-        self.fresh = [True] * convs
+    extents: the part of the picture that each reads and, last, that the last one gives.
+    """
+
+    def __init__(self, extents: Sequence[Region], channels: int, like: Tensor) -> None:
+        self.extents = extents
+        self.frames = [like.new_empty(2, extent.height, extent.width, channels) for extent in extents[:-1]]
+        self.fresh = [True] * len(self.frames)
 
 
 Step = Generator[None, None, Any]
@@ -286,21 +290,22 @@ class _Part:
         out = yield from self._conv(past, index + 1, hidden, resnet.conv2, resnet.norm2)
         return Pending(x.x, out, resnet.conv2.bias)
 
-    def _borders(self, window: Tensor, level: int) -> Step:
+    def _borders(self, window: Tensor) -> Step:
         if self.edges:
-            exchange = self.edges.start(window, level)
+            exchange = self.edges.start(window)
             yield
             exchange.finish()
 
     def _conv(self, past: Past, index: int, x: Pending, conv: Conv, gamma: Tensor | None = None) -> Step:
         """Convolution `index` of a level; a sum is formed on the way."""
-        n, height, width, channels = x.shape
+        n, channels = x.shape[0], x.shape[-1]
         groups, alone = divmod(n, conv.group)
-        window = self.like.new_empty(conv.group + 2, groups + alone, height + 2, width + 2, channels)
+        size, corner = _window(*past.extents[index : index + 2])
+        window = self.like.new_empty(conv.group + 2, groups + alone, *size, channels)
         fresh, past.fresh[index] = past.fresh[index], False
-        kernels.fill_groups(x.x, x.products, past.frames[index], window, fresh=fresh, bias=x.bias, gamma=gamma)
+        kernels.fill_groups(x.x, x.products, past.frames[index], window, corner, fresh=fresh, bias=x.bias, gamma=gamma)
         x.formed()
-        yield from self._borders(window.flatten(0, 1), past.level)
+        yield from self._borders(window.flatten(0, 1))
         return convolve(window, alone, conv.taps)
 
 
@@ -313,8 +318,9 @@ class Trunk(_Part):
     def __init__(self, weights: Weights, height: int, width: int, time: int, edges: WholeEdges | None = None) -> None:
         super().__init__(weights, edges)
         convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
-        self.entry = Past(0, 1, height, width, weights.latent_channels, self.like)
-        self.base = Past(0, convs, height, width, weights.widths[0], self.like)
+        part = Region(0, height, 0, width)
+        self.entry = Past((part, part), weights.latent_channels, self.like)
+        self.base = Past((part,) * (convs + 1), weights.widths[0], self.like)
         positions = edges.positions if edges else height * width
         self.memory = KeyValues(time, positions, weights.widths[0], weights.dtype, weights.device)
 
@@ -353,23 +359,24 @@ class Trunk(_Part):
 class Tail(_Part):
     """The rest of the decoder, from the first upsampling to pixels.
 
-    extents: what each level computes and, last, what is wanted of the pixels (see `regions`). Where a level computes
-    more than the next one, the rest is cut off between them. edges: the rest of the picture is on other ranks, or in
-    other blocks.
+    edges: the rest of the picture is on other ranks, or in other blocks.
     """
 
-    def __init__(self, weights: Weights, extents: Sequence[Region], steps: Steps, edges: Edges | None = None) -> None:
+    def __init__(
+        self, weights: Weights, extents: Extents, steps: Steps, edges: Edges | MovingEdges | None = None
+    ) -> None:
         super().__init__(weights, edges)
         self.extents, self.steps = extents, steps
-        self.levels: list[Past] = []
-        for level, extent in enumerate(extents[:-1]):
-            convs = (2 * len(weights.blocks[level]) if level else 0) + (level < len(weights.upsamplers))
-            self.levels.append(Past(level, convs, extent.height, extent.width, weights.widths[level], self.like))
+        self.rooms = [hull(level) for level in extents]
+        *others, last = extents  # to make pixels looks back by itself
+        self.levels = [
+            Past(level, width, self.like) for level, width in zip((*others, last[:-1]), weights.widths, strict=True)
+        ]
         self.begun = [False] * len(weights.upsamplers)
         self.late: tuple[Tensor, Tensor] | None = None
 
     def run(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """What the trunk gave of the first extent, chunk by chunk -> pixels [frames, H, W, 3] of the last, in order.
+        """What the trunk gave of the first level's extents, chunk by chunk -> pixels [frames, H, W, 3] of the last.
 
         float32, black 0 and white 1, not clamped, a few frames at a time.
         """
@@ -387,31 +394,47 @@ class Tail(_Part):
         return x
 
     def _level(self, level: int, x: Tensor) -> Step:
-        w = self.weights
-        past, pending = self.levels[level], Pending(x)
+        """x: [n, H, W, C], as large as all of the level's extents together."""
+        w, past = self.weights, self.levels[level]
+        pending = Pending(_cut_out(x, self.rooms[level], past.extents[0]))
         blocks = w.blocks[level] if level else ()
         for i, resnet in enumerate(blocks):
             pending = yield from self._resnet(past, 2 * i, pending, resnet)
+            pending.x = self._moved(x, level, 2 * i, 2 * i + 2)
+        if level == len(w.upsamplers):
+            return (yield from self._pixels(pending))
         last = 2 * len(blocks)
-        if level < len(w.upsamplers):
-            up = w.upsamplers[level]
-            packed = yield from self._conv(past, last, pending, up.conv)
-            first = not self.begun[level]
-            self.begun[level] = True
-            part = _within(self.extents[level + 1], self.extents[level], 2)
-            return kernels.upsample(packed, up.conv.bias, pending.x, part, temporal=up.temporal, first=first)
-        pixels = yield from self._pixels(pending)
-        part = _within(self.extents[level + 1], self.extents[level], 1)
-        return pixels[:, part.top : part.bottom, part.left : part.right].contiguous()
+        packed = yield from self._conv(past, last, pending, w.upsamplers[level].conv)
+        return self._upsample(level, packed, self._moved(x, level, last, last + 1))
+
+    def _moved(self, x: Tensor, level: int, before: int, after: int) -> Tensor:
+        """Of a level's stream what convolution `after` goes with, where that is not what `before` went with."""
+        old, new = self.extents[level][before], self.extents[level][after]
+        if self.edges and old != new:
+            self.edges.move(_cut_out(x, self.rooms[level], hull((old, new))), after - before)
+        return _cut_out(x, self.rooms[level], new)
+
+    def _upsample(self, level: int, packed: Products, shortcut: Tensor) -> Tensor:
+        up, first = self.weights.upsamplers[level], not self.begun[level]
+        self.begun[level] = True
+        frames = packed.shape[0] * (1 + up.temporal) - (up.temporal and first)
+        here, there, room = self.extents[level][-1], self.extents[level + 1][0], self.rooms[level + 1]
+        out = self.like.new_empty(frames, room.height, room.width, self.weights.widths[level + 1])
+        corner = there.top - 2 * here.top, there.left - 2 * here.left
+        kernels.upsample(
+            packed, up.conv.bias, shortcut, _cut_out(out, room, there), corner, temporal=up.temporal, first=first
+        )
+        return out
 
     def _pixels(self, x: Pending) -> Step:
         """norm_out and conv_out, the sum over time last: then two small maps are all there is to keep of the past."""
         w = self.weights
-        n, height, width, channels = x.shape
-        window = x.x.new_empty(n, height + 2, width + 2, channels)
-        kernels.fill_window(x.x, x.products, window, bias=x.bias, gamma=w.norm_out)
+        n, channels = x.shape[0], x.shape[-1]
+        size, corner = _window(*self.extents[-1][-2:])
+        window = self.like.new_empty(n, *size, channels)
+        kernels.fill_window(x.x, x.products, window, corner, bias=x.bias, gamma=w.norm_out)
         x.formed()
-        yield from self._borders(window, len(w.blocks) - 1)
+        yield from self._borders(window)
         oldest, older, newest = kernels.sum_taps(kernels.taps(window, w.taps), w.conv_out_bias).unbind(1)
         if self.late is None:
             self.late = oldest[:1].expand(2, -1, -1, -1), older[:1]
@@ -430,7 +453,12 @@ def _pieces(chunks: Iterable[Tensor], step: int) -> Iterator[Tensor]:
     return (piece for chunk in chunks for piece in split(chunk, step))
 
 
-def _within(wanted: Region, there: Region, scale: int) -> Region:
-    """Where `wanted` lies in frames that show `there`, `scale` times as large."""
-    top, left = scale * there.top, scale * there.left
-    return Region(wanted.top - top, wanted.bottom - top, wanted.left - left, wanted.right - left)
+def _window(read: Region, given: Region) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size of a window for a convolution that gives `given`, and where in it what was read begins."""
+    return (given.height + 2, given.width + 2), (read.top - given.top + 1, read.left - given.left + 1)
+
+
+def _cut_out(frames: Tensor, room: Region, part: Region) -> Tensor:
+    """Of frames [n, H, W, C] that show `room`, a part."""
+    top, left = part.top - room.top, part.left - room.left
+    return frames[:, top : top + part.height, left : left + part.width]

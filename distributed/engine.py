@@ -8,6 +8,7 @@ for the next.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple
 from typing import Protocol
 
 import psutil
@@ -19,7 +20,7 @@ from .decoder import Tail, Trunk, Weights, split
 from .halo import Mesh
 from .output import PixelWriter
 from .plan import WORKSPACE, Job, Plan, check_job, choose_plan, frame_count
-from .regions import Region, block_extents, blocks, divide, whole
+from .regions import Region, blocks, divide, hull, whole
 from .seams import Seams
 from .tiling import SPATIAL, Tile, TileGrid, assign, blend, seam, tile_grid
 
@@ -159,16 +160,14 @@ class Engine:
             return
         mesh = Mesh(division, self.rank, group) if together else None
         region = division.region(self.rank)
-        done, total = 0, region.height * region.width * len(frames)
+        done, total = 0, region.height * region.width * SPATIAL**2 * len(frames)
         try:
-            for block, finished in self._passes(plan, region, mesh, video, watch):
-                place = frames[
-                    :, block.top * SPATIAL : block.bottom * SPATIAL, block.left * SPATIAL : block.right * SPATIAL
-                ]
+            for shown, finished in self._passes(plan, region, mesh, video, watch):
+                place = frames[:, shown.top : shown.bottom, shown.left : shown.right]
                 at = 0
                 for pixels in finished:
                     start, at = at, at + len(pixels)
-                    done += block.height * block.width * len(pixels)
+                    done += shown.height * shown.width * len(pixels)
                     self._write(pixels, place[start:at], lambda done=done: watch.progress(done, total))
         finally:
             if mesh:
@@ -177,7 +176,7 @@ class Engine:
     def _passes(
         self, plan: Plan, region: Region, mesh: Mesh | None, video: Tensor, watch: Watch
     ) -> Iterator[tuple[Region, Iterator[Tensor]]]:
-        """The blocks of a rank's region, each with its pixels to come. There is one where all streams.
+        """What the blocks of a rank's region show, in pixels of the picture, and their pixels to come.
 
         A block's tail is gone when the last of its pixels has been taken, before the next one's is made.
         """
@@ -186,7 +185,8 @@ class Engine:
         trunk = Trunk(w, region.height, region.width, len(part), mesh)
         inputs = trunk.run(self._chunks(part, plan, watch))
         if plan.blocks == (1, 1):
-            yield region, Tail(w, whole(region.height, region.width, len(w.blocks)), plan.steps, mesh).run(inputs)
+            shown = Region(*(SPATIAL * side for side in astuple(region)))
+            yield shown, Tail(w, whole(region.height, region.width, w.convs), plan.steps, mesh).run(inputs)
             return
         time, height, width, _ = video.shape
         picture = part.new_empty(time, height, width, w.widths[0])
@@ -196,13 +196,11 @@ class Engine:
             else:
                 place.copy_(chunk)
         del trunk  # and its windows
-        seams = Seams(*plan.blocks)
-        for row, column, block in blocks(region, *plan.blocks):
-            extents = block_extents(block, height, width, w.margins, above=row > 0, left=column > 0)
-            seen = picture[:, extents[0].top : extents[0].bottom, extents[0].left : extents[0].right]
-            chunks = (chunk.contiguous() for chunk in self._chunks(seen, plan, watch))
-            edges = seams.edges(row, column, block, extents)
-            yield block, Tail(w, extents, plan.steps, edges).run(chunks)
+        seams = Seams(*plan.blocks, self.device)
+        for row, column, extents in blocks(region, *plan.blocks, height, width, w.convs):
+            seen = hull(extents[0])
+            chunks = self._chunks(picture[:, seen.top : seen.bottom, seen.left : seen.right], plan, watch)
+            yield extents[-1][-1], Tail(w, extents, plan.steps, seams.edges(row, column)).run(chunks)
 
     def _chunks(self, video: Tensor, plan: Plan, watch: Watch) -> Iterator[Tensor]:
         """A video in the trunk's steps. Between them all ranks meet to hear of a cancel."""
@@ -225,7 +223,7 @@ class Engine:
             for tile in mine:
                 part = video[:, tile.top : tile.bottom, tile.left : tile.right]
                 trunk = Trunk(self.weights, *part.shape[1:3], time)
-                tail = Tail(self.weights, whole(*part.shape[1:3], len(self.weights.blocks)), plan.steps)
+                tail = Tail(self.weights, whole(*part.shape[1:3], self.weights.convs), plan.steps)
                 pixels = part.new_empty(
                     frame_count(time),
                     *(SPATIAL * n for n in part.shape[1:3]),

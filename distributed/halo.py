@@ -77,8 +77,8 @@ class Mesh:
         """Latent positions of the whole picture."""
         return sum(self.sizes)
 
-    def start(self, window: Tensor, level: int) -> Exchange:
-        """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], from the neighbours. All levels are alike."""
+    def start(self, window: Tensor) -> Exchange:
+        """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], from the neighbours."""
         exchange = Exchange(self, window)
         self.under_way.append(exchange)
         return exchange

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .regions import Region
 from .winograd import Products, sum_products, transform_frames
 
 
@@ -31,6 +30,10 @@ def _triton():
 def _kernels(x: Tensor):
     """x: [..., H, W, C]. Kernels count within a frame with 32 bits."""
     return _triton() if x.is_cuda and x.stride(-4) < 2**31 else None
+
+
+CORNER = 1, 1
+"""Where frames begin in a window with a border of one."""
 
 
 @torch.inference_mode()
@@ -56,7 +59,8 @@ def warm_up(latent_channels: int, widths: Sequence[int], device: torch.device, d
         one = vector(channels)
         x, given = frames(channels, m) if stream else None, products(channels, m, False) if convolved else None
         past, out = frames(channels, 2), frames(channels, m + 2, border=2)[:, None]
-        fill_groups(x, given, past, out, fresh=True, bias=one if convolved else None, gamma=one if norm else None)
+        bias, gamma = one if convolved else None, one if norm else None
+        fill_groups(x, given, past, out, CORNER, fresh=True, bias=bias, gamma=gamma)
 
     groups = [2 if level < 2 else 4 for level in range(len(widths))]  # time is doubled by the first two upsamplers
     fill(latent_channels, 2, convolved=False, norm=False)
@@ -67,16 +71,16 @@ def warm_up(latent_channels: int, widths: Sequence[int], device: torch.device, d
         if level < len(widths) - 1:
             fill(width, m, convolved=level > 0, norm=False)
     one, m = vector(widths[-1]), groups[-1]
-    fill_window(
-        frames(widths[-1], m), products(widths[-1], m, False), frames(widths[-1], m, border=2), bias=one, gamma=one
-    )
-    whole = Region(0, 2, 0, 2)
+    x, given, out = frames(widths[-1], m), products(widths[-1], m, False), frames(widths[-1], m, border=2)
+    fill_window(x, given, out, CORNER, bias=one, gamma=one)
     for level, (width, following) in enumerate(pairwise(widths)):
         factor = 8 if level < 2 else 4
         for first in (True, False):
             bias = vector(factor * following)
             packed = products(len(bias), groups[level], first)
-            upsample(packed, bias, frames(width, packed.shape[0]), whole, temporal=factor == 8, first=first)
+            x, temporal = frames(width, packed.shape[0]), factor == 8
+            out = frames(following, len(x) * (1 + temporal) - (temporal and first), border=1)
+            upsample(packed, bias, x, out, (0, 0), temporal=temporal, first=first)
     sum_taps(frames(96, border=2), vector(3))
 
 
@@ -101,6 +105,7 @@ def fill_groups(
     products: Products | None,
     past: Tensor,
     out: Tensor,
+    corner: tuple[int, int],
     *,
     fresh: bool,
     bias: Tensor | None,
@@ -111,57 +116,69 @@ def fill_groups(
     x, products: n frames [n, H, W, C], whose sum with the bias is the value; where both are given, x becomes it, in
     place. past: [2, H, W, C], the two activated frames before these, rounded to its dtype; becomes the last two of
     these. fresh: the video begins, and what was before is its first frame. bias, gamma: [C], float32.
-    out: [m + 2, groups, H + 2, W + 2, C], whose border repeats the nearest pixel. n is a multiple of m, or one more
-    where the video begins: then its first frame stands alone, as it is, in out[0, 0], and the rest of the first group
-    is not written.
+    out: [m + 2, groups, H', W', C]. corner: the row and the column of it where the frames begin; what is around them,
+    usually a border of one, repeats the nearest pixel. n is a multiple of m, or one more where the video begins: then
+    its first frame stands alone, as it is, in out[0, 0], and the rest of the first group is not written.
     """
     kernels = _kernels(out)
     if kernels:
-        return kernels.fill(x, products, past, out, fresh, bias, gamma)
+        return kernels.fill(x, products, past, out, corner, fresh, bias, gamma)
     value = value_of(x, products, bias)
     if x is not None and products is not None:
         x.copy_(value)
     frames = activate_(value, gamma).to(out.dtype)
     if fresh:
         past[:] = frames[0]
-    alone, inner = len(frames) % (len(out) - 2), out[:, :, 1:-1, 1:-1]
+    alone, inner = len(frames) % (len(out) - 2), _inner(out, corner, frames)
     inner[0, :alone] = frames[:alone]
     transform_frames(past, frames[alone:], inner[:, alone:])
     past.copy_(torch.cat([past, frames[-2:]])[-2:])
-    repeat_border(out.flatten(0, 1))
+    _repeat_border(out, corner, frames)
 
 
-def fill_window(x: Tensor, products: Products, out: Tensor, *, bias: Tensor, gamma: Tensor) -> None:
+def fill_window(
+    x: Tensor, products: Products, out: Tensor, corner: tuple[int, int], *, bias: Tensor, gamma: Tensor
+) -> None:
     """Write what the last layer reads: x + products + bias, activated, [n, H, W, C], as it is.
 
-    out: [n, H + 2, W + 2, C], whose border repeats the nearest pixel.
+    out: [n, H', W', C], `corner` and what is around the frames as in `fill_groups`.
     """
     kernels = _kernels(out)
     if kernels:
-        return kernels.fill(x, products, None, out, False, bias, gamma)
-    out[:, 1:-1, 1:-1] = activate_(value_of(x, products, bias), gamma)
-    repeat_border(out)
+        return kernels.fill(x, products, None, out, corner, False, bias, gamma)
+    frames = activate_(value_of(x, products, bias), gamma)
+    _inner(out, corner, frames)[:] = frames
+    _repeat_border(out, corner, frames)
 
 
-def repeat_border(window: Tensor) -> None:
-    """Fill the border of one, in place, with the nearest pixel inside it. window: [n, H + 2, W + 2, C]."""
-    window[:, 0] = window[:, 1]
-    window[:, -1] = window[:, -2]
-    window[:, :, 0] = window[:, :, 1]
-    window[:, :, -1] = window[:, :, -2]
+def _inner(window: Tensor, corner: tuple[int, int], frames: Tensor) -> Tensor:
+    """Where in `window`, [..., H', W', C], frames [n, H, W, C] are."""
+    (top, left), (height, width) = corner, frames.shape[1:3]
+    return window[..., top : top + height, left : left + width, :]
 
 
-def upsample(packed: Products, bias: Tensor, x: Tensor, part: Region, *, temporal: bool, first: bool) -> Tensor:
+def _repeat_border(window: Tensor, corner: tuple[int, int], frames: Tensor) -> None:
+    """Fill what is around the frames in `window`, in place, with the nearest of their pixels."""
+    (top, left), (bottom, right) = corner, (corner[i] + frames.shape[1 + i] for i in (0, 1))
+    window[..., :top, :, :] = window[..., top : top + 1, :, :]
+    window[..., bottom:, :, :] = window[..., bottom - 1 : bottom, :, :]
+    window[..., :left, :] = window[..., left : left + 1, :]
+    window[..., right:, :] = window[..., right - 1 : right, :]
+
+
+def upsample(
+    packed: Products, bias: Tensor, x: Tensor, out: Tensor, corner: tuple[int, int], *, temporal: bool, first: bool
+) -> None:
     """Unpack channels into space and time and add the shortcut (diffusers' HunyuanVideo15Upsample).
 
     packed: [n, H, W, factor * C], the convolution's products; bias: [factor * C] float32;
     x: [n, H, W, Cin], the convolution's input, repeated to be the shortcut. factor is 8 with `temporal`, else 4.
-    Returns `part` of [frames, 2H, 2W, C]. With `first` and `temporal` the first frame is the video's first, which
-    becomes one frame and not two.
+    out: [frames, H', W', C], that part of [frames, 2H, 2W, C] whose first row and column are `corner`. With `first` and
+    `temporal` the first frame is the video's first, which becomes one frame and not two.
     """
     kernels = _kernels(x)
     if kernels:
-        return kernels.upsample(packed, bias, x, part, temporal, first)
+        return kernels.upsample(packed, bias, x, out, corner, temporal, first)
     rate = 2 if temporal else 1
     channels = packed.shape[-1] // (4 * rate)
     value = sum_products(packed) + bias
@@ -174,14 +191,14 @@ def upsample(packed: Products, bias: Tensor, x: Tensor, part: Region, *, tempora
         frames = torch.cat([one, rest])
     else:
         frames = _unpack(value, rate) + _unpack(shortcut.repeat_interleave(repeats, -1), rate)
-    return frames[:, part.top : part.bottom, part.left : part.right].to(x.dtype).contiguous()
+    out.copy_(_inner(frames, corner, out))
 
 
 def _unpack(packed: Tensor, rate: int) -> Tensor:
     """[n, H, W, rate * 2 * 2 * C] -> [rate * n, 2H, 2W, C]."""
     n, height, width, total = packed.shape
     channels = total // (rate * 4)
-    packed = packed.view(n, height, width, rate, 2, 2, channels).permute(0, 3, 1, 4, 2, 5, 6)
+    packed = packed.reshape(n, height, width, rate, 2, 2, channels).permute(0, 3, 1, 4, 2, 5, 6)
     return packed.reshape(n * rate, 2 * height, 2 * width, channels)
 
 

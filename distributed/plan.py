@@ -5,8 +5,8 @@ is negotiated between them.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .decoder import LANES, Steps
+from .regions import Region, blocks, drift, hull, whole
+from .seams import AHEAD
 from .tiling import SPATIAL, check_tile
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ class Plan:
     """How a rank goes through its part of the picture.
 
     blocks: (1, 1), and everything streams; else rows and columns of the blocks into which the part is cut for the
-    tail, one after the other, once the trunk has gone through the whole part.
+    tail, one after the other, once the trunk has gone through the whole part (see `regions.blocks`).
     """
 
     steps: Steps
@@ -119,68 +121,65 @@ def choose_plan(
     together: bool,
     free: int,
 ) -> tuple[Plan | None, int]:
-    """The plan by which a part of the picture is decoded within `free` bytes with the least work.
+    """The plan by which a part of the picture is decoded within `free` bytes.
+
+    Undivided where that fits. Else whatever takes most positions in a step: time goes with little else, and not with
+    the number of blocks, which compute nothing twice (benchmarks/README.md, Memory).
 
     part, picture: height and width in latent positions; together: other ranks have the rest. Returns the plan, or
     None where not even the least needy fits, and the bytes that it needs (see `peak_bytes`).
     """
     tightest = None, math.inf
-    for grid in _grids(weights, part, picture):
-        for n in _steps_to_try(part, grid, time):
-            plan = Plan(Steps(n, max(4, n)), grid)
-            needed = peak_bytes(weights, part, picture, time, together, plan)
-            if needed <= ROOM * free:
-                return plan, needed
-            tightest = min(tightest, (plan, needed), key=lambda option: option[1])
+    for plan in _plans(weights, part, time):
+        needed = peak_bytes(weights, part, picture, time, together, plan)
+        if needed <= ROOM * free:
+            return plan, needed
+        tightest = min(tightest, (plan, needed), key=lambda option: option[1])
     plan, needed = tightest
     return (plan if needed <= free else None), needed
 
 
-def _grids(weights: "Weights", part: tuple[int, int], picture: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Rows and columns of blocks, the least work first: that is the undivided part, for it repeats nothing."""
-    yield 1, 1
-    # A block is at least as large as its margins: smaller ones repeat more than they save.
-    least = -(-weights.margins[0] // 2)
+def _plans(weights: "Weights", part: tuple[int, int], time: int) -> list[Plan]:
+    """The best first: undivided, most positions in a step, fewest blocks, shortest lines between them."""
+    least = drift(weights.convs) + 1  # by so much lines move up and left, and the last block still has a position
     rows, columns = ([n for n in range(1, side + 1) if n == 1 or side // n >= least] for side in part)
-    divided = [grid for grid in product(rows, columns) if grid != (1, 1)]
-    yield from sorted(divided, key=lambda grid: (tail_work(weights, part, picture, grid), grid))
+
+    def cost(plan: Plan) -> tuple[bool, int, int, int]:
+        down, across = plan.blocks
+        lines = (down - 1) * part[1] + (across - 1) * part[0]
+        return plan.blocks != (1, 1), -plan.steps.tail * _positions(part, plan.blocks), down * across, lines
+
+    grids = product(rows, columns)
+    plans = [Plan(Steps(n, max(4, n)), grid) for grid in grids for n in _steps_to_try(part, grid, time)]
+    return sorted(plans, key=cost)
+
+
+def _positions(part: tuple[int, int], blocks: tuple[int, int]) -> int:
+    """Latent positions of a block."""
+    return math.prod(-(-part[i] // blocks[i]) for i in (0, 1))
 
 
 def _steps_to_try(part: tuple[int, int], blocks: tuple[int, int], time: int) -> list[int]:
-    positions = math.prod(-(-part[i] // blocks[i]) for i in (0, 1))
-    wanted = min(-(-FULL_STEP // positions), LONGEST_STEP, time)
+    wanted = min(-(-FULL_STEP // _positions(part, blocks)), LONGEST_STEP, time)
     doublings = (wanted - 1).bit_length()
     return [2**i for i in range(max(1, doublings), 0, -1)]
 
 
+@cache
 def _sizes(
-    weights: "Weights", part: tuple[int, int], picture: tuple[int, int], blocks: tuple[int, int]
+    convs: tuple[int, ...], part: tuple[int, int], picture: tuple[int, int], grid: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """Height and width of what each level computes for the largest block.
-
-    Margins end with the picture, and only the first block has one before it (see `seams`).
-    """
-    if blocks == (1, 1):
-        return [(part[0] * 2**level, part[1] * 2**level) for level in range(len(weights.margins))]
-    margins = [1 if part[i] == picture[i] else 2 for i in (0, 1)]
+    """Height and width of the most that a block computes at each level; the part lies in the middle of the picture."""
+    top, left = ((picture[i] - part[i]) // 2 for i in (0, 1))
+    region = Region(top, top + part[0], left, left + part[1])
+    if grid == (1, 1):
+        extents = [whole(*part, convs)]
+    else:
+        extents = [block for _, _, block in blocks(region, *grid, *picture, convs)]
+    rooms = [[hull(level) for level in block] for block in extents]
     return [
-        tuple(min(picture[i] * 2**level, -(-part[i] // blocks[i]) * 2**level + margins[i] * margin) for i in (0, 1))
-        for level, margin in enumerate(weights.margins)
+        (max(room.height for room in level), max(room.width for room in level)) for level in zip(*rooms, strict=True)
     ]
-
-
-def tail_work(weights: "Weights", part: tuple[int, int], picture: tuple[int, int], blocks: tuple[int, int]) -> float:
-    """Multiplications of the tail for one latent frame, about: what blocks compute twice is in."""
-    total = 0
-    for level, margin in enumerate(weights.margins):
-        sides = [part[i] * 2**level for i in (0, 1)]
-        if blocks != (1, 1):
-            sides = [sides[i] + margin * (blocks[i] - 1 + 2 * (part[i] < picture[i])) for i in (0, 1)]
-        convs = [resnet.conv1 for resnet in weights.blocks[level] if level] * 2
-        convs += [up.conv for up in weights.upsamplers[level : level + 1]]
-        multiplications = sum(conv.taps[0].numel() * (conv.group + 2) / conv.group for conv in convs)
-        total += weights.rates[level] * math.prod(sides) * multiplications
-    return total
 
 
 def peak_bytes(
@@ -202,7 +201,7 @@ def peak_bytes(
     waiting = waiting if undivided else 0
     tail = working = seams = 0
     handed = trunk_step
-    for level, sides in enumerate(_sizes(weights, part, picture, plan.blocks)):
+    for level, sides in enumerate(_sizes(weights.convs, part, picture, plan.blocks)):
         if 0 < level <= weights.flat:  # what the level before handed on waits its turn
             tail += handed * frame(level, *sides)
         n = min(handed, steps.of(level, weights.flat))
@@ -220,10 +219,14 @@ def peak_bytes(
             pixels = n * (sides[0] + 2) * (sides[1] + 2)
             level_working = max(level_working, 2 * here + pixels * (len(weights.taps) * size + 72))
         tail += 2 * convs * frame(level, *sides)
-        if not undivided:
-            ends = (plan.blocks[0] > 1) * plan.blocks[1] * (sides[1] + 2) + (plan.blocks[1] > 1) * (sides[0] + 2)
-            kept = (convs * grown + (level == len(weights.widths) - 1)) * weights.rates[level] * time
-            seams += kept * ends * weights.widths[level] * size
+        if not undivided:  # two rows and columns of each window and of the stream, as many as wait on the device
+            ends = (plan.blocks[0] > 1) * (sides[1] + 2), (plan.blocks[1] > 1) * (sides[0] + 2)
+            pixel = 2 * weights.widths[level] * size
+            if weights.device.type == "cpu":
+                kept = weights.convs[level] * (grown + 0.5) * weights.rates[level] * time
+                seams += kept * (plan.blocks[1] * ends[0] + ends[1]) * pixel
+            else:
+                seams = max(seams, (2 * AHEAD + 2) * grown * n * sum(ends) * pixel)
         if level < weights.flat:
             tail += (1 + grown) * waiting * here
         else:

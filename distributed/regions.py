@@ -1,8 +1,8 @@
 """Rectangles of the picture: which rank has which, and what a block needs beyond itself."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from itertools import pairwise, product
 
 
@@ -87,37 +87,75 @@ def divide(height: int, width: int, world_size: int) -> Division:
     return Division(cuts(0, height, rows), cuts(0, width, columns))
 
 
-def whole(height: int, width: int, levels: int) -> tuple[Region, ...]:
-    """What is computed at each level, and of the pixels, where nothing is cut off. height x width: latent positions."""
-    scales = [2**level for level in range(levels)]
-    extents = tuple(Region(0, height * scale, 0, width * scale) for scale in scales)
-    return (*extents, extents[-1])
+Extents = tuple[tuple[Region, ...], ...]
+"""What is computed, level by level: what each convolution of the level reads, in turn, and what the last one gives."""
+
+Line = tuple[tuple[int, ...], ...]
+"""One edge of `Extents`: a row or a column."""
 
 
-def blocks(region: Region, rows: int, columns: int) -> list[tuple[int, int, Region]]:
-    """A region cut into rows x columns blocks, row by row: the row, the column and the block of each."""
-    across, down = pairwise(cuts(region.left, region.right, columns)), pairwise(cuts(region.top, region.bottom, rows))
-    places = product(enumerate(down), enumerate(across))
-    return [(row, column, Region(*vertical, *horizontal)) for (row, vertical), (column, horizontal) in places]
+def hull(regions: Iterable[Region]) -> Region:
+    """The smallest region that holds all of them."""
+    tops, bottoms, lefts, rights = zip(*(astuple(region) for region in regions), strict=True)
+    return Region(min(tops), max(bottoms), min(lefts), max(rights))
 
 
-def block_extents(
-    block: Region, height: int, width: int, margins: Sequence[int], *, above: bool, left: bool
-) -> tuple[Region, ...]:
-    """What is computed at each level for one block of a picture of height x width latent positions.
+def whole(height: int, width: int, convs: Sequence[int]) -> Extents:
+    """The extents of a picture of height x width latent positions, or of a part whose borders others fill in.
 
-    `margins` are how far beyond the block each level must begin, in its own pixels (see `Weights.margins`); they end
-    where the picture does. above, left: there is a block from which seams come, and no margin is needed (see `seams`).
-    The last of the regions is the block's own pixels.
+    convs: convolutions of each level (see `Weights.convs`).
     """
+    return tuple(
+        (Region(0, height * 2**level, 0, width * 2**level),) * (count + 1) for level, count in enumerate(convs)
+    )
 
-    def grown(level: int, margin: int) -> Region:
-        scale = 2**level
-        return Region(
-            max(0, block.top * scale - (0 if above else margin)),
-            min(height * scale, block.bottom * scale + margin),
-            max(0, block.left * scale - (0 if left else margin)),
-            min(width * scale, block.right * scale + margin),
-        )
 
-    return (*(grown(level, margin) for level, margin in enumerate(margins)), grown(len(margins) - 1, 0))
+def blocks(
+    region: Region, rows: int, columns: int, height: int, width: int, convs: Sequence[int]
+) -> list[tuple[int, int, Extents]]:
+    """A region of a picture of height x width latent positions cut into rows x columns blocks, row by row.
+
+    The row, the column and the extents of each. A convolution needs a pixel beyond what it gives. Towards a later
+    block it does without: it gives a pixel less, which is the later block's to compute, so that nothing is computed
+    twice (see `seams`). From the first convolution to the pixels the line between two blocks moves up and left by
+    `drift` latent positions. Towards what other ranks have, a block reads as much more as it needs for its own pixels.
+    """
+    down = _spans(region.top, region.bottom, rows, height, convs)
+    across = _spans(region.left, region.right, columns, width, convs)
+    return [
+        (row, column, _between(*down[row], *across[column])) for row, column in product(range(rows), range(columns))
+    ]
+
+
+def drift(convs: Sequence[int]) -> int:
+    """Latent positions by which what the first convolution reads goes beyond the pixels that come of it, rounded up."""
+    scale = 2 ** (len(convs) - 1)
+    return -(-sum(count * scale // 2**level for level, count in enumerate(convs)) // scale)
+
+
+def _spans(start: int, stop: int, parts: int, side: int, convs: Sequence[int]) -> list[tuple[Line, Line]]:
+    """Where each part of the positions from `start` to `stop`, of a picture with `side` of them, begins and ends."""
+    between = (_cut(cut + drift(convs), convs) for cut in cuts(start, stop, parts)[1:-1])
+    return list(pairwise([_reach(start, -1, side, convs), *between, _reach(stop, 1, side, convs)]))
+
+
+def _cut(at: int, convs: Sequence[int]) -> Line:
+    """The line between two blocks that begins before latent position `at`."""
+    line = []
+    for count in convs:
+        line.append(tuple(at - done for done in range(count + 1)))
+        at = 2 * line[-1][-1]
+    return tuple(line)
+
+
+def _reach(at: int, step: int, side: int, convs: Sequence[int]) -> Line:
+    """How far all must reach for pixels to end at latent position `at`: `step` for each convolution, in the picture."""
+    line, end = [], at * 2 ** (len(convs) - 1)
+    for level, count in reversed(tuple(enumerate(convs))):
+        line.append(tuple(min(max(0, end + step * left), side * 2**level) for left in range(count, -1, -1)))
+        end = -(-line[-1][0] // 2) if step > 0 else line[-1][0] // 2
+    return tuple(reversed(line))
+
+
+def _between(top: Line, bottom: Line, left: Line, right: Line) -> Extents:
+    return tuple(tuple(map(Region, *sides)) for sides in zip(top, bottom, left, right, strict=True))

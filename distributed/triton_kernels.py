@@ -5,12 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .regions import Region
 from .winograd import POINTS, Products
 
-SIZES = ["frames", "height", "width", "top", "left", "out_height", "out_width", "fresh"]
+SIZES = [
+    "frames", "height", "width", "x_frame", "x_row", "out_height", "out_width", "out_frame", "out_row", "top", "left",
+    "fresh",
+]  # fmt: skip
 JIT = triton.jit(do_not_specialize=SIZES)
-"""Sizes differ from decode to decode; a kernel compiled anew for each kind of them would cost seconds."""
+"""Sizes differ from decode to decode; a kernel compiled anew for each kind of them would cost seconds.
+
+x_frame, x_row, out_frame, out_row: pixels from one frame, or row, to the next where they are of a larger tensor.
+"""
 
 
 @triton.jit
@@ -56,29 +61,38 @@ def _activate(value, gamma, NORM: tl.constexpr):
 
 
 @JIT
-def _repeat_border(window_ptr, height, width, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
-    """height and width without the border. Places go along the upper and lower row, then along both columns."""
+def _repeat_border(
+    window_ptr, height, width, top, left, out_height, out_width,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Places go along the rows above and below the frames, then along the columns on both sides of them."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_C)[None, :]
-    along = 2 * (width + 2)
+    along = (out_height - height) * out_width
     beside = place - along
-    row = tl.where(place < along, (place // (width + 2)) * (height + 1), beside // 2 + 1)
-    column = tl.where(place < along, place % (width + 2), (beside % 2) * (width + 1))
-    nearest_row = tl.minimum(tl.maximum(row, 1), height)
-    nearest_column = tl.minimum(tl.maximum(column, 1), width)
-    inside = (place < along + 2 * height)[:, None] & (channel < C)
-    frame = tl.program_id(1).to(tl.int64) * (height + 2)
-    source = ((frame + nearest_row) * (width + 2) + nearest_column)[:, None] * C + channel
-    target = ((frame + row) * (width + 2) + column)[:, None] * C + channel
+    columns = tl.maximum(out_width - width, 1)
+    row = tl.where(place < along, place // out_width, top + beside // columns)
+    row += tl.where((place < along) & (row >= top), height, 0)
+    column = tl.where(place < along, place % out_width, beside % columns)
+    column += tl.where((place >= along) & (column >= left), width, 0)
+    nearest_row = tl.minimum(tl.maximum(row, top), top + height - 1)
+    nearest_column = tl.minimum(tl.maximum(column, left), left + width - 1)
+    inside = (place < along + height * (out_width - width))[:, None] & (channel < C)
+    frame = tl.program_id(1).to(tl.int64) * out_height
+    source = ((frame + nearest_row) * out_width + nearest_column)[:, None] * C + channel
+    target = ((frame + row) * out_width + column)[:, None] * C + channel
     tl.store(window_ptr + target, tl.load(window_ptr + source, mask=inside), mask=inside)
 
 
-def repeat_border(window: Tensor) -> None:
-    n, height, width, channels = window.shape
+def repeat_border(window: Tensor, corner: tuple[int, int], height: int, width: int) -> None:
+    """window: [n, H', W', C], with frames of height x width pixels from `corner`."""
+    n, out_height, out_width, channels = window.shape
     block_c = triton.next_power_of_2(channels)
     block = max(1, 2048 // block_c)
-    grid = triton.cdiv(2 * (width + height - 2), block), n
-    _repeat_border[grid](window, height - 2, width - 2, channels, block_c, block)
+    places = out_height * out_width - height * width
+    if places:
+        grid = triton.cdiv(places, block), n
+        _repeat_border[grid](window, height, width, *corner, out_height, out_width, channels, block_c, block)
 
 
 @triton.jit
@@ -94,7 +108,7 @@ def _store(pointer, at, value, inside):
 @JIT
 def _fill(
     x_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, alone_ptr, bias_ptr, gamma_ptr, past_ptr, out_ptr,
-    frames, height, width, fresh,
+    frames, height, width, x_frame, x_row, out_height, out_width, top, left, fresh,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
     X: tl.constexpr, PRODUCTS: tl.constexpr, NORM: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
@@ -103,10 +117,14 @@ def _fill(
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_C)[None, :]
     inside = (pixel < height * width)[:, None] & (channel < C)
+    row = pixel // width
+    column = pixel % width
     at = pixel[:, None] * C + channel
-    place = ((pixel // width + 1) * (width + 2) + pixel % width + 1)[:, None] * C + channel
+    x_at = (row * x_row + column)[:, None] * C + channel
+    place = ((row + top) * out_width + column + left)[:, None] * C + channel
     plane = (height * width).to(tl.int64) * C
-    framed = (height + 2).to(tl.int64) * (width + 2) * C
+    x_plane = x_frame.to(tl.int64) * C
+    framed = out_height.to(tl.int64) * out_width * C
     alone = frames % M
     groups = frames // M
     slots = (groups + alone) * framed
@@ -123,9 +141,9 @@ def _fill(
         if PRODUCTS:
             value += _load(alone_ptr, at, inside)
         if X:
-            value += _load(x_ptr, at, inside)
+            value += _load(x_ptr, x_at, inside)
             if SUM:
-                _store(x_ptr, at, value, inside)
+                _store(x_ptr, x_at, value, inside)
         d0 = _rounded(_activate(value, gamma, NORM), out_ptr)
         d1 = d0
         _store(out_ptr, place, d0, inside)
@@ -137,13 +155,13 @@ def _fill(
                 if M == 4:
                     value += _load(p3_ptr, at, inside) + _load(p4_ptr, at, inside)
             if X:
-                value += _load(x_ptr, at, inside)
+                value += _load(x_ptr, x_at, inside)
             d0 = _rounded(_activate(value, gamma, NORM), out_ptr)
             d1 = d0
         else:
             d0 = _load(past_ptr, at, inside)
             d1 = _load(past_ptr + plane, at, inside)
-    x_ptr += alone * plane
+    x_ptr += alone * x_plane
     out_ptr += alone * framed
     for group in range(0, groups):
         first = bias
@@ -159,18 +177,18 @@ def _fill(
                     bias, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, where, inside
                 )  # fmt: skip
         if X:
-            here = x_ptr + group * M * plane
-            first += _load(here, at, inside)
-            second += _load(here + plane, at, inside)
+            here = x_ptr + group * M * x_plane
+            first += _load(here, x_at, inside)
+            second += _load(here + x_plane, x_at, inside)
             if M == 4:
-                third += _load(here + 2 * plane, at, inside)
-                fourth += _load(here + 3 * plane, at, inside)
+                third += _load(here + 2 * x_plane, x_at, inside)
+                fourth += _load(here + 3 * x_plane, x_at, inside)
             if SUM:
-                _store(here, at, first, inside)
-                _store(here + plane, at, second, inside)
+                _store(here, x_at, first, inside)
+                _store(here + x_plane, x_at, second, inside)
                 if M == 4:
-                    _store(here + 2 * plane, at, third, inside)
-                    _store(here + 3 * plane, at, fourth, inside)
+                    _store(here + 2 * x_plane, x_at, third, inside)
+                    _store(here + 3 * x_plane, x_at, fourth, inside)
         d2 = _rounded(_activate(first, gamma, NORM), out_ptr)
         d3 = _rounded(_activate(second, gamma, NORM), out_ptr)
         d4 = d2
@@ -215,6 +233,7 @@ def fill(
     products: Products | None,
     past: Tensor | None,
     out: Tensor,
+    corner: tuple[int, int],
     fresh: bool,
     bias: Tensor | None,
     gamma: Tensor | None,
@@ -226,10 +245,16 @@ def fill(
     block = max(1, 512 // block_c)
     x_ptr, bias_ptr, gamma_ptr, past_ptr = (out if given is None else given for given in (x, bias, gamma, past))
     _fill[(triton.cdiv(height * width, block),)](
-        x_ptr, *_pointers(products, out), bias_ptr, gamma_ptr, past_ptr, out, n, height, width, int(fresh),
+        x_ptr, *_pointers(products, out), bias_ptr, gamma_ptr, past_ptr, out,
+        n, height, width, *_steps(x_ptr), *out.shape[-3:-1], *corner, int(fresh),
         channels, block_c, block, m, x is not None, products is not None, gamma is not None, past is not None,
     )  # fmt: skip
-    repeat_border(out.flatten(0, -4))
+    repeat_border(out.flatten(0, -4), corner, height, width)
+
+
+def _steps(frames: Tensor) -> tuple[int, int]:
+    """Pixels from one frame to the next, and from one row to the next."""
+    return frames.stride(-4) // frames.shape[-1], frames.stride(-3) // frames.shape[-1]
 
 
 def _pointers(products: Products | None, instead: Tensor) -> tuple[Tensor, ...]:
@@ -241,7 +266,7 @@ def _pointers(products: Products | None, instead: Tensor) -> tuple[Tensor, ...]:
 @JIT
 def _upsample(
     p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, alone_ptr, bias_ptr, x_ptr, out_ptr,
-    frames, height, width, top, left, out_height, out_width,
+    frames, height, width, x_frame, x_row, out_height, out_width, out_frame, out_row, top, left,
     C: tl.constexpr, CIN: tl.constexpr, RATE: tl.constexpr, FIRST: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -251,6 +276,7 @@ def _upsample(
     frame = tl.program_id(0) % out_frames
     pixel = (tl.program_id(0) // out_frames) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_C)[None, :]
+    out_at = (pixel // out_width) * out_row + pixel % out_width
     column = pixel % out_width + left
     row = pixel // out_width + top
     # With FIRST the first input frame gives one output frame: everything after it is shifted by one.
@@ -269,7 +295,8 @@ def _upsample(
         index = tl.where(first, (corner * 2 * C)[:, None] + channel, index)
         short = tl.where(first, (corner * (CIN // 4))[:, None] + channel // (repeats // 2), short)
     value = _load(bias_ptr, index, inside)
-    value += _load(x_ptr, (source.to(tl.int64) * height * width + position)[:, None] * CIN + short, inside)
+    x_position = source.to(tl.int64) * x_frame + (row // 2) * x_row + column // 2
+    value += _load(x_ptr, x_position[:, None] * CIN + short, inside)
     at = position.to(tl.int64)[:, None] * TOTAL + index
     alone = frames % M
     if source < alone:
@@ -289,24 +316,22 @@ def _upsample(
             value += _load(p0_ptr, at, inside)
         elif k == M - 1:
             value += _load(p3_ptr if M == 2 else p5_ptr, at, inside)
-    target = (frame.to(tl.int64) * out_height * out_width + pixel)[:, None] * C + channel
+    target = (frame.to(tl.int64) * out_frame + out_at)[:, None] * C + channel
     _store(out_ptr, target, value, inside)
 
 
-def upsample(packed: Products, bias: Tensor, x: Tensor, part: Region, temporal: bool, first: bool) -> Tensor:
-    n, height, width, total = packed.shape
-    rate = 2 if temporal else 1
-    channels = total // (4 * rate)
-    first = temporal and first
-    frames = n * rate - first
-    out = torch.empty(frames, part.height, part.width, channels, dtype=x.dtype, device=x.device)
+def upsample(
+    packed: Products, bias: Tensor, x: Tensor, out: Tensor, corner: tuple[int, int], temporal: bool, first: bool
+) -> None:
+    n, height, width, _ = packed.shape
+    frames, out_height, out_width, channels = out.shape
     block_c = triton.next_power_of_2(channels)
     block = max(1, 2048 // block_c)
-    _upsample[(frames * triton.cdiv(part.height * part.width, block),)](
-        *_pointers(packed, x), bias, x, out, n, height, width, part.top, part.left, part.height, part.width,
-        channels, x.shape[-1], rate, first, block_c, block, len(packed.parts) - 2,
+    _upsample[(frames * triton.cdiv(out_height * out_width, block),)](
+        *_pointers(packed, x), bias, x, out,
+        n, height, width, *_steps(x), out_height, out_width, *_steps(out), *corner,
+        channels, x.shape[-1], 2 if temporal else 1, temporal and first, block_c, block, len(packed.parts) - 2,
     )  # fmt: skip
-    return out
 
 
 @JIT

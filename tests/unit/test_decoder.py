@@ -6,7 +6,7 @@ from diffusers import AutoencoderKLHunyuanVideo15
 
 from benchmarks.random_weights import random_latent
 from distributed.decoder import Steps, Tail, Trunk, Weights, split
-from distributed.regions import Region, block_extents, blocks, whole
+from distributed.regions import Region, _reach, blocks, hull, whole
 from distributed.seams import Seams
 
 WIDTHS = (8, 8, 16, 32, 32)
@@ -37,7 +37,7 @@ def stream(weights, latent, steps):
     """latent [1, 32, T, H, W] -> frames [T', H', W', 3]."""
     video = latent[0].permute(1, 2, 3, 0).to(weights.dtype).contiguous()
     trunk = Trunk(weights, *video.shape[1:3], video.shape[0])
-    tail = Tail(weights, whole(*video.shape[1:3], len(weights.blocks)), steps)
+    tail = Tail(weights, whole(*video.shape[1:3], weights.convs), steps)
     return torch.cat(list(tail.run(trunk.run(split(video, steps.trunk)))))
 
 
@@ -87,66 +87,62 @@ def test_any_chunk_size_gives_diffusers_untiled_decode(vae, weights, shape, step
     assert relative(stream(weights, latent, steps), reference(vae, latent)) < 1e-5
 
 
-BLOCKS = [Region(0, 1, 0, 1), Region(10, 13, 0, 3), Region(9, 12, 11, 14), Region(0, 22, 20, 21)]
-
-
 @torch.inference_mode()
-def block_and_whole(weights, block, margins):
-    """A block's pixels by itself, with these margins, and cut out of the whole."""
-    video, steps = random_latent(1, 32, 3, 22, 25, seed=5)[0].permute(1, 2, 3, 0).contiguous(), STEPS[1]
-    trunk = Trunk(weights, 22, 25, 3)
-    chunks = list(trunk.run(split(video, steps.trunk)))
-    exact = torch.cat(list(Tail(weights, whole(22, 25, 5), steps).run(iter(chunks))))
-    extents = block_extents(block, 22, 25, margins, above=False, left=False)
-    first = extents[0]
-    seen = [chunk[:, first.top : first.bottom, first.left : first.right].contiguous() for chunk in chunks]
-    pixels = torch.cat(list(Tail(weights, extents, steps).run(iter(seen))))
-    return pixels, exact[:, 16 * block.top : 16 * block.bottom, 16 * block.left : 16 * block.right]
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_a_block_with_its_margins_gives_its_part_of_the_whole(weights, block):
-    pixels, exact = block_and_whole(weights, block, weights.margins)
-    assert pixels.shape == exact.shape and (pixels - exact).abs().max() < 1e-5
-
-
-@torch.inference_mode()
-def blocks_and_whole(weights, grid):
+def blocks_and_whole(weights, part, grid, size=(22, 25)):
     """A part of a picture in blocks, one after the other, and cut out of the whole."""
-    video, steps, part = random_latent(1, 32, 4, 12, 14, seed=5)[0].permute(1, 2, 3, 0), STEPS[0], Region(0, 11, 2, 14)
-    inputs = torch.cat(list(Trunk(weights, 12, 14, 4).run(split(video.contiguous(), steps.trunk))))
-    exact = torch.cat(list(Tail(weights, whole(12, 14, 5), steps).run(split(inputs, steps.trunk))))
-    frames, seams = torch.zeros_like(exact), Seams(*grid)
-    for row, column, block in blocks(part, *grid):
-        extents = block_extents(block, 12, 14, weights.margins, above=row > 0, left=column > 0)
-        seen = inputs[:, extents[0].top : extents[0].bottom, extents[0].left : extents[0].right].contiguous()
-        tail = Tail(weights, extents, steps, seams.edges(row, column, block, extents))
-        pixels = torch.cat(list(tail.run(split(seen, steps.trunk))))
-        frames[:, 16 * block.top : 16 * block.bottom, 16 * block.left : 16 * block.right] = pixels
-    assert not seams.left and not any(seams.above)  # what was kept has been used
+    video, steps = random_latent(1, 32, 4, *size, seed=5)[0].permute(1, 2, 3, 0), STEPS[0]
+    inputs = torch.cat(list(Trunk(weights, *size, 4).run(split(video.contiguous(), steps.trunk))))
+    exact = torch.cat(list(Tail(weights, whole(*size, weights.convs), steps).run(split(inputs, steps.trunk))))
+    frames, seams = torch.full_like(exact, float("nan")), Seams(*grid, CPU)
+    for row, column, extents in blocks(part, *grid, *size, weights.convs):
+        seen, shown = hull(extents[0]), extents[-1][-1]
+        edges = seams.edges(row, column)
+        tail = Tail(weights, extents, steps, edges)
+        chunks = split(inputs[:, seen.top : seen.bottom, seen.left : seen.right].clone(), steps.trunk)
+        place = frames[:, shown.top : shown.bottom, shown.left : shown.right]
+        assert place.isnan().all()  # no pixel is computed twice
+        place[:] = torch.cat(list(tail.run(chunks)))
+        assert not any(seam.kept for seam in edges.earlier if seam)  # what was kept has been used
+    assert seams.left is None and not any(seams.above)
     where = slice(None), slice(16 * part.top, 16 * part.bottom), slice(16 * part.left, 16 * part.right)
     return frames[where], exact[where]
 
 
-@pytest.mark.parametrize("grid", [(1, 2), (2, 1), (2, 2), (3, 4), (11, 1)], ids=str)
-def test_blocks_one_after_the_other_give_the_whole(weights, grid):
-    frames, exact = blocks_and_whole(weights, grid)
+PARTS = [Region(0, 1, 0, 1), Region(10, 13, 0, 3), Region(9, 12, 11, 14), Region(0, 22, 20, 21)]
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+def test_a_part_by_itself_gives_its_part_of_the_whole(weights, part):
+    pixels, exact = blocks_and_whole(weights, part, (1, 1))
+    assert (pixels - exact).abs().max() < 1e-5
+
+
+GRIDS = [
+    (Region(0, 22, 0, 25), (1, 2), (22, 25)),
+    (Region(0, 22, 0, 25), (2, 2), (22, 25)),
+    (Region(0, 21, 2, 25), (2, 1), (22, 25)),
+    (Region(9, 10, 3, 31), (1, 3), (10, 40)),
+    (Region(0, 28, 0, 27), (3, 3), (28, 27)),
+]
+
+
+@pytest.mark.parametrize(("part", "grid", "size"), GRIDS, ids=str)
+def test_blocks_one_after_the_other_give_the_whole(weights, part, grid, size):
+    frames, exact = blocks_and_whole(weights, part, grid, size)
     assert (frames - exact).abs().max() < 1e-5
 
 
-def test_blocks_that_keep_nothing_for_each_other_would_be_noticed(weights, monkeypatch):
-    monkeypatch.setattr("distributed.seams.SeamEdges.start", lambda self, window, level: self)
-    frames, exact = blocks_and_whole(weights, (2, 2))
-    assert (frames - exact).abs().max() > 1e-3
+@pytest.mark.parametrize("step", ["start", "move"])
+def test_blocks_that_keep_nothing_for_each_other_would_be_noticed(weights, monkeypatch, step):
+    monkeypatch.setattr(f"distributed.seams.SeamEdges.{step}", lambda self, *_: self)
+    frames, exact = blocks_and_whole(weights, *GRIDS[1])
+    assert not (frames - exact).abs().max() < 1e-3
 
 
-def test_margins_that_are_too_narrow_would_be_noticed(weights):
-    pixels, exact = block_and_whole(weights, BLOCKS[1], (8, 8, 5, 4, 2))
+def test_a_part_that_reads_no_more_than_its_own_would_be_noticed(weights, monkeypatch):
+    monkeypatch.setattr("distributed.regions._reach", lambda at, step, side, convs: _reach(at, 0, side, convs))
+    pixels, exact = blocks_and_whole(weights, PARTS[1], (1, 1))
     assert (pixels - exact).abs().max() > 1e-3
-
-
-def test_margins_are_one_for_each_convolution_up_to_the_pixels(weights):
-    assert weights.margins == (8, 14, 13, 11, 7)
 
 
 def test_a_long_video_is_decoded_as_exactly_as_a_short_one(vae, weights):
@@ -169,7 +165,7 @@ def test_half_precision_is_as_close_to_float32_as_diffusers(vae, weights, dtype)
 def test_widths_and_upsamplers_are_read_off_the_shapes(weights):
     assert weights.widths == tuple(reversed(WIDTHS))
     assert [up.temporal for up in weights.upsamplers] == [True, True, False, False]
-    assert weights.flat == 2
+    assert weights.flat == 2 and weights.convs == (1, 7, 7, 7, 7)
 
 
 def test_dropping_the_past_would_be_noticed(vae, weights):

@@ -77,15 +77,28 @@ LENGTHS = [(2, 1), (2, 2), (2, 3), (2, 4), (4, 1), (4, 4), (4, 5), (4, 8)]
 """m, and frames in groups of m."""
 
 
+WINDOWS = [((1, 1), (HEIGHT + 2, WIDTH + 2)), ((0, 2), (HEIGHT + 1, WIDTH + 2)), ((2, 0), (HEIGHT + 3, WIDTH))]
+"""Where frames begin in a window, and its size."""
+
+
+def within(frames: torch.Tensor) -> torch.Tensor:
+    """A copy, of a larger tensor."""
+    n, height, width, channels = frames.shape
+    room = torch.full((n, height + 3, width + 5, channels), float("nan"), device=DEVICE, dtype=frames.dtype)
+    room[:, 2:-1, 1:-4] = frames
+    return room[:, 2:-1, 1:-4]
+
+
+@pytest.mark.parametrize(("corner", "size"), WINDOWS, ids=str)
 @pytest.mark.parametrize(("m", "n"), LENGTHS)
-def test_groups_are_filled_alike(both, draw, dtype, m, n):
+def test_groups_are_filled_alike(both, draw, dtype, m, n, corner, size):
     groups, alone = divmod(n, m)
 
     def fill(x, products, bias, gamma, fresh):
-        value, kept = None if x is None else x.clone(), past.clone()
-        shape = m + 2, groups + alone, HEIGHT + 2, WIDTH + 2, channels
+        value, kept = None if x is None else within(x), past.clone()
+        shape = m + 2, groups + alone, *size, channels
         out = torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
-        kernels.fill_groups(value, products, kept, out, fresh=fresh, bias=bias, gamma=gamma)
+        kernels.fill_groups(value, products, kept, out, corner, fresh=fresh, bias=bias, gamma=gamma)
         written = kept, out[0, :alone], out[:, alone:]
         return written if x is None else (value, *written)
 
@@ -98,11 +111,12 @@ def test_groups_are_filled_alike(both, draw, dtype, m, n):
             both(fill, x, products, bias, norm, fresh)
 
 
+@pytest.mark.parametrize(("corner", "size"), WINDOWS, ids=str)
 @pytest.mark.parametrize(("m", "n"), LENGTHS)
-def test_the_last_window_is_filled_alike(both, draw, dtype, m, n):
+def test_the_last_window_is_filled_alike(both, draw, dtype, m, n, corner, size):
     def fill(x, products, bias, gamma):
-        out = torch.full((n, HEIGHT + 2, WIDTH + 2, channels), float("nan"), device=DEVICE, dtype=dtype)
-        kernels.fill_window(x, products, out, bias=bias, gamma=gamma)
+        out = torch.full((n, *size, channels), float("nan"), device=DEVICE, dtype=dtype)
+        kernels.fill_window(within(x), products, out, corner, bias=bias, gamma=gamma)
         return (out,)
 
     for channels in CHANNELS:
@@ -115,7 +129,11 @@ def test_the_last_window_is_filled_alike(both, draw, dtype, m, n):
 @pytest.mark.parametrize("part", [Region(0, 2 * HEIGHT, 0, 2 * WIDTH), Region(1, 8, 3, 13)], ids=str)
 def test_frames_are_upsampled_alike(both, draw, m, n, temporal, first, part):
     def upsample(packed, bias, x):
-        return (kernels.upsample(packed, bias, x, part, temporal=temporal, first=first),)
+        frames = n * (1 + temporal) - (temporal and first)
+        out = within(x.new_zeros(frames, part.height, part.width, channels))
+        corner = part.top, part.left
+        kernels.upsample(packed, bias, within(x), out, corner, temporal=temporal, first=first)
+        return (out,)
 
     for channels in CHANNELS:
         factor = (8 if temporal else 4) * channels
