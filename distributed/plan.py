@@ -123,8 +123,8 @@ def choose_plan(
 ) -> tuple[Plan | None, int]:
     """The plan by which a part of the picture is decoded within `free` bytes.
 
-    Undivided where that fits. Else whatever takes most positions in a step: time goes with little else, and not with
-    the number of blocks, which compute nothing twice (benchmarks/README.md, Memory).
+    Undivided where that fits. Else whatever takes fewest passes: blocks compute nothing twice, but a pass over few
+    positions leaves a device partly idle (benchmarks/README.md, Memory).
 
     part, picture: height and width in latent positions; together: other ranks have the rest. Returns the plan, or
     None where not even the least needy fits, and the bytes that it needs (see `peak_bytes`).
@@ -140,14 +140,18 @@ def choose_plan(
 
 
 def _plans(weights: "Weights", part: tuple[int, int], time: int) -> list[Plan]:
-    """The best first: undivided, most positions in a step, fewest blocks, shortest lines between them."""
+    """The best first: undivided, fewest passes, fewest blocks, longest steps of the trunk, shortest lines between them.
+
+    Passes are the steps of all blocks: at latent resolution and at the video's own frame rate.
+    """
     least = drift(weights.convs) + 1  # by so much lines move up and left, and the last block still has a position
     rows, columns = ([n for n in range(1, side + 1) if n == 1 or side // n >= least] for side in part)
 
-    def cost(plan: Plan) -> tuple[bool, int, int, int]:
+    def cost(plan: Plan) -> tuple[bool, int, int, int, int]:
         down, across = plan.blocks
+        passes = down * across * (-(-time // plan.steps.trunk) + -(-frame_count(time) // plan.steps.tail))
         lines = (down - 1) * part[1] + (across - 1) * part[0]
-        return plan.blocks != (1, 1), -plan.steps.tail * _positions(part, plan.blocks), down * across, lines
+        return plan.blocks != (1, 1), passes, down * across, -plan.steps.trunk, lines
 
     grids = product(rows, columns)
     plans = [Plan(Steps(n, max(4, n)), grid) for grid in grids for n in _steps_to_try(part, grid, time)]

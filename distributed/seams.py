@@ -42,6 +42,7 @@ class Seams:
         self.chunk = torch.empty(0, dtype=torch.uint8)
         if device.type != "cpu":
             self.accelerator = torch.get_device_module(device)
+            self.main = self.accelerator.current_stream(device)
             self.stream = self.accelerator.Stream(device)
 
     def edges(self, row: int, column: int) -> "SeamEdges":
@@ -58,7 +59,7 @@ class Seams:
         if not seam.coming:
             self.carry([], [seam])
         piece, arrived = seam.coming.popleft()
-        self._current().wait_event(arrived)
+        self.main.wait_event(arrived)
         return piece
 
     def carry(self, pieces: list[tuple[Seam, Tensor]], asked: list[Seam]) -> None:
@@ -73,7 +74,7 @@ class Seams:
             for seam in asked
             for place in [seam.kept.popleft() for _ in range(min(AHEAD - len(seam.coming), len(seam.kept)))]
         ]
-        self.stream.wait_stream(self._current())  # which makes what goes out, and had the memory of what comes back
+        self.stream.wait_stream(self.main)  # which makes what goes out, and had the memory of what comes back
         with self.accelerator.stream(self.stream):
             for piece, place in out:
                 place.copy_(piece, non_blocking=True)
@@ -87,10 +88,7 @@ class Seams:
         # To wait for them lets their memory be used again in the stream's order, however far launches run ahead.
         self.leaving.append(([piece for piece, _ in out], done))
         if len(self.leaving) > AHEAD:
-            self._current().wait_event(self.leaving.popleft()[1])
-
-    def _current(self):
-        return self.accelerator.current_stream(self.device)
+            self.main.wait_event(self.leaving.popleft()[1])
 
     def _room(self, piece: Tensor) -> Tensor:
         """Pinned memory for a piece. Torch keeps such memory for later decodes; it is slow to get (see `output`)."""

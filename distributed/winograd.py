@@ -28,17 +28,15 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .convolution import conv2d
 
 POINTS = {2: (1.0,), 4: (2 / 3, 3 / 2)}
 """For each m the points beside 0 and infinity; their negatives belong to them."""
 
 TOTAL = {2: 1, 4: 6}
 """Where among the transformed taps their sum is: with a point at 1 it is one of them, else it comes after them."""
-
-WIDE, PIECE = 4096, 1024
-"""Of more than so many channels at once, so many: cuDNN 9 is up to six times slower at 1024 -> 8192."""
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -112,12 +110,7 @@ def convolve(window: Tensor, alone: int, taps: Tensor) -> Products:
 
 
 def _convolve(part: Tensor, tap: Tensor) -> Tensor:
-    part = part.permute(0, 3, 1, 2)
-    if len(tap) > WIDE:
-        given = torch.cat([F.conv2d(part, piece) for piece in tap.split(PIECE)], 1)
-    else:
-        given = F.conv2d(part, tap)
-    return given.permute(0, 2, 3, 1).contiguous()
+    return conv2d(part.permute(0, 3, 1, 2), tap).permute(0, 2, 3, 1).contiguous()
 
 
 def sum_products(products: Products) -> Tensor:

@@ -1,6 +1,7 @@
 """Jobs, divisions of the picture, and steps that fit a memory budget."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -116,8 +117,9 @@ def test_less_memory_gives_smaller_steps_then_blocks_until_nothing_fits(tiny):
     count = [plan.blocks[0] * plan.blocks[1] for plan in seen]
     first = next(i for i, blocks in enumerate(count) if blocks > 1)
     assert min(count[first:]) > 1 and count[-1] > 4  # undivided while it fits
-    step = [-(-40 // plan.blocks[0]) * -(-50 // plan.blocks[1]) * plan.steps.tail for plan in seen[first:]]
-    assert step == sorted(step, reverse=True)
+    steps = [math.ceil(31 / plan.steps.trunk) + math.ceil(121 / plan.steps.tail) for plan in seen]
+    passes = [n * each for n, each in zip(count, steps, strict=True)]
+    assert passes[first:] == sorted(passes[first:])
 
 
 def test_a_plan_leaves_room_between_blocks_of_memory_unless_it_is_the_last_that_fits(tiny):
@@ -158,6 +160,11 @@ def full():
 def test_the_real_model_fits_the_budgets_that_are_promised(full, picture, gib):
     plan, needed = choose_plan(full, picture, picture, 31, False, gib * 2**30)
     assert plan is not None and needed <= gib * 2**30
+
+
+def test_a_picture_is_cut_across_its_longer_side(full):
+    (wide, _), (high, _) = (choose_plan(full, size, size, 31, False, 10 * 2**30) for size in ((45, 80), (80, 45)))
+    assert wide.blocks == high.blocks[::-1] and wide.blocks[0] == 1 < wide.blocks[1]
 
 
 def test_the_benchmarks_work_is_that_of_the_model():

@@ -42,13 +42,6 @@ def test_it_is_the_convolution(m, n):
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)  # sums are formed in float32
 
 
-def test_a_wide_convolution_is_cut_into_pieces(monkeypatch):
-    monkeypatch.setattr("distributed.winograd.WIDE", 4)
-    monkeypatch.setattr("distributed.winograd.PIECE", 2)
-    ours, plain = both(2, 3, draw(5, 8, 3, 3, 3))
-    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize(("m", "n", "share"), [(2, 8, 2 / 3), (4, 8, 1 / 2), (4, 1, 1 / 3), (4, 5, 7 / 15)])
 def test_groups_of_frames_take_fewer_multiplications(m, n, share):
     weight, frames = draw(5, 8, 3, 3, 3), draw(n + 2, 6, 7, 8)
