@@ -1,74 +1,40 @@
-"""A convolution of pictures in the pieces in which the device is fastest.
+"""A convolution of pictures in pieces that are not of a shape for which the device chooses badly.
 
-cuDNN chooses its algorithm by the shape, and here and there misses: 1024 -> 1024 channels take, for 14 frames of 32 x
-90 pixels, three times as long as for 14 of 90 x 32 or for 16 of 32 x 90. So does one in thirteen of 650 shapes with
-1024 channels out or more, and none with fewer (cuDNN 9.19 on an H100, 2026-11-24). Its own search among algorithms does
-not find the fast one. Half of the frames, or a part of the channels, is another shape, and mostly a good one.
+cuDNN chooses its algorithm by the shape and misses for some: there it takes two to three times as long as for shapes
+nearby (cuDNN 9.19 on an H100, 668 shapes, 2026-11-24). No shape of fewer than 1024 channels out was among them, and all
+that were lie in the ranges below, by what comes out: frames times height times width. Its own search does not find the
+fast algorithm, and measuring here would have processes choose differently, and so differ in the last bits.
 """
-
-import math
-from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 MANY = 1024
-"""Channels out from which on pieces are tried."""
+"""Channels out. More of them miss in `FEW`, and more than 4096 beyond; 1024 do not."""
 
-TOO_MANY = 4096
-"""More channels are not tried at once: 1024 -> 8192 was up to six times too slow."""
+FEW = range(5_700, 8_200)
+"""Positions at which 2048 and 4096 channels out take twice as long."""
 
-GAIN = 0.8
-"""What pieces must at least take less than one: they are copied together, and timing is not exact."""
-
-FAIR = 0.6
-"""The share of the best rate yet at which nothing else is tried; a miss is at 0.3 to 0.45 of it."""
-
-_fastest: dict[tuple, tuple[int, int]] = {}
-"""For each shape that this process has met, frames and channels of a piece."""
-
-_rates: dict[tuple, float] = {}
-"""The best rate yet, for each type of number and device: multiplications in some unit."""
+MIDDLE, LOW = range(31_000, 53_000), 43
+"""Positions at which low pictures, of up to so many rows, take three times as long, with 1024 channels out or more."""
 
 
 def conv2d(frames: Tensor, taps: Tensor) -> Tensor:
-    """frames [n, C, H + 2, W + 2], taps [out, C, 3, 3] -> [n, out, H, W]. A new shape is timed, once in a process."""
-    if not frames.is_cuda or len(taps) < MANY:
-        return F.conv2d(frames, taps)
-    shape = frames.shape, taps.shape, frames.dtype, frames.device
-    if shape not in _fastest:
-        _fastest[shape] = _choose(frames, taps)
-    return in_pieces(frames, taps, *_fastest[shape])
-
-
-def in_pieces(frames: Tensor, taps: Tensor, some_frames: int, some_channels: int) -> Tensor:
-    """The same of so many frames and channels out at a time."""
+    """frames [n, C, H + 2, W + 2], taps [out, C, 3, 3] -> [n, out, H, W]."""
+    n, _, height, width = frames.shape
+    some_frames, some_channels = pieces(n, height - 2, width - 2, len(taps))
     given = [_joined([F.conv2d(x, w) for w in taps.split(some_channels)], 1) for x in frames.split(some_frames)]
     return _joined(given, 0)
 
 
+def pieces(n: int, height: int, width: int, channels: int) -> tuple[int, int]:
+    """How many frames and channels to convolve at a time, of n frames of height x width with `channels` to come out."""
+    positions = n * height * width
+    wide = channels > MANY and (channels > 4 * MANY or positions in FEW)
+    low = channels >= MANY and positions in MIDDLE and height <= LOW
+    return -(-n // 2) if low else n, MANY if wide else channels
+
+
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
-
-
-def _choose(frames: Tensor, taps: Tensor) -> tuple[int, int]:
-    n, channels = len(frames), min(len(taps), TOO_MANY)
-    whole, *others = dict.fromkeys(product((n, -(-n // 2)), (channels, MANY)))
-    times = {whole: _milliseconds(frames, taps, whole)}
-    work, kind = frames.numel() * len(taps), (frames.dtype, frames.device)
-    if work / times[whole] < FAIR * _rates.get(kind, math.inf):
-        times.update((pieces, _milliseconds(frames, taps, pieces)) for pieces in others)
-    best = min(times, key=times.get)
-    _rates[kind] = max(work / times[best], _rates.get(kind, 0))
-    return best if times[best] < GAIN * times[whole] else whole
-
-
-def _milliseconds(frames: Tensor, taps: Tensor, pieces: tuple[int, int]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    in_pieces(frames, taps, *pieces)  # the first call takes longer
-    begin.record()
-    in_pieces(frames, taps, *pieces)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)

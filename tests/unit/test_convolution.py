@@ -7,44 +7,39 @@ import torch.nn.functional as F
 from distributed import convolution
 
 
-def draw(device: str, frames: int, channels: int, out: int) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.parametrize("pieces", [(5, 8), (3, 8), (5, 4), (3, 3), (1, 1)])
+def test_pieces_make_up_the_whole(pieces, monkeypatch):
+    monkeypatch.setattr(convolution, "pieces", lambda *shape: pieces)
     torch.manual_seed(0)
-    shapes = (frames, channels, 7, 9), (out, channels, 3, 3)
-    return tuple(torch.randn(shape).to(device, memory_format=torch.channels_last) for shape in shapes)
+    shapes = (5, 16, 7, 9), (8, 16, 3, 3)
+    frames, taps = (torch.randn(shape).to(memory_format=torch.channels_last) for shape in shapes)
+    given = convolution.conv2d(frames, taps)
+    torch.testing.assert_close(given, F.conv2d(frames, taps))
+    assert given.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("some_channels", [8, 4, 3])
-@pytest.mark.parametrize("some_frames", [5, 3, 1])
-def test_pieces_make_up_the_whole(some_frames, some_channels):
-    frames, taps = draw("cpu", 5, 16, 8)
-    pieces = convolution.in_pieces(frames, taps, some_frames, some_channels)
-    torch.testing.assert_close(pieces, F.conv2d(frames, taps))
-    assert pieces.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize(
+    ("shape", "pieces"),
+    [
+        ((4, 90, 160, 1024), (4, 1024)),
+        ((4, 90, 160, 4096), (4, 4096)),
+        ((2, 45, 80, 8192), (2, 1024)),  # never so many at once
+        ((1, 68, 120, 4096), (1, 1024)),  # few positions
+        ((1, 68, 120, 1024), (1, 1024)),
+        ((14, 32, 90, 1024), (7, 1024)),  # a middling number of them, in low pictures
+        ((15, 30, 90, 8192), (8, 1024)),
+        ((14, 90, 32, 1024), (14, 1024)),
+        ((14, 32, 90, 512), (14, 512)),
+    ],
+)
+def test_shapes_at_which_the_library_misses_are_divided(shape, pieces):
+    assert convolution.pieces(*shape) == pieces
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("out", "fastest"), [(16, (3, 8)), (16, (5, 4)), (8, (5, 8))])
-def test_the_fastest_pieces_are_taken_and_sought_once(out, fastest, monkeypatch):
-    """Whatever the clock says, the convolution is the same, and it is asked once for a shape."""
-    monkeypatch.setattr(convolution, "MANY", 4)
-    monkeypatch.setattr(convolution, "TOO_MANY", 8)
-    monkeypatch.setattr(convolution, "_fastest", {})
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    timed = []
-
-    def clock(frames, taps, pieces):
-        timed.append(pieces)
-        return 1.0 if pieces == fastest else 2.0
-
-    monkeypatch.setattr(convolution, "_milliseconds", clock)
-    frames, taps = draw("cuda", 5, 16, out)
-    for _ in range(2):
-        torch.testing.assert_close(convolution.conv2d(frames, taps), F.conv2d(frames, taps), atol=1e-4, rtol=1e-4)
-    assert sorted(timed) == [(3, 4), (3, 8), (5, 4), (5, 8)]
-    assert list(convolution._fastest.values()) == [fastest]
-
-
-def test_pieces_must_gain_enough(monkeypatch):
-    monkeypatch.setattr(convolution, "_milliseconds", lambda frames, taps, pieces: 2.0 if pieces[0] == 6 else 1.7)
-    frames, taps = torch.empty(6, 4, 7, 9), torch.empty(2048, 4, 3, 3)
-    assert convolution._choose(frames, taps) == (6, 2048)
+def test_no_piece_is_of_a_shape_at_which_it_misses():
+    for n in range(1, 17):
+        for height, width in ((13, 160), (25, 90), (32, 90), (41, 320), (45, 80), (53, 30), (68, 120)):
+            for channels in (1024, 2048, 4096, 8192):
+                some, out = convolution.pieces(n, height, width, channels)
+                for left in {some, n - n // some * some or some}:
+                    assert convolution.pieces(left, height, width, out) == (left, out)

@@ -6,7 +6,7 @@ import torch
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed import kernels
 from distributed.engine import Engine
-from distributed.plan import Job
+from distributed.plan import Job, choose_plan
 
 
 class Quiet:
@@ -31,6 +31,25 @@ def test_a_gpu_gives_the_cpus_frames(mode, monkeypatch):
         engine.release()
         results.append(frames)
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+def test_blocks_hand_on_to_each_other_through_host_memory(monkeypatch):
+    """All that blocks keep for each other leaves the device and comes back; on the CPU nothing is divided."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    tensors = decoder_tensors(TINY, torch.device("cpu"))
+    latent = torch.randn(1, 32, 9, 20, 22)
+    engine = Engine(tensors, torch.device("cuda"), torch.float32)
+    _, least = choose_plan(engine.weights, (20, 22), (20, 22), 9, False, free=1)
+    plan, _ = choose_plan(engine.weights, (20, 22), (20, 22), 9, False, least)
+    assert plan.blocks == (2, 2)
+    whole, divided = (Job(tuple(latent.shape), memory=memory) for memory in (None, least))
+    frames = [torch.full(job.frames_shape, float("nan")) for job in (whole, divided, divided)]
+    Engine(tensors, torch.device("cpu"), torch.float32).decode(whole, latent, frames[0], Quiet())
+    for place in frames[1:]:  # the second time in memory that has been used
+        engine.decode(divided, latent, place, Quiet())
+        torch.testing.assert_close(place, frames[0], atol=1e-4, rtol=0)
+    engine.release()
 
 
 @pytest.mark.gpu
