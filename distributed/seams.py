@@ -68,7 +68,7 @@ class Seams:
             for seam, piece in pieces:
                 seam.kept.append(piece.clone())
             return
-        out = [(piece.clone(memory_format=torch.contiguous_format), self._room(piece)) for _, piece in pieces]
+        out = [(piece.clone(memory_format=torch.contiguous_format), self.room(piece)) for _, piece in pieces]
         back = [
             (torch.empty_like(place, device=self.device), place, seam)
             for seam in asked
@@ -90,11 +90,18 @@ class Seams:
         if len(self.leaving) > AHEAD:
             self.main.wait_event(self.leaving.popleft()[1])
 
-    def _room(self, piece: Tensor) -> Tensor:
-        """Pinned memory for a piece. Torch keeps such memory for later decodes; it is slow to get (see `output`)."""
+    def room(self, piece: Tensor) -> Tensor:
+        """Host memory for a piece. Torch keeps what is pinned for later decodes; it is slow to get (see `output`).
+
+        Where there is no more to pin, of which Windows and WSL set a limit, other memory does, more slowly.
+        """
         needed = -(-piece.nbytes // 256) * 256
         if self.chunk.numel() < needed:
-            self.chunk = torch.empty(max(CHUNK, needed), dtype=torch.uint8, pin_memory=True)
+            size = max(CHUNK, needed)
+            try:
+                self.chunk = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                self.chunk = torch.empty(size, dtype=torch.uint8)
         place, self.chunk = self.chunk[: piece.nbytes], self.chunk[needed:]
         return place.view(piece.dtype).view(piece.shape)
 

@@ -108,6 +108,21 @@ def blocks_and_whole(weights, part, grid, size=(22, 25)):
     return frames[where], exact[where]
 
 
+def test_where_no_memory_can_be_pinned_seams_wait_in_what_there_is(monkeypatch):
+    empty = torch.empty
+
+    def none_to_pin(*size, pin_memory=False, **options):
+        if pin_memory:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", none_to_pin)
+    seams, piece = Seams(1, 2, CPU), torch.randn(3, 5, 2, 16)
+    for _ in range(2):
+        place = seams.room(piece)
+        assert place.shape == piece.shape and place.dtype == piece.dtype and not place.is_pinned()
+
+
 PARTS = [Region(0, 1, 0, 1), Region(10, 13, 0, 3), Region(9, 12, 11, 14), Region(0, 22, 20, 21)]
 
 
