@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench soak lint setup
+.PHONY: demo test bench soak lint setup browser
 
 setup: .venv/.ready
 
@@ -10,11 +10,14 @@ setup: .venv/.ready
 	$(PYTHON) scripts/set_up.py
 	@touch $@
 
+browser: setup
+	$(BIN)/python scripts/set_up.py chromium
+
 # MODEL: a folder of ComfyUI's models/diffusers, instead of the tiny built-in model.
 demo: setup
 	$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
 
-test: setup
+test: browser
 	$(BIN)/python -m pytest tests
 
 bench: setup

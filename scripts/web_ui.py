@@ -1,0 +1,123 @@
+"""ComfyUI's web UI in a real headless Chromium, driven over its DevTools protocol. For the tests and the pictures."""
+
+import asyncio
+import base64
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+
+from set_up import CHROMIUM
+
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--no-zygote",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+    "--window-size=1600,1000",
+    "about:blank",
+]
+
+
+class Page:
+    """A tab of the browser."""
+
+    def __init__(self, debugger: str) -> None:
+        self.debugger = debugger
+        self.numbers = itertools.count(1)
+
+    def run(self, script: str, seconds: float = 120) -> object:
+        """Evaluate JavaScript, the body of an async function; return its result. Its error is an AssertionError."""
+        options = {"expression": f"(async () => {{{script}}})()", "awaitPromise": True, "returnByValue": True}
+        answer = self.call("Runtime.evaluate", options, seconds)
+        if "exceptionDetails" in answer:
+            raise AssertionError(json.dumps(answer["exceptionDetails"]["exception"], indent=1))
+        return answer["result"].get("value")
+
+    def until(self, condition: str, seconds: float = 60) -> object:
+        """Wait until a JavaScript expression is true; return its value."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            if value := self.run(f"return ({condition})"):
+                return value
+            time.sleep(0.2)
+        raise AssertionError(f"not within {seconds} s: {condition}")
+
+    def picture(self, target: Path) -> None:
+        """Write what the tab shows, as PNG."""
+        target.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", {}, 60)["data"]))
+
+    def call(self, method: str, params: dict, seconds: float) -> dict:
+        """One call of the DevTools protocol."""
+        return asyncio.run(asyncio.wait_for(self._call(method, params), seconds))
+
+    async def _call(self, method: str, params: dict) -> dict:
+        number = next(self.numbers)
+        async with aiohttp.ClientSession() as session, session.ws_connect(self.debugger, max_msg_size=0) as socket:
+            await socket.send_json({"id": number, "method": method, "params": params})
+            async for message in socket:
+                answer = json.loads(message.data)
+                if answer.get("id") == number:
+                    return answer.get("result") or {"exceptionDetails": {"exception": answer["error"]}}
+        raise AssertionError("the browser hung up")
+
+
+@contextlib.contextmanager
+def open_page(chromium: str, url: str) -> Iterator[Page]:
+    """ComfyUI's web UI at `url`, loaded, with this pack's nodes in it."""
+    with tempfile.TemporaryDirectory(prefix="hv15-chromium-", ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(
+            [chromium, f"--user-data-dir={folder}", *FLAGS],
+            env=environment(chromium, Path(folder)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            page = Page(asyncio.run(_debugger(Path(folder) / "DevToolsActivePort", url)))
+            page.until("window.app?.graph && window.LiteGraph?.registered_node_types?.HV15Sampler && true", 120)
+            yield page
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def environment(chromium: str, folder: Path) -> dict[str, str]:
+    """Where a Chromium finds libraries and fonts: one that `set_up` has brought has some for where there are none."""
+    home = Path(chromium).parent
+    if home != CHROMIUM:
+        return dict(os.environ)
+    fonts = folder / "fonts.conf"
+    fonts.write_text(
+        f'<fontconfig><include ignore_missing="yes">/etc/fonts/fonts.conf</include><dir>{home / "fonts"}</dir>'
+        f"<cachedir>{folder}</cachedir></fontconfig>"
+    )
+    return {**os.environ, "LD_LIBRARY_PATH": str(home / "al2023" / "lib"), "FONTCONFIG_FILE": str(fonts)}
+
+
+async def _debugger(port_file: Path, url: str) -> str:
+    """The address at which a new tab that shows `url` is driven."""
+    limit = time.monotonic() + 60
+    while not port_file.exists() or not port_file.read_text():
+        assert time.monotonic() < limit, "Chromium did not start"
+        await asyncio.sleep(0.1)
+    port = port_file.read_text().split()[0]
+    async with (
+        aiohttp.ClientSession() as session,
+        session.put(f"http://127.0.0.1:{port}/json/new?{url}") as answer,
+    ):
+        return (await answer.json(content_type=None))["webSocketDebuggerUrl"]
