@@ -13,6 +13,17 @@ The order of events, for one chunk of latent frames [n, H, W, 32]:
     tail    upsampler of the first up block; then level after level: resnets, upsampler       doubling each time
             norm_out, conv_out -> pixels, float32, black 0, white 1, not clamped
 
+Where each of diffusers' modules (HunyuanVideo15...) went:
+
+    Decoder3D       `Trunk._step`, then `Tail.run`; norm_out, conv_act and conv_out are `Tail._pixels`
+    MidBlock        `Trunk._step`, as are the resnets of the first UpBlock3D
+    UpBlock3D       `Tail._level`, the first one's upsampler too
+    ResnetBlock     `_Part._resnet`
+    RMS_norm, SiLU  `kernels.activate_`, in the pass before a convolution
+    CausalConv3d    `_Part._conv`: `kernels.fill_groups` pads, `winograd.convolve` convolves; `Past` pads in time
+    AttnBlock       `Trunk._attention` and `attention.KeyValues`
+    Upsample        `Tail._upsample` and `kernels.upsample`
+
 All goes depth first: a level hands its few output frames on before it takes more input, so what is alive at any
 moment is a few frames of each level, whatever the length of the video.
 
