@@ -43,10 +43,6 @@ export function mountPanel(element, api, locale = "en") {
     groups.set(group.id, group);
     show();
   };
-  const act = async (id, action) => {
-    const answer = await api.fetchApi(`/hv15/groups/${id}/${action}`, { method: "POST" });
-    if (answer.ok) put(await answer.json());
-  };
   const onGroup = (event) => put(event.detail);
   const refresh = async () => {
     try {
@@ -57,6 +53,10 @@ export function mountPanel(element, api, locale = "en") {
     } catch {
       root.replaceChildren(make("p", { textContent: texts.failed }));
     }
+  };
+  const act = async (id, action) => {
+    await api.fetchApi(`/hv15/groups/${id}/${action}`, { method: "POST" }).catch(() => {});
+    await refresh(); // tells, too, that the server is gone, or the group
   };
   api.addEventListener("hv15.group", onGroup);
   api.addEventListener("reconnected", refresh);
