@@ -5,6 +5,8 @@ on one host, where there is nobody to wait for: the launcher is alone with its s
 Started as `python -m distributed.launcher --rdzv-backend=one-host --rdzv-endpoint=FILE ...`, and else as torchrun is.
 """
 
+import os
+
 from torch.distributed import FileStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
@@ -47,5 +49,6 @@ class OneHost(RendezvousHandler):
 
 
 if __name__ == "__main__":
+    os.environ["HV15_LAUNCHER"] = str(os.getpid())
     rendezvous_handler_registry.register(BACKEND, OneHost)
     main()

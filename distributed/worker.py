@@ -200,15 +200,13 @@ class Rank:
         self.channel.send("beat", id=watch.id, done=watch.done, total=watch.total, moved=watch.moved)
 
 
-LAUNCHER = os.getppid()
-
-
 def leave_orphaned() -> NoReturn:
     """End this process when its controller has ended, and with it what the controller can no longer clean up."""
     shutil.rmtree(os.environ["HV15_FOLDER"], ignore_errors=True)
-    if os.getppid() == LAUNCHER:  # it may be stopped, and then would stay for ever
+    launcher = int(os.environ["HV15_LAUNCHER"])
+    if os.getppid() == launcher:  # it may be stopped, and then would stay for ever
         with contextlib.suppress(OSError):
-            os.kill(LAUNCHER, KILL)
+            os.kill(launcher, KILL)
     os._exit(1)
 
 

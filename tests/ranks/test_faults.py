@@ -410,21 +410,29 @@ def test_ranks_that_never_come_up_are_given_up(deed, vae):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.7, 2.0])
 def test_a_controller_that_is_killed_while_ranks_start_leaves_nothing(seconds):
-    code = (
+    """Its orphans fall to whoever takes orphans in, such as a user's session. That process must not be harmed."""
+    controller = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from distributed import RankGroup\n"
         "group = RankGroup(devices=['cpu', 'cpu']); group.start()\n"
         "while not group._ranks: time.sleep(0.01)\n"
-        "print(group._ranks.launcher.pid, group._ranks.folder, flush=True)\n"
+        "print(group._ranks.folder, flush=True)\n"
         "time.sleep(100)\n"
     )
-    controller = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True)
-    pid, folder = controller.stdout.readline().split()
-    launcher = psutil.Process(int(pid))
-    time.sleep(seconds)
-    family = [launcher, *launcher.children(recursive=True)]
-    controller.kill()
-    controller.wait()
-    controller.stdout.close()
-    assert until(lambda: not any(process.is_running() for process in family), 20)
-    assert not Path(folder).exists()
+    session = (
+        "import ctypes, os, subprocess, sys, time\n"
+        "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"  # PR_SET_CHILD_SUBREAPER
+        "command = [sys.executable, '-c', sys.argv[2], sys.argv[1]]\n"
+        "controller = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)\n"
+        "folder = controller.stdout.readline().strip()\n"
+        "time.sleep(float(sys.argv[3])); controller.kill(); limit = time.monotonic() + 20\n"
+        "while time.monotonic() < limit:\n"
+        "    try: os.waitpid(-1, os.WNOHANG)\n"
+        "    except ChildProcessError: print(folder); break\n"
+        "    time.sleep(0.05)\n"
+    )
+    command = [sys.executable, "-c", session, str(ROOT), controller, str(seconds)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, "the session was killed"
+    assert ended.stdout, "processes are left"
+    assert not Path(ended.stdout.strip()).exists()
