@@ -178,6 +178,9 @@ def environment(kind: str, ports: socket.socket | None) -> dict[str, str]:
     return loopback
 
 
-def automatic_dtype(kind: str) -> str:
-    """bfloat16 where it is fast, float32 on the CPU."""
+def automatic_dtype(devices: Sequence[str]) -> str:
+    """float32 on the CPU; bfloat16 on accelerators, but float16 where a GPU is older than Ampere and has none."""
+    kind = devices[0].split(":")[0]
+    if kind == "cuda" and min(torch.cuda.get_device_capability(device)[0] for device in devices) < 8:
+        return "float16"
     return "float32" if kind == "cpu" else "bfloat16"

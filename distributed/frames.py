@@ -59,7 +59,11 @@ class FramePool:
             if buffer:
                 self._free.remove(buffer)
         buffer = buffer or self._create(size)
-        mapping = _Mapping(buffer.descriptor, buffer.size)
+        try:
+            mapping = _Mapping(buffer.descriptor, buffer.size)
+        except (OSError, ValueError):
+            buffer.close()
+            raise
         with self._lock:
             self._lent.add(buffer)
         weakref.finalize(mapping, self._give_back, buffer)
@@ -79,8 +83,13 @@ class FramePool:
         else:
             descriptor, path = tempfile.mkstemp(prefix="hv15-frames-")
             file = Path(path)
-        os.ftruncate(descriptor, size)
-        return _Buffer(descriptor, size, path, file)
+        buffer = _Buffer(descriptor, size, path, file)
+        try:
+            os.ftruncate(descriptor, size)
+        except OSError:
+            buffer.close()
+            raise
+        return buffer
 
     def _give_back(self, buffer: _Buffer) -> None:
         with self._lock:

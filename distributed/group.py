@@ -11,6 +11,8 @@ All methods may be called from any thread; decodes queue.
 import contextlib
 import itertools
 import logging
+import math
+import operator
 import secrets
 import threading
 import time
@@ -27,6 +29,7 @@ from .errors import GroupError, JobError
 from .frames import FramePool
 from .launch import RankRecord, Ranks
 from .plan import DTYPES, Job, check_job, check_latent
+from .protocol import BYTES_LIMIT
 from .states import State, follow
 from .weights import Checkpoint, SharedWeights, fingerprint, open_checkpoint
 
@@ -36,6 +39,8 @@ KEEP = ("keep", "release", "stop")
 GRACE_SECONDS = 3
 """How long the other ranks have to answer after one of them failed; then they hang in wait for it."""
 RELEASE_SECONDS = 15
+TELL_SECONDS = 0.5
+"""How often progress, which changes all the time, is told as a change of the group."""
 MEMORY_TRIES = 4
 LOGS = Path.home() / ".cache" / "hunyuanvideo15-distributed" / "logs"
 
@@ -44,11 +49,9 @@ class RankGroup:
     """A persistent group of ranks. See the module's docstring.
 
     devices: "auto", "cuda:0,cuda:1", "npu:0-3", "cpu,cpu", or a list. backend: "auto", or one that torch.distributed
-    knows. dtype: what ranks compute in, "auto" for bfloat16 on accelerators and float32 on the CPU. keep_loaded: what
-    happens after a decode: "keep" weights on the devices, "release" them, or "stop" the processes. start_timeout:
-    seconds for the ranks to come up. stall_timeout: seconds without any progress after which a rank counts as hung.
-    on_change is called, in any thread, whenever the group's status changes. logs: the folder for the ranks' logs, by
-    default in the user's cache. worker names the module that ranks run.
+    knows. options: see `configure`. on_change is called, in any thread, whenever the group's status changes; it must
+    not wait for another thread that uses the group. logs: the folder for the ranks' logs, by default in the user's
+    cache. worker names the module that ranks run.
 
     Raises ValueError for devices or options that cannot be.
     """
@@ -58,25 +61,16 @@ class RankGroup:
         devices: str | Sequence[str] = "auto",
         *,
         backend: str = "auto",
-        dtype: str = "auto",
-        keep_loaded: str = "keep",
-        start_timeout: float = 180,
-        stall_timeout: float = 120,
         on_change: Callable[[], None] | None = None,
         logs: str | Path = LOGS,
         worker: str = "distributed.worker",
+        **options: object,
     ) -> None:
         self.devices = device_module.parse_devices(devices)
         device_module.check_devices(self.devices, backend)
-        if dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}.")
-        if keep_loaded not in KEEP:
-            raise ValueError(f"keep_loaded is {keep_loaded!r}; it must be one of {', '.join(KEEP)}.")
-        kind = self.devices[0].split(":")[0]
+        self.backend = backend
+        self.configure(**options)
         self.id = secrets.token_hex(4)
-        self.dtype = device_module.automatic_dtype(kind) if dtype == "auto" else dtype
-        self.keep_loaded, self.backend = keep_loaded, backend
-        self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
         self.on_change = on_change or (lambda: None)
         self._worker, self._logs = worker, Path(logs)
         self._state = State.STOPPED
@@ -89,9 +83,14 @@ class RankGroup:
         self._jobs = itertools.count(1)
         self._pool = FramePool()
         self._handed: SharedWeights | None = None
-        self._preloaded: tuple[Ranks, str] | None = None
-        self._proven = False
-        """Whether the ranks have decoded since they were last replaced while idle."""
+        self._loaded: tuple[Ranks, str] | None = None
+        """The ranks that hold a checkpoint, or have read ahead in it, and its identity."""
+        self._unwanted = threading.Event()
+        """Set while somebody waits for the ranks to give their memory back: what loads ahead for later ends."""
+        self.decoded = False
+        """Whether ranks may have what a decode leaves on their devices; else they have loaded ahead, or nothing."""
+        self._spare = True
+        """Whether ranks that break while idle are replaced with nobody asking: once, until they have done a job."""
 
     def __enter__(self) -> "RankGroup":
         self.start(wait=True)
@@ -100,6 +99,28 @@ class RankGroup:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def configure(
+        self,
+        *,
+        dtype: str = "auto",
+        keep_loaded: str = "keep",
+        start_timeout: float = 180,
+        stall_timeout: float = 120,
+    ) -> None:
+        """Set the options that a living group may change; a decode in hand keeps the dtype that it began with.
+
+        dtype: what ranks compute in, "auto" for what suits their devices. keep_loaded: what happens after a decode:
+        "keep" weights on the devices, "release" them, or "stop" the processes. start_timeout: seconds for the ranks to
+        come up. stall_timeout: seconds without any progress after which a rank counts as hung. Raises ValueError.
+        """
+        if dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}.")
+        if keep_loaded not in KEEP:
+            raise ValueError(f"keep_loaded is {keep_loaded!r}; it must be one of {', '.join(KEEP)}.")
+        self.dtype = device_module.automatic_dtype(self.devices) if dtype == "auto" else dtype
+        self.keep_loaded = keep_loaded
+        self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
+
     def start(self, wait: bool = False) -> None:
         """Bring the ranks up in the background, unless they are up. With `wait`, return when they are ready.
 
@@ -107,6 +128,7 @@ class RankGroup:
         """
         with self._lock:
             if self._state in (State.STOPPED, State.FAILED):
+                self._spare = True
                 self._begin(State.STARTING)
             thread = self._starting
         if wait:
@@ -154,11 +176,15 @@ class RankGroup:
         latent = latent.detach().to("cpu", torch.float32).contiguous()
         watch = _Watch(progress, cancelled, notice, None if timeout is None else time.monotonic() + timeout)
         with self._turn(watch):
-            frames, place = self._pool.allocate(job.frames_shape)
+            try:
+                frames, place = self._pool.allocate(job.frames_shape)
+            except OSError as error:
+                size = 4 * math.prod(job.frames_shape) / 2**30
+                raise JobError(f"There is no room for the frames, {size:.2f} GiB of shared memory: {error}.") from error
             if frames_started:
                 frames_started(frames)
             try:
-                self._decode(job, latent, path, place, watch)
+                self._decode(job, latent, checkpoint, path, place, watch)
             finally:
                 self._after()
             return frames
@@ -168,8 +194,13 @@ class RankGroup:
         self._cancel.set()
 
     def release(self) -> None:
-        """Give back device memory, and frame buffers that nobody holds; keep processes. Waits for a decode in hand."""
+        """Give back device memory, and frame buffers that nobody holds; keep processes.
+
+        Waits for a decode in hand, so none of its callbacks may call this; loading ahead is ended.
+        """
+        self._unwanted.set()
         with self._decoding:
+            self._unwanted.clear()
             self._release()
 
     def stop(self) -> None:
@@ -178,7 +209,7 @@ class RankGroup:
         with self._lock:
             ranks, self._ranks = self._ranks, None
             self._move(State.STOPPED)
-            self._handed = None
+            self._handed, self.decoded = None, False
             starting = self._starting
         if ranks:
             ranks.end()
@@ -214,14 +245,26 @@ class RankGroup:
         with self._lock:
             self._state = follow(self._state, state)
             self._error = error
-        self.on_change()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell whoever listens that the status has changed."""
+        try:
+            self.on_change()
+        except Exception:
+            log.exception("What a rank group tells its changes to failed.")
 
     def _begin(self, state: State) -> None:
         """Replace the ranks, if there are any, by new ones, in the background. The lock is held."""
         old, self._ranks = self._ranks, None
         self._starting = threading.Thread(target=self._bring_up, args=(old,), name="hv15-start", daemon=True)
         self._move(state)
-        self._starting.start()
+        try:
+            self._starting.start()
+        except RuntimeError as error:  # there can be no more threads
+            if old:
+                old.end()
+            self._fail(f"The rank group cannot be started: {error}.")
 
     def _bring_up(self, old: Ranks | None) -> None:
         if old:
@@ -235,11 +278,12 @@ class RankGroup:
                 self.backend,
                 self._worker,
                 self._logs,
-                self.stall_timeout,
+                lambda: self.stall_timeout,
                 lambda: self._changed(ranks),
             )
-        except OSError as error:
-            self._settle(None, f"The rank group cannot be started: {error.strerror}")
+        except Exception as error:
+            words = error.strerror if isinstance(error, OSError) else error
+            self._settle(None, f"The rank group cannot be started: {words}.\n{error!r}")
             return
         with self._lock:
             if self._wanted():
@@ -267,12 +311,12 @@ class RankGroup:
         """Ranks changed, in some thread. Idle ones that broke are replaced, once, until a decode has shown them fit."""
         with self._lock:
             if ranks.broken and self._ranks is ranks and self._state is State.READY:
-                if self._proven:
-                    self._proven = False
+                if self._spare:
+                    self._spare = False
                     self._begin(State.RECOVERING)
                 else:
                     self._fail(ranks.broken)
-        self.on_change()
+        self._tell()
 
     def _fail(self, error: str) -> None:
         """Give up until somebody asks again. The lock is held."""
@@ -304,11 +348,18 @@ class RankGroup:
         self, latent: Tensor, checkpoint: Checkpoint, mode: str, tile_size: int, overlap: int, memory: int | None
     ) -> Job:
         try:
-            job = Job(tuple(latent.shape), mode, tile_size, overlap, self.dtype, memory)
+            pixels = _whole("tile_size", tile_size), _whole("overlap", overlap)
+            budget = None if memory is None else _whole("memory", memory)
+            job = Job(tuple(latent.shape), mode, *pixels, self.dtype, budget)
             check_job(job, len(self.devices))
             check_latent(latent, checkpoint.latent_channels)
         except ValueError as error:
             raise JobError(str(error)) from error
+        if latent.numel() * 4 > BYTES_LIMIT:
+            raise JobError(
+                f"The latent has shape {list(latent.shape)}, {latent.numel() * 4 / 2**30:.1f} GiB; "
+                f"{BYTES_LIMIT / 2**30:g} GiB is the most. Decode it in parts."
+            )
         return job
 
     @contextlib.contextmanager
@@ -322,7 +373,9 @@ class RankGroup:
         finally:
             self._decoding.release()
 
-    def _decode(self, job: Job, latent: Tensor, path: Path, place: str, watch: "_Watch") -> None:
+    def _decode(
+        self, job: Job, latent: Tensor, checkpoint: Checkpoint, path: Path, place: str, watch: "_Watch"
+    ) -> None:
         """Run the job: again with less memory while a rank lacks it, and once on a new group if this one breaks."""
         restarted = False
         tries, usable = 1, 0
@@ -331,7 +384,10 @@ class RankGroup:
             try:
                 self.start()
                 ranks = self._take(watch)
-                return self._run(ranks, watch, "job", raw, job=asdict(job), checkpoint=str(path), frames=place)
+                self.decoded = True
+                self._run(ranks, watch, "job", raw, job=asdict(job), checkpoint=str(path), frames=place)
+                self._loaded = ranks, checkpoint.identity
+                return
             except GroupError as error:
                 if restarted:
                     with self._lock:
@@ -367,23 +423,34 @@ class RankGroup:
             self._check(watch)
 
     def _preload(self, vae: str | Path | Mapping[str, Tensor], shared: Collection[str]) -> None:
-        watch = _Watch()
+        watch = _Watch(cancelled=self._unwanted.is_set)
         try:
             checkpoint, path, _held = self._resolve(vae)
             with self._turn(watch):
-                if self._preloaded != (self._ranks, checkpoint.identity):
+                if self._loaded != (self._ranks, checkpoint.identity):
                     ranks = self._take(watch)
-                    self._preloaded = ranks, checkpoint.identity
                     self._run(ranks, watch, "load", checkpoint=str(path), dtype=self.dtype, shared=list(shared))
+                    self._loaded = ranks, checkpoint.identity
         except (Cancelled, JobError, GroupError, _Memory) as error:
             log.debug("Preloading ended early: %s", error)
 
     def _run(self, ranks: Ranks, watch: "_Watch", type: str, raw: memoryview | None = None, **fields: object) -> None:
         """Have the ranks do a job. Raises GroupError, JobError, _Memory, Cancelled, or what a callback raised."""
+        try:
+            self._attend(ranks, watch, type, raw, fields)
+        except BaseException:
+            with self._lock:
+                if self._ranks is ranks and self._state is State.BUSY:
+                    self._begin(State.RECOVERING)  # how much of the job they have heard nobody knows
+            raise
+        self._spare = True
+
+    def _attend(self, ranks: Ranks, watch: "_Watch", type: str, raw: memoryview | None, fields: dict) -> None:
         id = next(self._jobs)
         ranks.begin(id)
         ranks.send(type, raw, id=id, **fields)
         stop, grace = None, None
+        told, told_at = 0, time.monotonic()
         answers: list[dict | None] = [None]
         done = total = 0
         while True:
@@ -392,6 +459,9 @@ class RankGroup:
                     ranks.changed.wait(0.1)
                     answers = [record.answer for record in ranks.records]
                     done, total = sum(r.done for r in ranks.records), sum(r.total for r in ranks.records)
+                if done != told and time.monotonic() - told_at > TELL_SECONDS:
+                    told, told_at = done, time.monotonic()
+                    self._tell()
                 if stop is None:
                     self._check(watch)
                     watch.progress(done, total)
@@ -425,7 +495,6 @@ class RankGroup:
             raise GroupError(ranks.broken)
         if failed:
             raise _failure(failed)
-        self._proven = True
         watch.progress(total, total)
 
     def _check(self, watch: "_Watch") -> None:
@@ -444,7 +513,7 @@ class RankGroup:
             ranks = self._ranks if self._state is State.READY else None
         if ranks:
             ranks.release(RELEASE_SECONDS)
-        self._preloaded = None
+        self._loaded, self.decoded = None, False
         self._pool.trim()
 
 
@@ -471,6 +540,13 @@ def _failure(failed: list[RankRecord]) -> Exception:
 
 def _words(record: RankRecord) -> str:
     return f"{str(record).capitalize()}: {record.answer['message']}"
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number.") from None
 
 
 def _first_line(error: Exception) -> str:

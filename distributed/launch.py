@@ -31,6 +31,8 @@ PACK = Path(__file__).resolve().parent.parent
 WATCH_SECONDS = 0.5
 BEATS_MISSED_SECONDS = 10
 """A rank that says nothing for this long is stopped or stuck beyond help (it speaks twice a second)."""
+END_SECONDS = 1
+"""How long the launcher may take to say how a rank ended."""
 RUNS_KEPT = 16
 """Logs of this many starts are kept."""
 LOG_LINES = 8
@@ -60,7 +62,7 @@ class RankRecord:
 class Ranks:
     """Rank processes for `devices`, one each. `changed` is notified, and `on_change` called, when a record changes.
 
-    stall_seconds: how long a rank may have a job and not move. Logs go to a new folder in `logs`.
+    stall_seconds tells how long a rank may have a job and not move. Logs go to a new folder in `logs`.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Ranks:
         backend: str,
         worker: str,
         logs: Path,
-        stall_seconds: float,
+        stall_seconds: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
         self.records = [RankRecord(rank, device) for rank, device in enumerate(devices)]
@@ -85,31 +87,36 @@ class Ranks:
         self._on_change = on_change
         self._ending = threading.Event()
         kind = devices[0].split(":")[0]
-        self._ports = device_module.reserve_ports(kind)  # first: it may fail, and nothing is to be undone yet
-        self.logs = _new_log_folder(logs)
-        self.folder = Path(tempfile.mkdtemp(prefix="hv15-"))
-        key = secrets.token_bytes(32)
-        (self.folder / "rendezvous").touch(0o600)
-        with open(os.open(self.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(key)
-        self._door = Door(key, self._serve)
-        environment = {
-            **os.environ,
-            **device_module.environment(kind, self._ports),
-            "HV15_FOLDER": str(self.folder),
-            "HV15_LOGS": str(self.logs),
-            "HV15_CONTROL": "{}:{}".format(*self._door.address),
-            "HV15_DEVICES": ",".join(devices),
-            "HV15_BACKEND": backend,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(PACK), os.environ.get("PYTHONPATH")])),
-            "TMPDIR": str(self.folder),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "distributed.launcher", "--nnodes=1", f"--nproc-per-node={len(devices)}"]
-        command += ["--max-restarts=0", "--rdzv-backend=one-host", f"--rdzv-endpoint={self.folder / 'rendezvous'}"]
-        command += ["-m", worker]
-        try:
-            with open(os.open(self.logs / "launcher.log", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as output:
+        with contextlib.ExitStack() as undo:
+            self._ports = device_module.reserve_ports(kind)
+            if self._ports:
+                undo.callback(self._ports.close)
+            self.logs = _new_log_folder(logs)
+            self.folder = Path(tempfile.mkdtemp(prefix="hv15-"))
+            undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            key = secrets.token_bytes(32)
+            (self.folder / "rendezvous").touch(0o600)
+            with open(_private(self.folder / "key"), "wb") as file:
+                file.write(key)
+            self._door = Door(key, self._serve)
+            undo.callback(self._door.close)
+            environment = {
+                **os.environ,
+                **device_module.environment(kind, self._ports),
+                "HV15_FOLDER": str(self.folder),
+                "HV15_LOGS": str(self.logs),
+                "HV15_CONTROL": "{}:{}".format(*self._door.address),
+                "HV15_CONTROLLER": str(os.getpid()),
+                "HV15_DEVICES": ",".join(devices),
+                "HV15_BACKEND": backend,
+                "PYTHONPATH": os.pathsep.join(filter(None, [str(PACK), os.environ.get("PYTHONPATH")])),
+                "TMPDIR": str(self.folder),
+                "OMP_NUM_THREADS": "1",
+            }
+            command = [sys.executable, "-m", "distributed.launcher", "--nnodes=1", f"--nproc-per-node={len(devices)}"]
+            command += ["--max-restarts=0", "--rdzv-backend=one-host"]
+            command += [f"--rdzv-endpoint={self.folder / 'rendezvous'}", "-m", worker]
+            with open(_private(self.logs / "launcher.log"), "wb") as output:
                 self.launcher = subprocess.Popen(
                     command,
                     env=environment,
@@ -119,13 +126,9 @@ class Ranks:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
-        except OSError:
-            self._door.close()
-            if self._ports:
-                self._ports.close()
-            shutil.rmtree(self.folder)
-            raise
-        threading.Thread(target=self._watch, name="hv15-watch", daemon=True).start()
+            undo.callback(self.launcher.kill)
+            threading.Thread(target=self._watch, name="hv15-watch", daemon=True).start()
+            undo.pop_all()
 
     def wait_ready(self, seconds: float, what: str = "come up") -> bool:
         """Wait until every rank can take a job. False when the ranks broke or ended; too long a wait breaks them."""
@@ -164,6 +167,7 @@ class Ranks:
             for record in self.records:
                 record.answer, record.state, record.moved_at = None, "busy", now
                 record.done = record.total = 0
+        self._on_change()
 
     def give_up(self, reason: str, record: RankRecord | None = None) -> None:
         """The ranks are `broken`, for this reason. Whoever waits for them, or sends to them, is woken."""
@@ -237,13 +241,16 @@ class Ranks:
         if any(record.state == "starting" for record in self.records):
             self._remember_family()
         if self.launcher.poll() is not None:
-            # Where it went because a rank died, that rank's channel tells more.
-            time.sleep(WATCH_SECONDS)
+            if self.launcher.returncode >= 0:  # it went because a rank died, whose end tells more, in a moment
+                self._ending.wait(END_SECONDS + WATCH_SECONDS)
             self.give_up(f"the launcher ended with exit code {self.launcher.returncode}")
         for record in self.records:
             if record.channel and now - record.heard_at > BEATS_MISSED_SECONDS:
                 self.give_up(f"{record} has not been heard of for {now - record.heard_at:.0f} seconds", record)
-            if record.state == "busy" and now - record.moved_at > self._stall_seconds:
+        still = [r for r in self.records if r.state == "busy" and now - r.moved_at > self._stall_seconds()]
+        others_move = len(still) < sum(record.state == "busy" for record in self.records)
+        for record in still:
+            if not others_move or record.done < record.total:  # else it may have nothing to do but wait for others
                 self.give_up(f"{record} made no progress for {now - record.moved_at:.0f} seconds", record)
 
     def _serve(self, channel: Channel) -> None:
@@ -285,9 +292,10 @@ class Ranks:
 
     def _end_of(self, record: RankRecord) -> str:
         """How a rank ended. The launcher is its parent and knows; its log tells, a moment later."""
-        for _ in range(20):
+        limit = time.monotonic() + END_SECONDS
+        while time.monotonic() < limit:
             for line in _read(self.logs / "launcher.log").splitlines():
-                if f"pid: {record.pid}" in line and "exitcode:" in line:
+                if f"pid: {record.pid})" in line and "exitcode:" in line:
                     return f"died with exit code {line.split('exitcode:')[1].split(')')[0].strip()}"
             time.sleep(0.05)
         return "is gone" if not psutil.pid_exists(record.pid) else "closed its connection"
@@ -299,6 +307,11 @@ def _new_log_folder(logs: Path) -> Path:
     for old in sorted(logs.glob("run-*"), key=lambda folder: folder.name)[: 1 - RUNS_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=time.strftime("run-%Y%m%d-%H%M%S-"), dir=logs))
+
+
+def _private(path: Path) -> int:
+    """A descriptor of a new file that its owner alone may read."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
 
 def _read(path: Path) -> str:

@@ -67,6 +67,8 @@ def check_job(job: Job, world_size: int) -> None:
         raise ValueError(f"mode is {job.mode!r}; it must be one of {', '.join(MODES)}.")
     if job.dtype not in DTYPES:
         raise ValueError(f"dtype is {job.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    if job.memory is not None and not 0 < job.memory < 2**63:
+        raise ValueError(f"memory is {job.memory}; it must be a number of bytes, or None for whatever is free.")
     if world_size < 1:
         raise ValueError(f"A group of {world_size} ranks cannot decode; it needs at least one.")
     if job.mode == "tiled":

@@ -4,7 +4,8 @@ Over loopback TCP, with `multiprocessing.connection` for framing and for the mut
 the group's folder holds; its pickling half is not used. A message is one frame of JSON, {"type": ..., fields}, and,
 where "bytes" says so, a second frame of raw bytes.
 
-    controller -> rank   job {id, job, checkpoint, frames} + latent, cancel {id}, release, stop
+    controller -> rank   job {id, job, checkpoint, frames} + latent, load {id, checkpoint, dtype, shared},
+                         cancel {id}, release, stop
     rank -> controller   hello {rank, pid, device}, ready, beat {id, done, total, moved}, done {id},
                          failed {id, kind, ...}, released
 
@@ -19,6 +20,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
@@ -40,7 +42,7 @@ class Channel:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        with socket.socket(fileno=os.dup(connection.fileno())) as handle:
+        with _socket_of(connection) as handle:
             limit = SEND_SECONDS * 1000 if os.name == "nt" else struct.pack("ll", SEND_SECONDS, 0)
             handle.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
@@ -70,8 +72,13 @@ class Channel:
         _shut(self._connection)
 
 
+def _socket_of(connection: Connection) -> socket.socket:
+    """Another handle on a connection's socket."""
+    return socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+
+
 def _shut(connection: Connection) -> None:
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as handle:
+    with contextlib.suppress(OSError), _socket_of(connection) as handle:
         handle.shutdown(socket.SHUT_RDWR)
 
 
@@ -99,16 +106,22 @@ class Door:
     def close(self) -> None:
         """Listen no more. Channels that were admitted live on."""
         self._closed = True
-        with contextlib.suppress(OSError):  # a thread blocked in accept wakes only for a caller
-            socket.create_connection(self.address, timeout=1).close()
-        self._thread.join()
+        for _ in range(20):
+            with contextlib.suppress(OSError):  # a thread blocked in accept wakes only for a caller
+                socket.create_connection(self.address, timeout=1).close()
+            self._thread.join(0.1)
+            if not self._thread.is_alive():
+                break
         self._listener.close()
 
     def _accept(self) -> None:
         while True:
             try:
                 connection = self._listener.accept()
-            except OSError:
+            except OSError:  # the caller is gone again, or this process has no descriptor left
+                if self._closed:
+                    return
+                time.sleep(0.1)
                 continue
             if self._closed:
                 connection.close()

@@ -182,7 +182,10 @@ def share_state_dict(state_dict: Mapping[str, Tensor], folder: str | os.PathLike
     path = Path(folder) / f"{name}.safetensors"
     # Made before it is filled: at no time may others read it.
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600))
-    save_file(decoder, path)
+    try:
+        save_file(decoder, path)
+    except SafetensorError as error:
+        raise OSError(f"The VAE cannot be handed over to the ranks: {error}") from error
     path.chmod(0o600)
     return path
 

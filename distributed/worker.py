@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,7 +50,8 @@ class JobWatch:
         self._cancelled: set[int] = set()
 
     def begin(self, id: int) -> None:
-        self.id, self.done, self.total = id, 0, 0
+        self.done = self.total = 0  # before the id, lest a beat pair the new one with the progress of the old
+        self.id = id
         self.moved += 1
 
     def progress(self, done: int, total: int) -> None:
@@ -182,12 +184,23 @@ class Rank:
                     self.todo.put({**message, "raw": raw})
                 if message["type"] == "stop":
                     return
-        except BROKEN:
+        except BROKEN as error:
             # The controller is gone, or has given this rank up. Whatever the main thread does, nobody waits for it.
-            leave_orphaned()
+            leave_orphaned(error)
 
     def _beat(self) -> None:
+        try:
+            controller = psutil.Process(int(os.environ["HV15_CONTROLLER"]))
+        except psutil.NoSuchProcess as error:
+            leave_orphaned(error)
+        own, computed = psutil.Process(), 0.0
         while True:
+            if not controller.is_running():  # a child that it forked may hold the connection open
+                leave_orphaned(ProcessLookupError("the controller has ended"))
+            before, computed = computed, own.cpu_times().user
+            if self.device_name == "cpu" and computed - before > BEAT_SECONDS / 4:
+                # A convolution may take minutes here. (A thread that waits for a GPU would look the same.)
+                self.watch.moved += 1
             try:
                 self._say_beat()
             except BROKEN:
@@ -200,8 +213,9 @@ class Rank:
         self.channel.send("beat", id=watch.id, done=watch.done, total=watch.total, moved=watch.moved)
 
 
-def leave_orphaned() -> NoReturn:
+def leave_orphaned(error: Exception) -> NoReturn:
     """End this process when its controller has ended, and with it what the controller can no longer clean up."""
+    log.error("The rank leaves: its connection ended (%s: %s).", type(error).__name__, error)
     shutil.rmtree(os.environ["HV15_FOLDER"], ignore_errors=True)
     launcher = int(os.environ["HV15_LAUNCHER"])
     if os.getppid() == launcher:  # it may be stopped, and then would stay for ever
@@ -257,8 +271,8 @@ def main() -> None:
     host, port = os.environ["HV15_CONTROL"].split(":")
     try:
         channel = connect((host, int(port)), (folder / "key").read_bytes())
-    except BROKEN:
-        leave_orphaned()
+    except BROKEN as error:
+        leave_orphaned(error)
     rank = Rank(channel, os.environ["HV15_DEVICES"].split(",")[local_rank], output)
     try:
         rank.run()

@@ -16,7 +16,7 @@ from ..distributed.group import KEEP
 from ..distributed.plan import MODES, Job, check_job, check_latent
 from . import sockets
 from .groups import GroupDescription, live_group, running_server
-from .memory import make_room
+from .memory import enter, make_room
 from .sockets import CATEGORY
 from .vae import DTYPES, rank_source
 
@@ -24,10 +24,17 @@ PREVIEW_SECONDS = 1.0
 
 
 def decode_on_ranks(
-    latent: Tensor, vae: object, description: GroupDescription | None, mode: str, tile_size: int, overlap: int
+    latent: Tensor,
+    vae: object,
+    description: GroupDescription | None,
+    mode: str,
+    tile_size: int,
+    overlap: int,
+    memory: float,
 ) -> Tensor:
     """Decode a LATENT's samples, [B, 32, t, H, W] in VAE space, to frames [B, T, H', W', 3] in 0..1.
 
+    memory: GiB that each rank may use, weights included; 0 for whatever is free.
     Shows progress and previews on the node that runs, and ends with ComfyUI's own interruption when interrupted.
     Raises ValueError for input that is not HunyuanVideo-1.5's, before anything is started or unloaded.
     """
@@ -46,6 +53,7 @@ def decode_on_ranks(
             mode,
             tile_size=tile_size,
             overlap=overlap,
+            memory=int(memory * 2**30) or None,
             progress=progress.update,
             cancelled=comfy.model_management.processing_interrupted,
             frames_started=progress.watch,
@@ -60,7 +68,9 @@ def preload(vae: object, description: GroupDescription | None) -> None:
     """Have the ranks load the VAE in the background. Raises ValueError for one that is not HunyuanVideo-1.5's."""
     main = comfy.model_management.get_torch_device()  # the sampler needs its memory until the decode
     shared = [] if main.type == "cpu" else [str(main)]
-    live_group(description).preload(rank_source(check_vae(vae)), shared)
+    source, group = rank_source(check_vae(vae)), live_group(description)
+    enter(group)
+    group.preload(source, shared)
 
 
 class Progress:
@@ -187,6 +197,15 @@ def decode_inputs() -> list:
         io.Int.Input(
             "overlap", default=64, min=0, max=2048, step=16, tooltip="Pixels that tiles share; counts in tiled mode."
         ),
+        io.Float.Input(
+            "memory",
+            optional=True,
+            default=0.0,
+            min=0.0,
+            max=4096.0,
+            step=0.5,
+            tooltip="GiB that each rank may use, weights included; 0: whatever is free. Less is slower.",
+        ),
     ]
 
 
@@ -226,6 +245,7 @@ class DistributedVAEDecode(io.ComfyNode):
         tile_size: int,
         overlap: int,
         rank_group: GroupDescription | None = None,
+        memory: float = 0.0,
     ) -> io.NodeOutput:
-        frames = decode_on_ranks(samples["samples"], vae, rank_group, mode, tile_size, overlap)
+        frames = decode_on_ranks(samples["samples"], vae, rank_group, mode, tile_size, overlap, memory)
         return io.NodeOutput(frames.flatten(0, 1))

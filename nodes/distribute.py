@@ -16,10 +16,11 @@ class DistributedVAE:
     mode: str
     tile_size: int
     overlap: int
+    memory: float
 
     def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
         """[B, 32, t, H, W] -> [B, T, H', W', 3] in 0..1, as core's."""
-        return decode_on_ranks(samples_in, self, self.group, self.mode, self.tile_size, self.overlap)
+        return decode_on_ranks(samples_in, self, self.group, self.mode, self.tile_size, self.overlap, self.memory)
 
     def decode_tiled(
         self,
@@ -35,11 +36,11 @@ class DistributedVAE:
         sides = [side for side in (tile_x, tile_y) if side is not None]
         tile_size = min(sides) * scale if sides else self.tile_size
         shared = overlap * scale if overlap is not None else min(self.overlap, tile_size // 4 // scale * scale)
-        return decode_on_ranks(samples, self, self.group, "tiled", tile_size, shared)
+        return decode_on_ranks(samples, self, self.group, "tiled", tile_size, shared, self.memory)
 
 
 def distributed(
-    vae: comfy.sd.VAE, group: GroupDescription | None, mode: str, tile_size: int, overlap: int
+    vae: comfy.sd.VAE, group: GroupDescription | None, mode: str, tile_size: int, overlap: int, memory: float
 ) -> comfy.sd.VAE:
     """Another VAE's twin in everything but decoding, which runs on ranks.
 
@@ -51,7 +52,7 @@ def distributed(
         kind = type("DistributedVAE", (DistributedVAE, kind), {})
     twin = object.__new__(kind)
     twin.__dict__.update(vae.__dict__)
-    twin.group, twin.mode, twin.tile_size, twin.overlap = group, mode, tile_size, overlap
+    twin.group, twin.mode, twin.tile_size, twin.overlap, twin.memory = group, mode, tile_size, overlap, memory
     return twin
 
 
@@ -71,7 +72,13 @@ class DistributeVAE(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, vae: object, mode: str, tile_size: int, overlap: int, rank_group: GroupDescription | None = None
+        cls,
+        vae: object,
+        mode: str,
+        tile_size: int,
+        overlap: int,
+        rank_group: GroupDescription | None = None,
+        memory: float = 0.0,
     ) -> io.NodeOutput:
         preload(vae, rank_group)
-        return io.NodeOutput(distributed(vae, rank_group, mode, tile_size, overlap))
+        return io.NodeOutput(distributed(vae, rank_group, mode, tile_size, overlap, memory))

@@ -13,6 +13,7 @@ from pathlib import Path
 import folder_paths
 
 from ..distributed import RankGroup
+from ..distributed.devices import check_devices, parse_devices
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,13 @@ class GroupDescription:
     stall_timeout: float = 120
 
 
-_groups: dict[GroupDescription, RankGroup] = {}
+_groups: dict[tuple[str, ...], RankGroup] = {}
+"""By the devices of their ranks."""
 _lock = threading.Lock()
 
 
 def live_group(description: GroupDescription | None) -> RankGroup:
-    """The group of that description, or of the default one.
+    """The group of that description, or of the default one. One that lives on the same devices takes its options.
 
     Raises ValueError for devices that are not there, and what is no description.
     """
@@ -42,13 +44,17 @@ def live_group(description: GroupDescription | None) -> RankGroup:
         description = GroupDescription()
     if not isinstance(description, GroupDescription):
         raise ValueError(f"rank_group holds {description!r}; connect it to a Rank Group node, or leave it free.")
+    options = asdict(description)
+    devices, backend = parse_devices(options.pop("devices")), options.pop("backend")
+    check_devices(devices, backend)
     with _lock:
-        if description not in _groups:
-            logs = Path(folder_paths.get_user_directory()) / "hv15_logs"
-            group = RankGroup(**asdict(description), logs=logs)
-            group.on_change = lambda: announce(group)
-            _groups[description] = group
-        return _groups[description]
+        if group := _groups.get(devices):
+            group.configure(**options)
+            return group
+        logs = Path(folder_paths.get_user_directory()) / "hv15_logs"
+        group = _groups[devices] = RankGroup(devices, backend=backend, logs=logs, **options)
+        group.on_change = lambda: announce(group)
+        return group
 
 
 def all_groups() -> list[RankGroup]:

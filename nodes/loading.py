@@ -12,6 +12,7 @@ import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 
+from ..distributed.weights import open_checkpoint
 from . import sockets
 from .sockets import CATEGORY
 from .tiny import TINY
@@ -200,6 +201,16 @@ def pipeline_dtype(choice: str) -> torch.dtype:
     return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float16
 
 
+def model_folder(name: str) -> Path:
+    """The folder of a pipeline in the node's list. Raises ValueError where there is none."""
+    if name in TINY:
+        return tiny_folder(name)
+    folder = next((folder for folder in diffusers_folders() if folder.name == name), None)
+    if folder is None:
+        raise ValueError(f"models/diffusers has no folder {name} with a model_index.json.")
+    return folder
+
+
 class LoadPipeline(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -235,12 +246,12 @@ class LoadPipeline(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, model: str, dtype: str, offload: str) -> str:
+        """A model whose VAE has changed is loaded anew."""
+        return open_checkpoint(model_folder(model)).identity
+
+    @classmethod
     def execute(cls, model: str, dtype: str, offload: str) -> io.NodeOutput:
-        if model in TINY:
-            folder = tiny_folder(model)
-        else:
-            folder = next((folder for folder in diffusers_folders() if folder.name == model), None)
-            if folder is None:
-                raise ValueError(f"models/diffusers has no folder {model} with a model_index.json.")
+        folder = model_folder(model)
         pipeline = load_pipeline(folder, pipeline_dtype(dtype), offload)
         return io.NodeOutput(pipeline, load_vae(folder / "vae", dtype))

@@ -54,6 +54,7 @@ class HunyuanVideo15VAE(comfy.sd.VAE):
         # Core's own constructor, given its smallest model, sets whatever attributes this version of core has.
         super().__init__(sd={"pixel_space_vae": torch.tensor(1.0)})
         self.source, self.source_identity = source, checkpoint.identity
+        self.source_inodes = {file: _inode(file) for file in checkpoint.files}
         self.latent_channels, self.latent_dim, self.output_channels = checkpoint.latent_channels, 3, 3
         self.upscale_ratio = (lambda t: max(0, t * 4 - 3), 16, 16)
         self.upscale_index_formula = (4, 16, 16)
@@ -100,11 +101,20 @@ def load_vae(path: str | Path, dtype: str = "auto") -> HunyuanVideo15VAE:
     return HunyuanVideo15VAE(checkpoint, Path(path), DTYPES.get(dtype))
 
 
+def _inode(file: Path) -> tuple[int, int] | None:
+    """What stays the same where a file is written over, and does not where another takes its place."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def rank_source(vae: comfy.sd.VAE) -> Path:
     """The file or folder that ranks map: the VAE's checkpoint, or where that is not known, its weights handed over.
 
     Weights in memory are written once, for all groups, until they change or their model is gone. Raises
-    CheckpointError for a VAE that is not HunyuanVideo-1.5's, or that was not loaded whole.
+    CheckpointError for a VAE that is not HunyuanVideo-1.5's, that was not loaded whole, or whose file was written over.
     """
     source = getattr(vae, "source", None)
     if source is not None:
@@ -112,7 +122,11 @@ def rank_source(vae: comfy.sd.VAE) -> Path:
             if open_checkpoint(source).identity == vae.source_identity:
                 return source
         except (CheckpointError, OSError):
-            pass  # the file is gone or another by now; the VAE still has its weights
+            pass  # the file is gone or another by now
+        overwritten = [file.name for file, inode in vae.source_inodes.items() if _inode(file) == inode]
+        if overwritten:  # its weights are mapped: to read them now could end this process
+            raise CheckpointError(f"{overwritten[0]} was written over while it was loaded. Queue the prompt again.")
+        # Where it was taken away, or replaced as downloads are, the VAE still has its weights.
     model = vae.first_stage_model
     weights = vae.get_sd()
     layout = check_state_dict(weights)
@@ -190,6 +204,11 @@ class LoadVAE(io.ComfyNode):
             ],
             outputs=[io.Vae.Output(tooltip="A VAE for any node.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, vae_name: str, dtype: str) -> str:
+        """A file that has changed is loaded anew."""
+        return open_checkpoint(vae_path(vae_name)).identity
 
     @classmethod
     def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:

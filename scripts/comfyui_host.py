@@ -113,6 +113,11 @@ class Host:
         """The processes of all ranks of all groups."""
         return {rank["pid"] for group in self.get("/hv15/groups") for rank in group["ranks"]}
 
+    def stop_groups(self) -> None:
+        """End the ranks of all groups; the next prompt starts those that it needs."""
+        for group in self.get("/hv15/groups"):
+            self.post(f"/hv15/groups/{group['id']}/stop")
+
     def saved(self, entry: dict) -> Path:
         """Where a file lies that a run has among its outputs."""
         return self.base / "output" / entry["subfolder"] / entry["filename"]

@@ -65,6 +65,7 @@ def test_a_template_queues_the_same_job_as_its_api_prompt(page, prompt, name):
 
 
 def test_the_panel_shows_a_group_at_work_and_stops_it(page, host):
+    host.stop_groups()
     load(page, "text_to_video")
     page.until("document.querySelector('.hv15\\\\.groups-tab-button') !== null")
     page.run("document.querySelector('.hv15\\\\.groups-tab-button').click()")
@@ -72,16 +73,21 @@ def test_the_panel_shows_a_group_at_work_and_stops_it(page, host):
     page.run(
         """
         window.seen = new Set();
-        const look = () => document.querySelectorAll(".hv15-group").forEach((box) => seen.add(box.dataset.state));
+        const look = () => {
+          document.querySelectorAll(".hv15-group").forEach((box) => seen.add(box.dataset.state));
+          for (const line of document.querySelectorAll(".hv15-rank"))
+            seen.add(`rank ${line.querySelector(".hv15-state").textContent}`);
+          for (const bar of document.querySelectorAll(".hv15-rank progress"))
+            if (bar.value > 0 && bar.value < 1) seen.add("progress");
+        };
         new MutationObserver(look).observe(document.body, { subtree: true, childList: true });
         const by = (type) => app.graph._nodes.find((node) => node.type === type);
-        by("HV15RankGroup").widgets.find((widget) => widget.name === "stall_timeout").value = 99;
-        for (const [name, value] of [["width", 96], ["height", 64], ["frames", 5], ["steps", 2]])
+        for (const [name, value] of [["width", 160], ["height", 128], ["frames", 121], ["steps", 2]])
           by("HV15Sampler").widgets.find((widget) => widget.name === name).value = value;
         await app.queuePrompt(0);
         """
     )
-    page.until("seen.has('starting') && seen.has('busy')", 120)
+    page.until("['starting', 'busy', 'rank busy', 'progress'].every((mark) => seen.has(mark))", 120)
     page.until("document.querySelector('.hv15-group:last-child')?.dataset.state === 'ready'")
     assert page.run("return document.querySelectorAll('.hv15-group:last-child .hv15-rank').length") == 2
     page.run("document.querySelector('.hv15-group:last-child .hv15-stop').click()")

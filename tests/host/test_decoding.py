@@ -138,8 +138,7 @@ def test_encoding_through_our_vae_is_core_s(server):
 def test_decodes_after_a_stop_are_the_same(server, expected, change):
     for _ in range(2):
         assert np.abs(frames(server, graph(**change)).astype(int) - expected).max() <= 1
-        for group in server.get("/hv15/groups"):
-            server.post(f"/hv15/groups/{group['id']}/stop")
+        server.stop_groups()
         assert {group["state"] for group in server.get("/hv15/groups")} == {"stopped"}
         server.post("/free", {"unload_models": True, "free_memory": True})
 

@@ -113,7 +113,7 @@ def test_a_second_prompt_reuses_the_group_and_the_cached_conditioning(host, prom
 def test_the_group_comes_up_and_loads_the_weights_before_there_is_a_latent(host, prompt):
     graph = small(prompt("text_to_video"))
     graph["sampler"]["inputs"] |= {"seed": 79, "steps": 40}
-    graph["ranks"]["inputs"]["stall_timeout"] = 119  # a group of its own
+    host.stop_groups()
     told = []
 
     def follow(type, data):
@@ -126,7 +126,6 @@ def test_the_group_comes_up_and_loads_the_weights_before_there_is_a_latent(host,
     assert run.error is None
     assert "starting" in told[: told.index("sampler")]
     assert "busy" in told[: told.index("decode", told.index("sampler"))], told
-    host.post(f"/hv15/groups/{run.events[-1]['id']}/stop")
 
 
 def test_sampling_and_decoding_report_progress(host, prompt):

@@ -118,13 +118,11 @@ def test_a_rank_that_dies_twice_ends_the_prompt_in_words_and_the_next_one_works(
 
 def test_an_interrupt_while_the_group_starts_is_heard_and_the_next_prompt_works(host, prompt):
     graph = job(host, prompt, seed=2)
-    graph["ranks"]["inputs"]["start_timeout"] = 179  # a group of its own
+    host.stop_groups()
     run = host.run(graph, host.interrupt_at("executing", "decode"))
     assert run.interrupted
     assert "ready" not in {event["state"] for event in run.events}, "it was interrupted too late to show anything"
     assert host.run(graph).error is None
-    (group,) = [group for group in host.get("/hv15/groups") if group["state"] == "ready" and not group["error"]][-1:]
-    host.post(f"/hv15/groups/{group['id']}/stop")
 
 
 def test_an_interrupt_while_sampling_is_heard_and_the_next_prompt_works(host, prompt):

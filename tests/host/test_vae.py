@@ -177,6 +177,20 @@ def test_a_file_on_disk_is_what_ranks_map(pack, core):
     assert pack.rank_source(copy.copy(vae)) == core.path
 
 
+def test_a_file_that_was_written_over_is_refused_and_loaded_anew(pack, core, monkeypatch):
+    """Its pages are mapped: to read them could end the process, as it would where the file is shorter now."""
+    monkeypatch.setattr(pack, "vae_path", lambda name: core.path)
+    before = pack.LoadVAE.fingerprint_inputs("a file", "auto")
+    vae = pack.load_vae(core.path)
+    assert pack.LoadVAE.fingerprint_inputs("a file", "auto") == before
+    with open(core.path, "r+b") as file:
+        file.truncate(core.path.stat().st_size // 2)
+    with pytest.raises(ValueError, match="was written over while it was loaded"):
+        pack.rank_source(vae)
+    save_file({key: tensor * 1.1 for key, tensor in core.model.state_dict().items()}, core.path)
+    assert pack.LoadVAE.fingerprint_inputs("a file", "auto") != before
+
+
 def test_a_file_that_changed_or_went_is_not_what_was_loaded(pack, core):
     vae = pack.load_vae(core.path)
     before = ranks_decode(core.path, latent(1))
@@ -270,8 +284,8 @@ def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked)
     import comfy.sd
 
     vae = pack.load_vae(core.path, "float32")
-    twin = asked.distributed(vae, None, "seamless", 256, 64)
-    again = copy.copy(asked.distributed(twin, None, "tiled", 128, 32))
+    twin = asked.distributed(vae, None, "seamless", 256, 64, 0)
+    again = copy.copy(asked.distributed(twin, None, "tiled", 128, 32, 6))
     assert isinstance(again, comfy.sd.VAE) and again.patcher is vae.patcher
     assert again.get_sd().keys() == vae.get_sd().keys() and pack.rank_source(again) == core.path
     assert type(copy.deepcopy(twin)) is type(twin) and copy.deepcopy(twin).group is None
@@ -280,10 +294,10 @@ def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked)
     again.decode_tiled(latent(1))
     again.decode_tiled(latent(1), tile_x=8, tile_y=4, overlap=1, tile_t=16, overlap_t=2)
     assert asked.calls == [
-        ("seamless", 256, 64),
-        ("tiled", 128, 32),
-        ("tiled", 128, 32),
-        ("tiled", 64, 16),
+        ("seamless", 256, 64, 0),
+        ("tiled", 128, 32, 6),
+        ("tiled", 128, 32, 6),
+        ("tiled", 64, 16, 6),
     ]
     loaded = [model.model for model in comfy.model_management.current_loaded_models]
     assert vae.patcher not in loaded, "core's model was loaded for a decode that ranks do"
@@ -293,28 +307,89 @@ def test_what_another_pack_s_kind_of_vae_does_otherwise_the_drop_in_does_too(pac
     vae = pack.load_vae(core.path, "float32")
     odd = type("OddVAE", (type(vae),), {"encode": lambda self, pixels: "encoded oddly", "decode": lambda *_: "not so"})
     vae.__class__ = odd
-    twin = asked.distributed(vae, None, "seamless", 256, 64)
+    twin = asked.distributed(vae, None, "seamless", 256, 64, 0)
     assert isinstance(twin, odd) and twin.encode(None) == "encoded oddly"
     twin.decode(latent(1))
-    assert asked.calls == [("seamless", 256, 64)]
+    assert asked.calls == [("seamless", 256, 64, 0)]
 
 
-def test_free_and_memory_pressure_release_the_ranks(pack):
+@pytest.fixture
+def memory(pack, monkeypatch):
+    """The module, with no group in it but those of a test."""
     import comfy.model_management
 
     memory = importlib.import_module("hv15_pack.nodes.memory")
-    released = []
-    group = SimpleNamespace(id="a group", devices=("cpu", "cpu"), release=lambda: released.append(1))
-    memory.make_room(group)
-    memory.make_room(group)
-    assert not released
     comfy.model_management.unload_all_models()
-    assert len(released) == 1
+    monkeypatch.setattr(memory, "_patchers", {})
+    yield memory
     comfy.model_management.unload_all_models()
-    assert len(released) == 1
+
+
+class ReleasedGroup:
+    """Counts how often it is asked for its memory."""
+
+    def __init__(self, *devices: str, decoded: bool = True) -> None:
+        self.id, self.devices, self.decoded, self.released = ",".join(devices), devices, decoded, 0
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def test_free_and_memory_pressure_release_the_ranks(memory):
+    import comfy.model_management
+
+    group = ReleasedGroup("cpu", "cpu")
     memory.make_room(group)
-    comfy.model_management.free_memory(1e30, comfy.model_management.get_torch_device())
-    assert len(released) == 2
+    memory.make_room(group)
+    assert not group.released
+    comfy.model_management.unload_all_models()
+    assert group.released == 1
+    comfy.model_management.unload_all_models()
+    assert group.released == 1
+    memory.make_room(group)
+    comfy.model_management.free_memory(1e15, comfy.model_management.get_torch_device())
+    assert group.released == 2
+
+
+def test_ranks_that_have_loaded_ahead_keep_it_until_everything_is_to_be_freed(memory):
+    import comfy.model_management
+
+    group = ReleasedGroup("cpu", decoded=False)
+    memory.enter(group)
+    memory.enter(group)
+    comfy.model_management.free_memory(1e15, comfy.model_management.get_torch_device())
+    assert not group.released
+    comfy.model_management.unload_all_models()
+    assert group.released == 1
+
+
+def test_groups_make_room_for_each_other_where_they_share_a_device_alone(memory, monkeypatch):
+    import comfy.model_management
+
+    freed = []
+    monkeypatch.setattr(
+        comfy.model_management, "free_memory", lambda size, device, keep=(): freed.append(str(device)) or []
+    )
+    here, there, both = ReleasedGroup("cuda:1"), ReleasedGroup("cuda:2"), ReleasedGroup("cuda:1", "cuda:3")
+    for group in (here, there, both):
+        memory.make_room(group)
+    assert (here.released, there.released, both.released) == (1, 0, 0)
+    assert [device for device in freed if device != "cpu"] == ["cuda:1", "cuda:2", "cuda:1", "cuda:3"]
+    monkeypatch.undo()
+    comfy.model_management.free_memory(1e15, comfy.model_management.get_torch_device())
+    assert (here.released, there.released, both.released) == (1, 0, 0), "they have nothing on the main device"
+
+
+def test_a_group_whose_options_change_stays_the_one_on_its_devices(pack, monkeypatch):
+    groups = importlib.import_module("hv15_pack.nodes.groups")
+    monkeypatch.setattr(groups, "_groups", {})
+    group = groups.live_group(groups.GroupDescription(devices="cpu,cpu"))
+    changed = groups.GroupDescription(devices="CPU, cpu", dtype="float16", keep_loaded="stop", stall_timeout=7)
+    assert groups.live_group(changed) is group and groups.all_groups() == [group]
+    assert (group.dtype, group.keep_loaded, group.stall_timeout) == ("float16", "stop", 7)
+    assert groups.live_group(groups.GroupDescription(devices="cpu")) is not group
+    with pytest.raises(ValueError, match="backend is 'nccl'"):
+        groups.live_group(groups.GroupDescription(devices="cpu,cpu", backend="nccl"))
 
 
 @pytest.mark.parametrize(
@@ -332,7 +407,7 @@ def test_free_and_memory_pressure_release_the_ranks(pack):
 def test_a_bad_latent_is_refused_before_a_group_is_even_made(pack, core, samples, words):
     decoding, groups = (importlib.import_module(f"hv15_pack.nodes.{name}") for name in ("decoding", "groups"))
     with pytest.raises(ValueError, match=words):
-        decoding.decode_on_ranks(samples, pack.load_vae(core.path), None, "seamless", 256, 64)
+        decoding.decode_on_ranks(samples, pack.load_vae(core.path), None, "seamless", 256, 64, 0)
     assert groups.all_groups() == []
 
 

@@ -1,6 +1,8 @@
 """Decodes on real rank processes, against diffusers and against each other."""
 
 import gc
+import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -16,24 +18,30 @@ from distributed import Cancelled, JobError, RankGroup
 from distributed.decoder import Weights
 from distributed.plan import choose_plan
 from distributed.regions import divide
+from tests.ranks.moments import until
 
 
 @pytest.fixture(scope="module")
 def reference(weights):
-    """diffusers' decode of a latent, untiled or tiled, as frames in 0..1."""
+    """diffusers' decode of a latent, untiled or tiled, as frames in 0..1. Each is decoded once."""
     vae = AutoencoderKLHunyuanVideo15(block_out_channels=(8, 16, 32, 64, 64)).eval()
     vae.decoder = HunyuanVideo15Decoder3D(32, 3, list(TINY), 2, 16, 4, True).eval()
     vae.decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in weights.items()})
     vae.use_slicing = True  # diffusers 0.42.1 cannot decode a batch in one go
 
+    known = {}
+
     @torch.inference_mode()
     def decode(z, tile_size=None, overlap=None):
+        key = z.numpy().tobytes(), tile_size, overlap
+        if key in known:
+            return known[key]
         vae.use_tiling = tile_size is not None
         if tile_size:
             vae.tile_sample_min_height = vae.tile_sample_min_width = tile_size
             vae.tile_latent_min_height = vae.tile_latent_min_width = tile_size // 16
             vae.tile_overlap_factor = overlap / tile_size
-        return ((vae.decode(z).sample.permute(0, 2, 3, 4, 1) + 1) / 2).clamp(0, 1)
+        return known.setdefault(key, ((vae.decode(z).sample.permute(0, 2, 3, 4, 1) + 1) / 2).clamp(0, 1))
 
     return decode
 
@@ -148,6 +156,33 @@ def test_a_checkpoint_is_loaded_ahead_of_the_decode_and_what_fails_then_is_told_
         assert group.decode(random_latent(1, 32, 1, 1, 2), vae).isfinite().all()
         with pytest.raises(JobError, match="missing"):
             group.decode(random_latent(1, 32, 1, 1, 2), tmp_path / "missing.safetensors")
+
+
+def test_what_the_ranks_hold_is_known_after_a_decode_with_another_checkpoint(pair, vae, tmp_path):
+    other = tmp_path / "other.safetensors"
+    shutil.copy(vae, other)
+
+    def hold(path: Path) -> bool:
+        return all(maps(rank["pid"], path) for rank in pair.status()["ranks"])
+
+    pair.preload(vae)
+    assert until(lambda: hold(vae), 60)
+    pair.decode(random_latent(1, 32, 1, 1, 2), other)
+    assert hold(other)
+    pair.preload(vae)
+    assert until(lambda: hold(vae), 60)
+
+
+def test_release_ends_what_is_loaded_ahead(vae):
+    with RankGroup(["cpu"]) as group:
+        group.start(wait=True)
+        with group._decoding:  # so that the preload waits for its turn
+            group.preload(vae)
+            releasing = threading.Thread(target=group.release)
+            releasing.start()
+            assert until(lambda: not any(thread.name == "hv15-preload" for thread in threading.enumerate()), 10)
+        releasing.join()
+        assert not maps(group.status()["ranks"][0]["pid"], vae)
 
 
 def test_release_gives_the_weights_back_at_once_and_keeps_the_processes(pair, vae):

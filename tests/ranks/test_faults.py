@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks.random_weights import random_latent
-from distributed import Cancelled, GroupError, JobError, RankGroup
+from distributed import Cancelled, GroupError, JobError, RankGroup, launch
 from tests.ranks.moments import during, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,9 +49,12 @@ def test_a_killed_process_is_replaced_and_the_frames_are_the_same(pair, vae, exp
 
 
 def test_a_stopped_rank_is_noticed_and_replaced(pair, vae, expected):
+    before, told = {rank["pid"] for rank in pair.status()["ranks"]}, []
     stopper = during(pair, lambda: os.kill(pair.status()["ranks"][0]["pid"], signal.SIGSTOP))
-    assert torch.equal(pair.decode(random_latent(*LONG), vae), expected)
+    assert torch.equal(pair.decode(random_latent(*LONG), vae, notice=told.append), expected)
     stopper.join()
+    assert "rank 0 (cpu) has not been heard of for" in told[0]
+    assert before.isdisjoint(rank["pid"] for rank in pair.status()["ranks"])
 
 
 def test_a_cancel_ends_the_decode_soon_and_keeps_the_ranks(pair, vae, expected):
@@ -165,25 +168,32 @@ def test_no_file_of_a_group_holds_a_pickle(pair, vae):
         assert not any(mark in file.read_bytes() for mark in (b"\x80\x04\x95", b"gASV")), file.name
 
 
-def test_ranks_leave_when_their_controller_is_killed():
+@pytest.mark.parametrize("forks", [False, True])
+def test_ranks_leave_when_their_controller_is_killed(forks):
+    """Also where a child of its own, forked, holds its connections open."""
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "import os, sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from distributed import RankGroup\n"
         "if __name__ == '__main__':\n"
         "    group = RankGroup(devices=['cpu', 'cpu']); group.start(wait=True)\n"
-        "    print(*(rank['pid'] for rank in group.status()['ranks']), group._ranks.folder, flush=True)\n"
+        "    child = len(sys.argv) > 2 and os.fork()\n"
+        "    if child or len(sys.argv) == 2:\n"
+        "        pids = [rank['pid'] for rank in group.status()['ranks']]\n"
+        "        print(child, *pids, group._ranks.folder, flush=True)\n"
         "    time.sleep(100)\n"
     )
-    controller = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True)
-    *pids, folder = controller.stdout.readline().split()
+    command = [sys.executable, "-c", code, str(ROOT), *["fork"] * forks]
+    controller = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child, *pids, folder = controller.stdout.readline().split()
     controller.kill()
     controller.wait()
     controller.stdout.close()
-    limit = time.monotonic() + 10
-    while time.monotonic() < limit and (Path(folder).exists() or any(psutil.pid_exists(int(pid)) for pid in pids)):
-        time.sleep(0.1)
-    assert not any(psutil.pid_exists(int(pid)) for pid in pids)
-    assert not Path(folder).exists()
+    try:
+        assert until(lambda: not any(psutil.pid_exists(int(pid)) for pid in pids), 10)
+        assert until(lambda: not Path(folder).exists(), 1)
+    finally:
+        if forks:
+            os.kill(int(child), signal.SIGKILL)
 
 
 def test_a_group_that_cannot_start_says_why_and_leaves_nothing():
@@ -209,6 +219,110 @@ def test_a_process_that_dies_idle_is_noticed_and_replaced_with_nobody_asking(pai
     assert until(lambda: pair.status()["state"] == "ready", 60)
     assert before.isdisjoint(rank["pid"] for rank in pair.status()["ranks"])
     assert pair.decode(random_latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
+
+
+def test_a_process_that_dies_before_it_was_ever_used_is_replaced_too(vae):
+    with RankGroup(["cpu"]) as group:
+        os.kill(group.status()["ranks"][0]["pid"], signal.SIGKILL)
+        assert until(lambda: group.status()["state"] == "recovering", 2)
+        assert until(lambda: group.status()["state"] == "ready", 60)
+
+
+def test_progress_is_told_as_a_change_and_starts_anew_with_each_job(pair, vae):
+    pair.decode(random_latent(1, 32, 1, 1, 2), vae)
+    told = []
+    pair.on_change = lambda: told.append(pair.status())
+    try:
+        pair.decode(random_latent(1, 32, 32, 6, 6), vae)
+    finally:
+        pair.on_change = lambda: None
+    busy = [rank for status in told if status["state"] == "busy" for rank in status["ranks"] if rank["state"] == "busy"]
+    assert busy[0]["done"] == busy[0]["total"] == 0
+    assert any(0 < rank["done"] < rank["total"] for rank in busy)
+
+
+def test_what_listens_may_fail_and_the_decode_does_not(pair, vae):
+    def fail() -> None:
+        raise RuntimeError("whoever listens is out of order")
+
+    pair.on_change = fail
+    try:
+        assert pair.decode(random_latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
+    finally:
+        pair.on_change = lambda: None
+
+
+def test_an_interruption_while_a_job_is_sent_costs_no_later_decode(vae, monkeypatch):
+    send = launch.Ranks.send
+
+    def interrupted(ranks, type, raw=None, **fields) -> None:
+        if type == "job":
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        send(ranks, type, raw, **fields)
+
+    with RankGroup(["cpu"]) as group:
+        monkeypatch.setattr(launch.Ranks, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            group.decode(random_latent(1, 32, 1, 1, 2), vae)
+        assert group.decode(random_latent(1, 32, 1, 1, 2), vae, timeout=60).shape == (1, 1, 16, 32, 3)
+
+
+def test_a_start_for_which_something_is_lacking_fails_in_words_and_leaves_nothing(monkeypatch, temporary):
+    def lack(*args, **options) -> None:
+        raise RuntimeError("can't start new thread")
+
+    group, before = RankGroup(["cpu"]), set(temporary.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "Door", lack)
+        with pytest.raises(GroupError, match="cannot be started: can't start new thread"):
+            group.start(wait=True)
+    assert set(temporary.iterdir()) == before
+    group.start(wait=True)
+    group.stop()
+
+
+def test_a_rank_that_computes_for_long_does_not_hang(vae):
+    told, first, begun = [], [], time.monotonic()
+
+    def look(done: int, total: int) -> None:
+        if done and not first:
+            first.append(time.monotonic() - begun)
+            group.cancel()
+
+    with RankGroup(["cpu", "cpu"], stall_timeout=2) as group, pytest.raises(Cancelled):
+        begun = time.monotonic()
+        group.decode(random_latent(1, 32, 9, 24, 30), vae, progress=look, notice=told.append)
+    assert told == []
+    assert first[0] > 2.5, "there was progress too soon to show anything"
+
+
+def test_a_rank_that_has_nothing_to_do_but_wait_for_others_does_not_hang(vae):
+    """There is one tile, so one of the ranks has none."""
+    told = []
+    with RankGroup(["cpu", "cpu"], stall_timeout=2) as group:
+        begun = time.monotonic()
+        group.decode(random_latent(1, 32, 4, 16, 16), vae, "tiled", notice=told.append)
+    assert told == []
+    assert time.monotonic() - begun > 2.5, "it was over too soon to show anything"
+
+
+def test_a_door_without_descriptors_rests_and_closes():
+    code = (
+        "import os, resource, socket, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from distributed.protocol import Door\n"
+        "door = Door(b'key', print); caller = socket.socket()\n"
+        "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir('/proc/self/fd'))), most))\n"
+        "while True:\n"
+        "    try: os.dup(0)\n"
+        "    except OSError: break\n"
+        "caller.connect(door.address); before = time.process_time(); time.sleep(2)\n"
+        "used = time.process_time() - before; begun = time.monotonic(); door.close()\n"
+        "print(used < 0.5, time.monotonic() - begun < 5)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert ended.stdout.split() == ["True", "True"]
 
 
 def test_a_rank_that_is_stopped_before_a_large_latent_cannot_hold_up_a_cancel(vae):
@@ -237,14 +351,14 @@ def test_every_change_of_state_is_told_to_whoever_listens(vae):
 
 
 def test_stop_during_start_leaves_no_thread_and_no_process(vae):
-    before = {thread.name for thread in threading.enumerate()}
+    before = set(threading.enumerate())
     group = RankGroup(devices=["cpu", "cpu"])
     group.start()
     assert until(lambda: group._ranks is not None, 10)
     launcher = group._ranks.launcher
     group.stop()
     assert launcher.poll() is not None
-    assert until(lambda: {thread.name for thread in threading.enumerate()} <= before, 5)
+    assert until(lambda: set(threading.enumerate()) <= before, 5)
     group.start(wait=True)
     assert group.status()["state"] == "ready"
     group.stop()

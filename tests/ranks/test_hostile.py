@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -22,11 +23,12 @@ unharmed = settings(max_examples=60, deadline=None, suppress_health_check=[Healt
     dtype=st.sampled_from(DTYPES),
     bad=st.sampled_from([None, None, float("nan"), float("inf")]),
     mode=st.sampled_from(["seamless", "tiled", "", "SEAMLESS"]),
-    tile_size=st.sampled_from([32, 48, 256, 0, -16, 17, 2**62]),
-    overlap=st.sampled_from([0, 16, 24, -16, 256, 2**62]),
+    tile_size=st.sampled_from([32, 48, 256, 0, -16, 17, 2**62, 256.0, "256"]),
+    overlap=st.sampled_from([0, 16, 24, -16, 256, 2**62, 16.0]),
+    memory=st.sampled_from([None, None, 2**62, 2**70, 0, -1, 1.5e9, float("nan"), "4GB", np.int64(2**40)]),
 )
 def test_any_latent_and_options_are_decoded_or_refused(
-    pair, vae, shape, channels, dtype, bad, mode, tile_size, overlap
+    pair, vae, shape, channels, dtype, bad, mode, tile_size, overlap, memory
 ):
     if len(shape) > 1:
         shape[1] = channels
@@ -35,7 +37,7 @@ def test_any_latent_and_options_are_decoded_or_refused(
         latent.view(-1)[-1] = bad
     pids = [rank["pid"] for rank in pair.status()["ranks"]]
     try:
-        frames = pair.decode(latent, vae, mode, tile_size=tile_size, overlap=overlap)
+        frames = pair.decode(latent, vae, mode, tile_size=tile_size, overlap=overlap, memory=memory)
     except JobError as error:
         assert len(str(error)) > 20
     else:
