@@ -48,6 +48,17 @@ class Watch(Protocol):
     def cancelled(self) -> bool: ...
 
 
+class _OneOf:
+    """What a watch is told of one video of a batch."""
+
+    def __init__(self, watch: Watch, index: int, count: int) -> None:
+        self.watch, self.index, self.count = watch, index, count
+        self.cancelled = watch.cancelled
+
+    def progress(self, done: int, total: int) -> None:
+        self.watch.progress(self.index * total + done, self.count * total)
+
+
 class Engine:
     """The decoder of one checkpoint on one rank's device.
 
@@ -93,8 +104,8 @@ class Engine:
         check_job(job, self.world_size)
         decode = self._tiled if job.mode == "tiled" else self._seamless
         try:
-            for video, place in zip(latent, frames, strict=True):
-                decode(job, video.permute(1, 2, 3, 0), place, watch)
+            for index, (video, place) in enumerate(zip(latent, frames, strict=True)):
+                decode(job, video.permute(1, 2, 3, 0), place, _OneOf(watch, index, len(latent)))
         except torch.OutOfMemoryError as error:
             self._empty_cache()
             raise self._lack(self.needed, self._free()) from error

@@ -3,6 +3,7 @@
 starting -> ready <-> busy            the life of a healthy group
 busy, ready -> recovering -> ready    a rank died or hung; the group is started again
 starting, recovering -> failed        it did not come up
+ready, busy -> failed                 it broke once too often, and waits to be asked
 any -> stopped                        somebody stopped it; a later call starts it again
 """
 

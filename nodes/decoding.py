@@ -98,9 +98,10 @@ class Progress:
         preview = None
         if self.frames is not None and done > 0 and time.monotonic() - self.shown > PREVIEW_SECONDS:
             self.shown = time.monotonic()
+            frames = self.frames.flatten(0, 1)
             # A little behind the newest frame: ranks are not all equally far.
-            newest = max(0, min(self.frames.shape[1] - 1, done * self.frames.shape[1] // total - 8))
-            pixels = (self.frames[0, newest].clamp(0, 1) * 255).to(torch.uint8)
+            newest = max(0, min(len(frames) - 1, done * len(frames) // total - 8))
+            pixels = (frames[newest].clamp(0, 1) * 255).to(torch.uint8)
             preview = ("JPEG", Image.fromarray(pixels.numpy()), 512)
         self.bar.update_absolute(100 * done // total, 100, preview)
 

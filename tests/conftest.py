@@ -7,6 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 import torch
@@ -16,6 +17,9 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
+
+hypothesis.settings.register_profile("behaviour, not times", deadline=None)
+hypothesis.settings.load_profile("behaviour, not times")
 
 RUN = uuid.uuid4().hex
 """In the environment of whatever these tests start, so that other people's processes are not taken for ours."""

@@ -1,21 +1,24 @@
-// The sidebar tab "Rank groups". ComfyUI loads this file by itself; what it shows is in panel.mjs.
+// The sidebar tab with the rank groups. ComfyUI loads this file by itself; what it shows is in panel.mjs.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { mountPanel } from "./panel.mjs";
+import { mountPanel, textsFor } from "./panel.mjs";
 
 app.registerExtension({
   name: "HunyuanVideo15.RankGroups",
   async setup() {
+    const locale = app.ui?.settings?.getSettingValue("Comfy.Locale");
+    const { title } = textsFor(locale);
     let unmount = () => {};
+    api.addEventListener("hv15.group", () => {}); // else the web UI warns of the event until the panel is opened
     app.extensionManager.registerSidebarTab({
       id: "hv15.groups",
       icon: "pi pi-sitemap",
-      title: "Rank groups",
-      tooltip: "HunyuanVideo-1.5 rank groups",
+      title,
+      tooltip: `HunyuanVideo-1.5: ${title}`,
       type: "custom",
       render: (element) => {
         unmount();
-        unmount = mountPanel(element, api, app.ui?.settings?.getSettingValue("Comfy.Locale"));
+        unmount = mountPanel(element, api, locale);
       },
       destroy: () => unmount(),
     });

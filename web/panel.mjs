@@ -1,26 +1,39 @@
-// How the rank groups are, live: each group with its ranks, and two buttons. No framework, no state of its own but
-// the last status of each group, by id, as GET /hv15/groups and the `hv15.group` event give it.
+// How the rank groups are, live: each group with its ranks, and two buttons. No framework. What is shown of a group is
+// its last status, as GET /hv15/groups and the `hv15.group` event give it; elements stay, so that a button can be
+// pressed while its group decodes.
 
 const TEXTS = {
   en: {
+    title: "Rank groups",
     none: "No rank group is running. Queue a prompt with a Rank Group node.",
     restart: "Restart",
     stop: "Stop",
-    failed: "The server did not answer",
-    starting: "starting", ready: "ready", busy: "busy", recovering: "recovering", failedState: "failed", stopped: "stopped",
+    gone: "The server did not answer",
+    states: {
+      starting: "starting", ready: "ready", busy: "busy", releasing: "releasing", recovering: "recovering",
+      failed: "failed", stopped: "stopped",
+    },
   },
   zh: {
+    title: "进程组",
     none: "没有正在运行的进程组。请运行带有“进程组”节点的工作流。",
     restart: "重启",
     stop: "停止",
-    failed: "服务器没有响应",
-    starting: "启动中", ready: "就绪", busy: "解码中", recovering: "恢复中", failedState: "失败", stopped: "已停止",
+    gone: "服务器没有响应",
+    states: {
+      starting: "启动中", ready: "就绪", busy: "解码中", releasing: "释放中", recovering: "恢复中",
+      failed: "失败", stopped: "已停止",
+    },
   },
 };
 
 const COLORS = {
-  starting: "#d9a514", ready: "#3fa45b", busy: "#3b82d6", recovering: "#d9a514", failed: "#d64545", stopped: "#888",
+  starting: "#8a6500", ready: "#2c7a45", busy: "#2563b0", releasing: "#8a6500", recovering: "#8a6500", failed: "#b13232",
 };
+
+export function textsFor(locale) {
+  return TEXTS[locale?.startsWith("zh") ? "zh" : "en"];
+}
 
 /** Part done, 0..1, of a rank's work. */
 export function partDone(rank) {
@@ -29,38 +42,49 @@ export function partDone(rank) {
 
 /** Show the groups in `element` and keep them up to date. Returns what takes the panel down again. */
 export function mountPanel(element, api, locale = "en") {
-  const texts = TEXTS[locale?.startsWith("zh") ? "zh" : "en"];
-  const groups = new Map();
+  const texts = textsFor(locale);
+  const cards = new Map();
+  const note = make("p");
   const root = make("div", { className: "hv15-panel" });
   root.style.cssText = "padding:12px;overflow:auto;height:100%;font-size:13px";
+  root.append(note);
   element.replaceChildren(root);
 
-  const show = () => {
-    const cards = [...groups.values()].map((group) => card(group, texts, act));
-    root.replaceChildren(...(cards.length ? cards : [make("p", { textContent: texts.none })]));
+  const say = (words) => {
+    note.textContent = words;
+    note.hidden = !words;
   };
   const put = (group) => {
-    groups.set(group.id, group);
-    show();
+    if (!cards.has(group.id)) {
+      cards.set(group.id, makeCard(group.id, texts, act));
+      root.append(cards.get(group.id).box);
+    }
+    cards.get(group.id).show(group);
+    say("");
   };
-  const onGroup = (event) => put(event.detail);
   const refresh = async () => {
     try {
-      const answer = await api.fetchApi("/hv15/groups");
-      groups.clear();
-      for (const group of await answer.json()) groups.set(group.id, group);
-      show();
+      const groups = await (await api.fetchApi("/hv15/groups")).json();
+      const ids = new Set(groups.map((group) => group.id));
+      for (const [id, { box }] of cards) {
+        if (ids.has(id)) continue;
+        box.remove();
+        cards.delete(id);
+      }
+      groups.forEach(put);
+      say(groups.length ? "" : texts.none);
     } catch {
-      root.replaceChildren(make("p", { textContent: texts.failed }));
+      say(texts.gone);
     }
   };
   const act = async (id, action) => {
     await api.fetchApi(`/hv15/groups/${id}/${action}`, { method: "POST" }).catch(() => {});
     await refresh(); // tells, too, that the server is gone, or the group
   };
+  const onGroup = (event) => put(event.detail);
   api.addEventListener("hv15.group", onGroup);
   api.addEventListener("reconnected", refresh);
-  show();
+  say(texts.none);
   refresh();
   return () => {
     api.removeEventListener("hv15.group", onGroup);
@@ -69,51 +93,81 @@ export function mountPanel(element, api, locale = "en") {
   };
 }
 
-function card(group, texts, act) {
+function makeCard(id, texts, act) {
   const box = make("section", { className: "hv15-group" });
-  box.dataset.group = group.id;
-  box.dataset.state = group.state;
+  box.dataset.group = id;
   box.style.cssText = "border:1px solid var(--border-color,#555);border-radius:8px;padding:10px;margin-bottom:10px";
   const head = make("div");
   head.style.cssText = "display:flex;align-items:center;gap:8px";
-  const name = make("b", { textContent: group.ranks.map((rank) => rank.device).join(", ") || group.id });
+  const name = make("b");
   name.style.flex = "1";
-  head.append(name, badge(group.state, texts));
-  for (const action of ["restart", "stop"]) {
-    const button = make("button", { textContent: texts[action], className: `hv15-${action}` });
-    button.disabled = action === "stop" && group.state === "stopped";
-    button.style.cssText = "padding:2px 8px;border-radius:6px;border:1px solid var(--border-color,#555);cursor:pointer";
-    button.onclick = async () => {
-      button.disabled = true;
-      await act(group.id, action);
-    };
-    head.append(button);
-  }
-  box.append(head, ...group.ranks.map((rank) => rankLine(rank, texts)));
-  if (group.error) {
-    const error = make("p", { textContent: group.error });
-    error.style.color = COLORS.failed;
-    box.append(error);
-  }
-  return box;
+  const state = makeBadge();
+  const buttons = Object.fromEntries(
+    ["restart", "stop"].map((action) => [action, makeButton(action, texts[action], () => act(id, action))]),
+  );
+  head.append(name, state, buttons.restart, buttons.stop);
+  const lines = make("div");
+  const error = make("p");
+  error.style.color = COLORS.failed;
+  box.append(head, lines, error);
+  let ranks = [];
+
+  const show = (group) => {
+    box.dataset.state = group.state;
+    name.textContent = group.ranks.map((rank) => rank.device).join(", ") || group.id;
+    showState(state, group.state, texts);
+    buttons.stop.disabled = group.state === "stopped";
+    for (const [action, button] of Object.entries(buttons)) button.ariaLabel = `${texts[action]}: ${name.textContent}`;
+    if (ranks.length !== group.ranks.length) {
+      ranks = group.ranks.map(makeRank);
+      lines.replaceChildren(...ranks.map(({ line }) => line));
+    }
+    group.ranks.forEach((rank, at) => ranks[at].show(rank, texts));
+    error.textContent = group.error ?? "";
+  };
+  return { box, show };
 }
 
-function rankLine(rank, texts) {
+function makeRank() {
   const line = make("div", { className: "hv15-rank" });
   line.style.cssText = "display:flex;align-items:center;gap:8px;margin-top:6px";
-  const name = make("span", { textContent: `${rank.rank}  ${rank.device}`, title: `pid ${rank.pid ?? "-"}` });
+  const name = make("span");
   name.style.width = "80px";
-  const bar = make("progress", { max: 1, value: partDone(rank) });
+  const bar = make("progress", { max: 1 });
   bar.style.flex = "1";
-  line.append(name, bar, badge(rank.state, texts));
-  return line;
+  const state = makeBadge();
+  line.append(name, bar, state);
+
+  const show = (rank, texts) => {
+    name.textContent = `${rank.rank}  ${rank.device}`;
+    name.title = `pid ${rank.pid ?? "-"}`;
+    bar.value = partDone(rank);
+    bar.ariaLabel = name.textContent;
+    showState(state, rank.state, texts);
+  };
+  return { line, show };
 }
 
-function badge(state, texts) {
-  const label = state === "failed" ? texts.failedState : (texts[state] ?? state);
-  const element = make("span", { textContent: label, className: "hv15-state" });
-  element.style.cssText = `color:#fff;background:${COLORS[state] ?? "#888"};border-radius:6px;padding:1px 6px;font-size:11px`;
+function makeButton(action, label, press) {
+  const button = make("button", { textContent: label, className: `hv15-${action}` });
+  button.style.cssText = "padding:2px 8px;border-radius:6px;border:1px solid var(--border-color,#555);cursor:pointer";
+  button.onclick = async () => {
+    button.disabled = true;
+    await press();
+    button.disabled = action === "stop" && button.closest(".hv15-group")?.dataset.state === "stopped";
+  };
+  return button;
+}
+
+function makeBadge() {
+  const element = make("span", { className: "hv15-state" });
+  element.style.cssText = "color:#fff;border-radius:6px;padding:1px 6px;font-size:11px";
   return element;
+}
+
+function showState(badge, state, texts) {
+  badge.textContent = texts.states[state] ?? state;
+  badge.style.background = COLORS[state] ?? "#666";
 }
 
 function make(tag, properties = {}) {

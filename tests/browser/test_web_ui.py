@@ -82,7 +82,7 @@ def test_the_panel_shows_a_group_at_work_and_stops_it(page, host):
         };
         new MutationObserver(look).observe(document.body, { subtree: true, childList: true });
         const by = (type) => app.graph._nodes.find((node) => node.type === type);
-        for (const [name, value] of [["width", 160], ["height", 128], ["frames", 121], ["steps", 2]])
+        for (const [name, value] of [["width", 96], ["height", 64], ["frames", 61], ["steps", 2]])
           by("HV15Sampler").widgets.find((widget) => widget.name === name).value = value;
         await app.queuePrompt(0);
         """

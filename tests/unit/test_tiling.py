@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distributed.tiling import SPATIAL, Tile, assign, blend, seam, tile_grid
@@ -19,7 +19,6 @@ def grids(draw):
 
 
 @given(grids())
-@settings(deadline=None)
 def test_the_kept_parts_of_tiles_cover_every_pixel_once(case):
     grid, _, _ = case
     height = max(tile.bottom for tile in grid.tiles) * SPATIAL
@@ -32,7 +31,6 @@ def test_the_kept_parts_of_tiles_cover_every_pixel_once(case):
 
 
 @given(grids())
-@settings(deadline=None)
 def test_every_tile_is_decoded_at_least_as_far_as_it_is_kept(case):
     grid, side, _ = case
     for tile in grid.tiles:
@@ -68,7 +66,6 @@ def test_tiles_that_the_latent_grid_cannot_hold_are_refused_with_the_numbers(til
 
 
 @given(grids(), st.integers(1, 9))
-@settings(deadline=None)
 def test_no_rank_gets_more_than_the_lpt_bound(case, world_size):
     grid, _, _ = case
     owner = assign(grid, world_size)
