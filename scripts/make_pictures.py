@@ -1,0 +1,135 @@
+"""Write docs/pictures/, which the README shows: the graph at work, the figures, and what tiles change.
+
+Run it with `.venv/bin/python scripts/make_pictures.py` after `make browser`, when one of the three has changed.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from comfyui_host import Host
+from set_up import ROOT, find_chromium
+from web_ui import open_page
+
+sys.path.insert(0, str(ROOT))
+TARGET = ROOT / "docs" / "pictures"
+RESULTS = ROOT / "benchmarks" / "results"
+PACK = "hunyuanvideo15_distributed"
+SIZE = "720x1280x121"
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+}
+SHOWN = 8
+"""White is a difference of 255 / 8 levels."""
+
+
+def main() -> None:
+    TARGET.mkdir(parents=True, exist_ok=True)
+    (TARGET / "speed.svg").write_text(speed())
+    seams().save(TARGET / "seams.png", optimize=True)
+    graph(TARGET / "graph.png")
+
+
+def graph(target: Path) -> None:
+    """The text-to-video template in ComfyUI's web UI, while its ranks decode."""
+    with tempfile.TemporaryDirectory(prefix="hv15-pictures-") as folder:
+        host = Host(Path(folder))
+        try:
+            host.wait().post("/settings", SETTINGS)
+            with open_page(find_chromium(), host.url) as page:
+                page.run(
+                    f"""
+                    const graph = await (await fetch("/api/workflow_templates/{PACK}/text_to_video.json")).json();
+                    await app.loadGraphData(graph);
+                    document.querySelector(".hv15\\\\.groups-tab-button").click();
+                    document.elementFromPoint(innerWidth - 32, 20).closest("button")?.click(); // what the UI advertises
+                    const by = (type) => app.graph._nodes.find((node) => node.type === type);
+                    for (const [name, value] of [["width", 256], ["height", 160], ["frames", 61], ["steps", 4]])
+                      by("HV15Sampler").widgets.find((widget) => widget.name === name).value = value;
+                    await app.queuePrompt(0);
+                    """
+                )
+                bars = "[...document.querySelectorAll('.hv15-rank progress')]"
+                page.until(f"{bars}.length && {bars}.every((bar) => 0.4 < bar.value && bar.value < 1)", 300)
+                page.run(
+                    """
+                    const right = Math.max(...app.graph._nodes.map((node) => node.pos[0] + node.size[0]));
+                    app.canvas.ds.scale = (innerWidth - 410) / right;
+                    app.canvas.ds.offset = [385 / app.canvas.ds.scale, 160 / app.canvas.ds.scale];
+                    app.canvas.draw(true, true);
+                    """
+                )
+                page.picture(target)
+            with Image.open(target) as whole:
+                whole.crop((0, 0, whole.width, 440)).save(target, optimize=True)
+        finally:
+            host.close()
+
+
+def speed() -> str:
+    """Seconds of one decode, as an SVG: rivals and this pack, from the results of `make bench`."""
+    one, two = (json.loads((RESULTS / f"nvidia-h100-80gb-hbm3-x{n}.json").read_text()) for n in (1, 2))
+    bars = [
+        ("diffusers, tiled", one, "diffusers tiled", "#9aa4b2"),
+        ("ComfyUI's own", one, "ComfyUI core", "#9aa4b2"),
+        ("tiled, one GPU", one, "ours tiled", "#6ea8e0"),
+        ("seamless, one GPU", one, "ours seamless", "#2f6fb5"),
+        ("seamless, two GPUs", two, "ours seamless", "#2f6fb5"),
+    ]
+    seconds = [variant(report, name)["best_s"] for _, report, name, _ in bars]
+    scale, row, left = 480 / max(seconds), 34, 150
+    parts = []
+    for at, ((label, _, _, color), value) in enumerate(zip(bars, seconds, strict=True)):
+        y = 44 + at * row
+        parts.append(f'<text x="{left - 8}" y="{y + 16}" text-anchor="end">{label}</text>')
+        parts.append(f'<rect x="{left}" y="{y}" width="{value * scale:.1f}" height="22" fill="{color}"/>')
+        parts.append(f'<text x="{left + value * scale + 6:.1f}" y="{y + 16}">{value:.2f} s</text>')
+    height = 60 + len(bars) * row
+    title = f"VAE decode of {SIZE.replace('x', ' x ')}, {one['machine']}, bf16, {one['date']}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" font-family="sans-serif" font-size="14">\n'
+        f'<rect width="720" height="{height}" fill="#fff"/>\n<text x="12" y="26" font-weight="bold">{title}</text>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
+def variant(report: dict, name: str) -> dict:
+    """What was measured of a variant at `SIZE`."""
+    return next(result for result in report["results"] if result["size"] == SIZE)["variants"][name]
+
+
+def seams() -> Image.Image:
+    """Where a decode of four ranks differs from diffusers' untiled one: tiled on the left, seamless on the right."""
+    from benchmarks.decode import diffusers_vae
+    from benchmarks.random_weights import TINY, decoder_tensors, random_latent
+    from distributed import RankGroup
+
+    latent, cpu = random_latent(1, 32, 3, 30, 53), torch.device("cpu")
+    tensors = decoder_tensors(TINY, cpu)
+    with torch.inference_mode():
+        decoded = diffusers_vae(tensors, TINY, cpu, torch.float32).decode(latent).sample
+    untiled = decoded.movedim(1, -1).add(1).div(2).clamp(0, 1)
+    with tempfile.TemporaryDirectory(prefix="hv15-pictures-") as logs, RankGroup(["cpu"] * 4, logs=logs) as group:
+        vae = {f"decoder.{name}": tensor for name, tensor in tensors.items()}
+        given = [group.decode(latent, vae, mode) for mode in ("tiled", "seamless")]
+    pictures = []
+    for frames in given:
+        levels = 255 * (frames - untiled)[0, -1].abs().amax(-1)
+        print(f"largest difference {levels.max():.6f} of 255 levels")
+        half = F.avg_pool2d(levels[None, None], 2)[0, 0]
+        pictures.append(half.mul(SHOWN).clamp(0, 255).to(torch.uint8))
+    gap = torch.full((pictures[0].shape[0], 8), 255, dtype=torch.uint8)
+    return Image.fromarray(torch.cat([pictures[0], gap, pictures[1]], 1).numpy())
+
+
+if __name__ == "__main__":
+    main()
