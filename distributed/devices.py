@@ -120,6 +120,17 @@ def activate(name: str) -> torch.device:
     return device
 
 
+def host_memory(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Host memory for so many numbers to travel to a device or from it: pinned, which is fast and slow to get.
+
+    Where there is no more to pin, of which Windows and WSL set a limit, other memory does, more slowly.
+    """
+    try:
+        return torch.empty(count, dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(count, dtype=dtype)
+
+
 def collective_backend(kind: str, chosen: str) -> str:
     """torch.distributed's backend string: small agreements over gloo, borders over the device's own library."""
     own = COLLECTIVES[kind] if chosen == "auto" else chosen

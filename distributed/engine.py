@@ -7,7 +7,8 @@ for the next.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import astuple
 from typing import Protocol
 
@@ -107,6 +108,7 @@ class Engine:
             for index, (video, place) in enumerate(zip(latent, frames, strict=True)):
                 decode(job, video.permute(1, 2, 3, 0), place, _OneOf(watch, index, len(latent)))
         except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # what they hold is free for the next try
             self._empty_cache()
             raise self._lack(self.needed, self._free()) from error
         finally:
@@ -172,8 +174,9 @@ class Engine:
         mesh = Mesh(division, self.rank, group) if together else None
         region = division.region(self.rank)
         done, total = 0, region.height * region.width * SPATIAL**2 * len(frames)
+        passes = self._passes(plan, region, mesh, video, watch)
         try:
-            for shown, finished in self._passes(plan, region, mesh, video, watch):
+            for shown, finished in passes:
                 place = frames[:, shown.top : shown.bottom, shown.left : shown.right]
                 at = 0
                 for pixels in finished:
@@ -181,12 +184,13 @@ class Engine:
                     done += shown.height * shown.width * len(pixels)
                     self._write(pixels, place[start:at], lambda done=done: watch.progress(done, total))
         finally:
+            passes.close()
             if mesh:
                 mesh.drain()
 
     def _passes(
         self, plan: Plan, region: Region, mesh: Mesh | None, video: Tensor, watch: Watch
-    ) -> Iterator[tuple[Region, Iterator[Tensor]]]:
+    ) -> Generator[tuple[Region, Iterator[Tensor]], None, None]:
         """What the blocks of a rank's region show, in pixels of the picture, and their pixels to come.
 
         A block's tail is gone when the last of its pixels has been taken, before the next one's is made.
@@ -208,10 +212,13 @@ class Engine:
                 place.copy_(chunk)
         del trunk  # and its windows
         seams = Seams(*plan.blocks, self.device)
-        for row, column, extents in blocks(region, *plan.blocks, height, width, w.convs):
-            seen = hull(extents[0])
-            chunks = self._chunks(picture[:, seen.top : seen.bottom, seen.left : seen.right], plan, watch)
-            yield extents[-1][-1], Tail(w, extents, plan.steps, seams.edges(row, column)).run(chunks)
+        try:
+            for row, column, extents in blocks(region, *plan.blocks, height, width, w.convs):
+                seen = hull(extents[0])
+                chunks = self._chunks(picture[:, seen.top : seen.bottom, seen.left : seen.right], plan, watch)
+                yield extents[-1][-1], Tail(w, extents, plan.steps, seams.edges(row, column)).run(chunks)
+        finally:
+            seams.close()
 
     def _chunks(self, video: Tensor, plan: Plan, watch: Watch) -> Iterator[Tensor]:
         """A video in the trunk's steps. Between them all ranks meet to hear of a cancel."""

@@ -83,8 +83,8 @@ class RankGroup:
         self._jobs = itertools.count(1)
         self._pool = FramePool()
         self._handed: SharedWeights | None = None
-        self._loaded: tuple[Ranks, str] | None = None
-        """The ranks that hold a checkpoint, or have read ahead in it, and its identity."""
+        self._loaded: tuple[Ranks, str, str] | None = None
+        """The ranks that hold a checkpoint, or have read ahead in it, its identity and the dtype."""
         self._unwanted = threading.Event()
         """Set while somebody waits for the ranks to give their memory back: what loads ahead for later ends."""
         self.decoded = False
@@ -132,7 +132,8 @@ class RankGroup:
                 self._begin(State.STARTING)
             thread = self._starting
         if wait:
-            thread.join()
+            if thread:
+                thread.join()
             with self._lock:
                 if self._state in (State.FAILED, State.STOPPED):
                     raise GroupError(self._error or "The rank group was stopped while it started.")
@@ -262,6 +263,7 @@ class RankGroup:
         try:
             self._starting.start()
         except RuntimeError as error:  # there can be no more threads
+            self._starting = None
             if old:
                 old.end()
             self._fail(f"The rank group cannot be started: {error}.")
@@ -386,7 +388,7 @@ class RankGroup:
                 ranks = self._take(watch)
                 self.decoded = True
                 self._run(ranks, watch, "job", raw, job=asdict(job), checkpoint=str(path), frames=place)
-                self._loaded = ranks, checkpoint.identity
+                self._loaded = ranks, checkpoint.identity, job.dtype
                 return
             except GroupError as error:
                 if restarted:
@@ -427,10 +429,11 @@ class RankGroup:
         try:
             checkpoint, path, _held = self._resolve(vae)
             with self._turn(watch):
-                if self._loaded != (self._ranks, checkpoint.identity):
+                dtype = self.dtype
+                if self._loaded != (self._ranks, checkpoint.identity, dtype):
                     ranks = self._take(watch)
-                    self._run(ranks, watch, "load", checkpoint=str(path), dtype=self.dtype, shared=list(shared))
-                    self._loaded = ranks, checkpoint.identity
+                    self._run(ranks, watch, "load", checkpoint=str(path), dtype=dtype, shared=list(shared))
+                    self._loaded = ranks, checkpoint.identity, dtype
         except (Cancelled, JobError, GroupError, _Memory) as error:
             log.debug("Preloading ended early: %s", error)
 

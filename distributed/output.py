@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .devices import host_memory
+
 SLOTS = 4
 
 
@@ -42,7 +44,7 @@ class PixelWriter:
         self._check()
         slot = self.free.get()
         if slot is None or slot.numel() < pixels.numel():
-            slot = torch.empty(pixels.numel(), dtype=torch.float32, pin_memory=True)
+            slot = host_memory(pixels.numel(), torch.float32)
         staged = slot[: pixels.numel()].view(pixels.shape)
         self.stream.wait_stream(self.accelerator.current_stream(self.device))
         with self.accelerator.stream(self.stream):

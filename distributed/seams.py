@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .devices import host_memory
+
 CHUNK = 64 * 2**20
 """Bytes of host memory taken at a time."""
 
@@ -90,18 +92,16 @@ class Seams:
         if len(self.leaving) > AHEAD:
             self.main.wait_event(self.leaving.popleft()[1])
 
-    def room(self, piece: Tensor) -> Tensor:
-        """Host memory for a piece. Torch keeps what is pinned for later decodes; it is slow to get (see `output`).
+    def close(self) -> None:
+        """Let whatever is computed next wait for what is under way, whose memory it may be given."""
+        if self.device.type != "cpu":
+            self.main.wait_stream(self.stream)
 
-        Where there is no more to pin, of which Windows and WSL set a limit, other memory does, more slowly.
-        """
+    def room(self, piece: Tensor) -> Tensor:
+        """Host memory for a piece. Torch keeps what is pinned for later decodes."""
         needed = -(-piece.nbytes // 256) * 256
         if self.chunk.numel() < needed:
-            size = max(CHUNK, needed)
-            try:
-                self.chunk = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:
-                self.chunk = torch.empty(size, dtype=torch.uint8)
+            self.chunk = host_memory(max(CHUNK, needed), torch.uint8)
         place, self.chunk = self.chunk[: piece.nbytes], self.chunk[needed:]
         return place.view(piece.dtype).view(piece.shape)
 

@@ -62,6 +62,7 @@ class JobWatch:
         self._cancelled.add(id)
 
     def cancelled(self) -> bool:
+        self.moved += 1  # the engine asks between chunks, long before the first pixel where it decodes in blocks
         return self.id in self._cancelled
 
 

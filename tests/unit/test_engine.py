@@ -1,0 +1,73 @@
+"""How the engine ends a decode that does not come to its end, on the CPU."""
+
+import weakref
+
+import pytest
+import torch
+
+from benchmarks.random_weights import TINY, decoder_tensors, random_latent
+from distributed import decoder, seams
+from distributed.engine import Cancelled, Engine, OutOfMemory
+from distributed.plan import Job, choose_plan
+
+CPU = torch.device("cpu")
+SHAPE = (1, 32, 5, 20, 22)
+
+
+class Impatient:
+    """A watch that has the decode end after so many questions whether it shall."""
+
+    def __init__(self, questions: int) -> None:
+        self.left = questions
+
+    def progress(self, done: int, total: int) -> None: ...
+
+    def cancelled(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(decoder_tensors(TINY, CPU), CPU, torch.float32)
+
+
+def scarce(engine: Engine) -> Job:
+    """A job with so little memory that it is done in blocks."""
+    _, least = choose_plan(engine.weights, SHAPE[3:], SHAPE[3:], SHAPE[2], False, free=1)
+    return Job(SHAPE, memory=least)
+
+
+@pytest.mark.parametrize("questions", [9, 10_000])
+def test_what_seams_have_under_way_is_waited_for_however_the_decode_ends(engine, monkeypatch, questions):
+    closed = []
+    monkeypatch.setattr(seams.Seams, "close", lambda self: closed.append(self))
+    job = scarce(engine)
+    frames = torch.full(job.frames_shape, float("nan"))
+    if questions < 100:
+        with pytest.raises(Cancelled):
+            engine.decode(job, random_latent(*SHAPE), frames, Impatient(questions))
+    else:
+        engine.decode(job, random_latent(*SHAPE), frames, Impatient(questions))
+        assert frames.isfinite().all()
+    assert len(closed) == 1
+
+
+def test_what_a_decode_held_when_memory_ran_out_is_free_for_the_next_try(engine, monkeypatch):
+    held = []
+
+    def lack(self, x):
+        held.append(weakref.ref(x.x))
+        raise torch.OutOfMemoryError("there is no more")
+        yield
+
+    def free(self) -> int:
+        if held:
+            held.append(held[0]() is None)
+        return 2**40
+
+    monkeypatch.setattr(decoder.Tail, "_pixels", lack)
+    monkeypatch.setattr(Engine, "_free", free)
+    with pytest.raises(OutOfMemory):
+        engine.decode(Job(SHAPE), random_latent(*SHAPE), torch.empty(Job(SHAPE).frames_shape), Impatient(10_000))
+    assert held[1] is True
