@@ -1,6 +1,6 @@
 """A convolution of pictures in pieces that are not of a shape for which the device chooses badly.
 
-cuDNN chooses its algorithm by the shape and misses for some: there it takes two to three times as long as for shapes
+cuDNN chooses its algorithm by the shape and misses for some: there it takes two to six times as long as for shapes
 nearby (cuDNN 9.19 on an H100, 668 shapes, 2026-11-24). No shape of fewer than 1024 channels out was among them, and all
 that were lie in the ranges below, by what comes out: frames times height times width. Its own search does not find the
 fast algorithm, and measuring here would have processes choose differently, and so differ in the last bits.

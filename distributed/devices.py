@@ -2,7 +2,7 @@
 
 Elsewhere a device is a `torch.device`, and what it can do is asked of `torch.get_device_module`.
 Ascend support is written against torch_npu's documented interface and has not been run on hardware. There, replicate
-padding has no bfloat16; the decoder copies its borders itself (`kernels.repeat_border`) and needs none.
+padding has no bfloat16; the decoder copies its borders itself (`kernels.fill_groups`) and needs none.
 """
 
 import errno

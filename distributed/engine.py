@@ -49,6 +49,10 @@ class Watch(Protocol):
     def cancelled(self) -> bool: ...
 
 
+_groups: dict[int, dist.ProcessGroup] = {}
+"""Of the first ranks, by their number. They are this process's, and outlive engines, which ranks replace one by one."""
+
+
 class _OneOf:
     """What a watch is told of one video of a batch."""
 
@@ -74,7 +78,8 @@ class Engine:
         self.world_size = dist.get_world_size() if together else 1
         self.weights = self._load_weights(tensors)
         self.writer = PixelWriter(device)
-        self.groups: dict[int, dist.ProcessGroup] = {}
+        # Between 0 and 1 bfloat16 is eight times as coarse as float16.
+        self.tile_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
         self.needed = 0
         """Bytes that the decode in hand was planned to need."""
 
@@ -118,19 +123,33 @@ class Engine:
         if agree(watch.cancelled()):
             raise Cancelled
 
-    def _plan(self, job: Job, part: tuple[int, int], picture: tuple[int, int], together: bool) -> Plan:
-        """The plan of least work that fits every rank. part: height and width, in latent positions, of the largest."""
+    def _plan(
+        self,
+        job: Job,
+        part: tuple[int, int],
+        picture: tuple[int, int],
+        *,
+        together: bool = False,
+        undivided: bool = False,
+        held: int = 0,
+    ) -> Plan:
+        """The plan of least work that fits every rank (see `choose_plan`), beside `held` bytes of other things."""
         free = job.memory or self._free()
         free = agree(free, dist.ReduceOp.MIN)
-        plan, needed = choose_plan(self.weights, part, picture, job.latent_shape[2], together, free)
+        plan, needed = choose_plan(
+            self.weights, part, picture, job.latent_shape[2], together, free - held, undivided=undivided
+        )
         if plan is None:
-            raise self._lack(needed, free, least=True, together=True)
-        self._reserve(needed)
+            raise self._lack(needed + held, free, least=True, together=True)
+        self._reserve(needed + held)
         return plan
 
     def _free(self) -> int:
         """Bytes that a decode may use on this device, the weights that are there already included."""
-        return _free(self.device) + self.weights.nbytes
+        free = _free(self.device)
+        if self.device.type == "cpu":
+            free //= self.world_size  # which all ranks share
+        return free + self.weights.nbytes
 
     def _reserve(self, needed: int) -> None:
         """Take what the decode will need from the device, so that memory runs out here, on all ranks, or not at all.
@@ -155,16 +174,16 @@ class Engine:
         """The process group of the first `size` ranks. A collective of the world when first asked for."""
         if size == 1 or size == self.world_size:
             return dist.group.WORLD if self.world_size > 1 else None
-        if size not in self.groups:
-            self.groups[size] = dist.new_group(range(size))
-        return self.groups[size]
+        if size not in _groups:
+            _groups[size] = dist.new_group(range(size))
+        return _groups[size]
 
     def _seamless(self, job: Job, video: Tensor, frames: Tensor, watch: Watch) -> None:
         height, width = video.shape[1:3]
         division = divide(height, width, self.world_size)
         largest = division.largest
         together = division.size > 1
-        plan = self._plan(job, (largest.height, largest.width), (height, width), together)
+        plan = self._plan(job, (largest.height, largest.width), (height, width), together=together)
         group = self._group(division.size)
         if self.rank >= division.size:  # too many ranks for so small a picture: these only keep in step
             for _ in range(1 if plan.blocks == (1, 1) else 1 + plan.blocks[0] * plan.blocks[1]):
@@ -183,10 +202,12 @@ class Engine:
                     start, at = at, at + len(pixels)
                     done += shown.height * shown.width * len(pixels)
                     self._write(pixels, place[start:at], lambda done=done: watch.progress(done, total))
-        finally:
-            passes.close()
+        except Cancelled:
             if mesh:
                 mesh.drain()
+            raise
+        finally:
+            passes.close()
 
     def _passes(
         self, plan: Plan, region: Region, mesh: Mesh | None, video: Tensor, watch: Watch
@@ -232,9 +253,14 @@ class Engine:
         owner = assign(grid, self.world_size)
         side = job.tile_size // SPATIAL
         part = min(side, height), min(side, width)
-        plan = self._plan(job, part, part, together=False)
+        costs = [0] * self.world_size
+        for tile, rank in zip(grid.tiles, owner, strict=True):
+            costs[rank] += tile.cost
+        pixel = 3 * self.tile_dtype.itemsize
+        held = max(costs) * SPATIAL**2 * frame_count(time) * pixel  # until their neighbours have come
+        plan = self._plan(job, part, part, undivided=True, held=held)
         mine = [tile for tile, rank in zip(grid.tiles, owner, strict=True) if rank == self.rank]
-        total = sum(tile.cost for tile in mine) * frame_count(time)
+        total = costs[self.rank] * frame_count(time)
         decoded: dict[Tile, Tensor] = {}
         done = 0
         try:
@@ -247,7 +273,7 @@ class Engine:
                     *(SPATIAL * n for n in part.shape[1:3]),
                     3,
                     device=self.device,
-                    dtype=self.dtype,
+                    dtype=self.tile_dtype,
                 )
                 at = 0
                 for piece in tail.run(trunk.run(map(self._load, split(part, plan.steps.trunk)))):
@@ -305,7 +331,7 @@ class Engine:
     def _empty_edge(self, tile: Tile, dim: int, extent: int, frames: int) -> Tensor:
         shape = [frames, (tile.bottom - tile.top) * SPATIAL, (tile.right - tile.left) * SPATIAL, 3]
         shape[dim] = extent
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.tile_dtype, device=self.device)
 
     def _load(self, part: Tensor) -> Tensor:
         return part.to(device=self.device, dtype=self.dtype).contiguous()

@@ -1,7 +1,8 @@
 """What ranks tell each other while they decode one picture together.
 
 Every rank holds one region of the picture. Before a convolution it fetches a border of one from its neighbours; for
-the attention all ranks gather keys and values. Nothing else travels, and no rank ever holds the whole video.
+the attention all ranks gather keys and values; where ranks go on in blocks, what the trunk gave. Nothing else travels,
+and no rank ever holds the whole video.
 
 At each call here every rank of the division must arrive, in the same order; that they do follows from all of them
 running the same `Steps` on the same job. Whether to go on is agreed on in `engine`, between chunks.

@@ -247,11 +247,11 @@ class Ranks:
         for record in self.records:
             if record.channel and now - record.heard_at > BEATS_MISSED_SECONDS:
                 self.give_up(f"{record} has not been heard of for {now - record.heard_at:.0f} seconds", record)
-        still = [r for r in self.records if r.state == "busy" and now - r.moved_at > self._stall_seconds()]
-        others_move = len(still) < sum(record.state == "busy" for record in self.records)
-        for record in still:
-            if not others_move or record.done < record.total:  # else it may have nothing to do but wait for others
-                self.give_up(f"{record} made no progress for {now - record.moved_at:.0f} seconds", record)
+        busy = [record for record in self.records if record.state == "busy"]
+        # While one moves the others may have nothing to do but wait for it. The one that hangs stood still first.
+        if busy and all(now - record.moved_at > self._stall_seconds() for record in busy):
+            record = min(busy, key=lambda record: record.moved_at)
+            self.give_up(f"{record} made no progress for {now - record.moved_at:.0f} seconds", record)
 
     def _serve(self, channel: Channel) -> None:
         """One rank's messages, for as long as its channel lives."""

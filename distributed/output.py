@@ -44,7 +44,11 @@ class PixelWriter:
         self._check()
         slot = self.free.get()
         if slot is None or slot.numel() < pixels.numel():
-            slot = host_memory(pixels.numel(), torch.float32)
+            try:
+                slot = host_memory(pixels.numel(), torch.float32)
+            except BaseException:
+                self.free.put(slot)
+                raise
         staged = slot[: pixels.numel()].view(pixels.shape)
         self.stream.wait_stream(self.accelerator.current_stream(self.device))
         with self.accelerator.stream(self.stream):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .attention import SCORE_BYTES
 from .decoder import LANES, Steps
 from .regions import Region, blocks, drift, hull, whole
 from .seams import AHEAD
@@ -122,17 +123,19 @@ def choose_plan(
     time: int,
     together: bool,
     free: int,
+    undivided: bool = False,
 ) -> tuple[Plan | None, int]:
     """The plan by which a part of the picture is decoded within `free` bytes.
 
     Undivided where that fits. Else whatever takes fewest passes: blocks compute nothing twice, but a pass over few
     positions leaves a device partly idle (benchmarks/README.md, Memory).
 
-    part, picture: height and width in latent positions; together: other ranks have the rest. Returns the plan, or
-    None where not even the least needy fits, and the bytes that it needs (see `peak_bytes`).
+    part, picture: height and width in latent positions; together: other ranks have the rest; undivided: no blocks are
+    to be made. Returns the plan, or None where not even the least needy fits, and the bytes that it needs (see
+    `peak_bytes`).
     """
     tightest = None, math.inf
-    for plan in _plans(weights, part, time):
+    for plan in _plans(weights, part, time, undivided):
         needed = peak_bytes(weights, part, picture, time, together, plan)
         if needed <= ROOM * free:
             return plan, needed
@@ -141,7 +144,7 @@ def choose_plan(
     return (plan if needed <= free else None), needed
 
 
-def _plans(weights: "Weights", part: tuple[int, int], time: int) -> list[Plan]:
+def _plans(weights: "Weights", part: tuple[int, int], time: int, undivided: bool) -> list[Plan]:
     """The best first: undivided, fewest passes, fewest blocks, longest steps of the trunk, shortest lines between them.
 
     Passes are the steps of all blocks: at latent resolution and at the video's own frame rate.
@@ -155,7 +158,7 @@ def _plans(weights: "Weights", part: tuple[int, int], time: int) -> list[Plan]:
         lines = (down - 1) * part[1] + (across - 1) * part[0]
         return plan.blocks != (1, 1), passes, down * across, -plan.steps.trunk, lines
 
-    grids = product(rows, columns)
+    grids = [(1, 1)] if undivided else product(rows, columns)
     plans = [Plan(Steps(n, max(4, n)), grid) for grid in grids for n in _steps_to_try(part, grid, time)]
     return sorted(plans, key=cost)
 
@@ -204,6 +207,10 @@ def peak_bytes(
     trunk = 2 * time * math.prod(picture) * weights.widths[0] * size + (2 * convs + 2) * latent
     trunk_step = min(steps.trunk, time + time % 2)
     trunk_working = (8 + 3 * waiting) * trunk_step * latent
+    if together:
+        trunk_working += 4 * trunk_step * math.prod(picture) * weights.widths[0] * size  # keys and values, gathered
+    if weights.device.type != "cpu":  # scores, their softmax, and that rounded
+        trunk_working += 5 * min(SCORE_BYTES, 4 * time * math.prod(picture) * math.prod(part)) // 2
     waiting = waiting if undivided else 0
     tail = working = seams = 0
     handed = trunk_step

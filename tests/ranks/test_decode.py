@@ -118,7 +118,7 @@ def test_too_little_memory_for_the_whole_picture_has_it_decoded_in_blocks(ranks,
 def test_the_error_is_no_larger_along_a_cut(pair, vae, reference):
     z = random_latent(1, 32, 3, 4, 8)
     error = (pair.decode(z, vae) - reference(z)).abs().amax(dim=(0, 1, 2, 4))
-    assert error[56:72].max() <= 4 * error.max() and error.max() < 1e-5
+    assert error[56:72].max() <= 4 * torch.cat([error[:56], error[72:]]).max() and error.max() < 1e-5
 
 
 def test_a_decode_without_its_neighbours_border_would_be_noticed(pair, vae, reference):

@@ -469,6 +469,17 @@ def test_memory_that_runs_out_in_mid_decode_has_it_run_again_in_less(rogues, dee
     assert len(told) == 1 and "GiB can be used" in told[0] and "run again in" in told[0]
 
 
+def test_memory_that_runs_out_on_one_rank_of_a_grid_harms_no_other(deed, vae):
+    """Its neighbours to the side and below wait for borders of it that would come out of turn."""
+    told = []
+    with RankGroup(["cpu"] * 4, worker="tests.ranks.misbehaving", stall_timeout=20) as group:
+        expected = group.decode(random_latent(1, 32, 40, 4, 4), vae)
+        deed.write_text("memory 1 once")
+        frames = group.decode(random_latent(1, 32, 40, 4, 4), vae, notice=told.append)
+    torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)
+    assert len(told) == 1 and "GiB can be used" in told[0] and "run again in" in told[0]
+
+
 def test_memory_that_runs_out_while_weights_are_loaded_is_told_with_the_numbers(rogues, deed, vae):
     pids = [rank["pid"] for rank in rogues.status()["ranks"]]
     deed.write_text("load 1 once")

@@ -1,12 +1,14 @@
 """How the engine ends a decode that does not come to its end, on the CPU."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.random_weights import TINY, decoder_tensors, random_latent
 from distributed import decoder, seams
+from distributed import engine as engine_module
 from distributed.engine import Cancelled, Engine, OutOfMemory
 from distributed.plan import Job, choose_plan
 
@@ -71,3 +73,23 @@ def test_what_a_decode_held_when_memory_ran_out_is_free_for_the_next_try(engine,
     with pytest.raises(OutOfMemory):
         engine.decode(Job(SHAPE), random_latent(*SHAPE), torch.empty(Job(SHAPE).frames_shape), Impatient(10_000))
     assert held[1] is True
+
+
+def test_tiles_are_not_cut_into_blocks_and_what_waits_for_blending_is_counted(engine, monkeypatch):
+    planned, reserved = [], []
+    choose = engine_module.choose_plan
+
+    def chosen(*args, **options):
+        planned.append(choose(*args, **options))
+        return planned[-1]
+
+    monkeypatch.setattr(engine_module, "choose_plan", chosen)
+    monkeypatch.setattr(Engine, "_reserve", lambda self, needed: reserved.append(needed))
+    job = Job(SHAPE, "tiled", tile_size=320, overlap=64, memory=2**40)
+    engine.decode(job, random_latent(*SHAPE), torch.empty(job.frames_shape), Impatient(10_000))
+    _, least = choose(engine.weights, (20, 20), (20, 20), SHAPE[2], False, 1, undivided=True)
+    with pytest.raises(OutOfMemory):
+        engine.decode(replace(job, memory=least), random_latent(*SHAPE), torch.empty(job.frames_shape), Impatient(9))
+    (plan, needed), (nothing, _) = planned
+    tiles = 17 * (20 * 20 + 20 * 6 + 4 * 20 + 4 * 6) * 256 * 3 * 4
+    assert plan.blocks == (1, 1) and nothing is None and reserved == [needed + tiles]
