@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .winograd import Products, sum_products, transform_frames
+from .winograd import Products, by_group, sum_products, transform_frames
 
 
 @cache
@@ -179,19 +179,26 @@ def upsample(
     kernels = _kernels(x)
     if kernels:
         return kernels.upsample(packed, bias, x, out, corner, temporal, first)
+    begin = begun = 0
+    for group in by_group(packed):  # one at a time: what a few frames unpack to is large
+        n = group.shape[0]
+        frames = _upsampled(group, bias, x[begin : begin + n], temporal, first and begin == 0)
+        out[begun : begun + len(frames)] = _inner(frames, corner, out)
+        begin, begun = begin + n, begun + len(frames)
+
+
+def _upsampled(packed: Products, bias: Tensor, x: Tensor, temporal: bool, first: bool) -> Tensor:
     rate = 2 if temporal else 1
     channels = packed.shape[-1] // (4 * rate)
     value = sum_products(packed) + bias
     repeats = packed.shape[-1] // x.shape[-1]
     shortcut = x.float()
-    if temporal and first:
-        one = _unpack(value[:1], 1)[..., :channels]
-        one = one + _unpack(shortcut[:1], 1).repeat_interleave(repeats // 2, -1)
-        rest = _unpack(value[1:], 2) + _unpack(shortcut[1:].repeat_interleave(repeats, -1), 2)
-        frames = torch.cat([one, rest])
-    else:
-        frames = _unpack(value, rate) + _unpack(shortcut.repeat_interleave(repeats, -1), rate)
-    out.copy_(_inner(frames, corner, out))
+    if not (temporal and first):
+        return _unpack(value, rate) + _unpack(shortcut.repeat_interleave(repeats, -1), rate)
+    one = _unpack(value[:1], 1)[..., :channels]
+    one = one + _unpack(shortcut[:1], 1).repeat_interleave(repeats // 2, -1)
+    rest = _unpack(value[1:], 2) + _unpack(shortcut[1:].repeat_interleave(repeats, -1), 2)
+    return torch.cat([one, rest])
 
 
 def _unpack(packed: Tensor, rate: int) -> Tensor:
