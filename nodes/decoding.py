@@ -242,11 +242,9 @@ class DistributedVAEDecode(io.ComfyNode):
         cls,
         samples: dict,
         vae: object,
-        mode: str,
-        tile_size: int,
-        overlap: int,
         rank_group: GroupDescription | None = None,
         memory: float = 0.0,
+        **how: object,
     ) -> io.NodeOutput:
-        frames = decode_on_ranks(samples["samples"], vae, rank_group, mode, tile_size, overlap, memory)
+        frames = decode_on_ranks(samples["samples"], vae, rank_group, **how, memory=memory)
         return io.NodeOutput(frames.flatten(0, 1))

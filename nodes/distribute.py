@@ -72,13 +72,7 @@ class DistributeVAE(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        vae: object,
-        mode: str,
-        tile_size: int,
-        overlap: int,
-        rank_group: GroupDescription | None = None,
-        memory: float = 0.0,
+        cls, vae: object, rank_group: GroupDescription | None = None, memory: float = 0.0, **how: object
     ) -> io.NodeOutput:
         preload(vae, rank_group)
-        return io.NodeOutput(distributed(vae, rank_group, mode, tile_size, overlap, memory))
+        return io.NodeOutput(distributed(vae, rank_group, **how, memory=memory))
