@@ -19,7 +19,6 @@ from web_ui import open_page
 sys.path.insert(0, str(ROOT))
 TARGET = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
-PACK = "hunyuanvideo15_distributed"
 SIZE = "720x1280x121"
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -45,10 +44,9 @@ def graph(target: Path) -> None:
         try:
             host.wait().post("/settings", SETTINGS)
             with open_page(find_chromium(), host.url) as page:
+                page.open_template("text_to_video")
                 page.run(
-                    f"""
-                    const graph = await (await fetch("/api/workflow_templates/{PACK}/text_to_video.json")).json();
-                    await app.loadGraphData(graph);
+                    """
                     document.querySelector(".hv15\\\\.groups-tab-button").click();
                     document.elementFromPoint(innerWidth - 32, 20).closest("button")?.click(); // what the UI advertises
                     const by = (type) => app.graph._nodes.find((node) => node.type === type);

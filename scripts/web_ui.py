@@ -16,6 +16,8 @@ import aiohttp
 
 from set_up import CHROMIUM
 
+PACK = "hunyuanvideo15_distributed"
+"""The pack's folder in custom_nodes, which is its name in the web UI."""
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -48,6 +50,15 @@ class Page:
         if "exceptionDetails" in answer:
             raise AssertionError(json.dumps(answer["exceptionDetails"]["exception"], indent=1))
         return answer["result"].get("value")
+
+    def open_template(self, name: str) -> None:
+        """Open one of this pack's templates as the template browser does."""
+        self.run(
+            f"""
+            const graph = await (await fetch("/api/workflow_templates/{PACK}/{name}.json")).json();
+            await app.loadGraphData(graph);
+            """
+        )
 
     def until(self, condition: str, seconds: float = 60) -> object:
         """Wait until a JavaScript expression is true; return its value."""

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from set_up import find_chromium
-from web_ui import Page, open_page
+from web_ui import PACK, Page, open_page
 
 ROOT = Path(__file__).resolve().parents[2]
-PACK = "hunyuanvideo15_distributed"
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
 
 
@@ -24,13 +23,12 @@ def page(host):
 
 def load(page: Page, template: str) -> dict:
     """Open a template as the template browser does; return what is missing and the API prompt it makes."""
+    page.open_template(template)
     return page.run(
-        f"""
-        const graph = await (await fetch("/api/workflow_templates/{PACK}/{template}.json")).json();
-        await app.loadGraphData(graph);
+        """
         const missing = app.graph._nodes.filter((node) => !LiteGraph.registered_node_types[node.type]);
-        const {{ output }} = await app.graphToPrompt();
-        return {{ missing: missing.map((node) => node.type), count: app.graph._nodes.length, output }};
+        const { output } = await app.graphToPrompt();
+        return { missing: missing.map((node) => node.type), count: app.graph._nodes.length, output };
         """
     )
 
