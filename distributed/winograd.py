@@ -24,7 +24,6 @@ The first frame of a video has only itself before it, so its convolution is one 
 alone, and groups of m follow it.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -112,15 +111,6 @@ def convolve(window: Tensor, alone: int, taps: Tensor) -> Products:
 
 def _convolve(part: Tensor, tap: Tensor) -> Tensor:
     return conv2d(part.permute(0, 3, 1, 2), tap).permute(0, 2, 3, 1).contiguous()
-
-
-def by_group(products: Products) -> Iterator[Products]:
-    """The frame that stands alone, if there is one, and then each group."""
-    parts, alone = products
-    if alone is not None:
-        yield Products(tuple(part[:0] for part in parts), alone)
-    for i in range(len(parts[0])):
-        yield Products(tuple(part[i : i + 1] for part in parts), None)
 
 
 def sum_products(products: Products) -> Tensor:

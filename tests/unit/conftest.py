@@ -3,11 +3,16 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+
+from benchmarks.random_weights import FULL
+from distributed.decoder import Weights
+from distributed.weights import _decoder_shapes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -44,3 +49,15 @@ def pack(tmp_path_factory) -> SimpleNamespace:
 def tiny_folders(pack) -> dict[str, Path]:
     """The folders of the built-in models, by kind."""
     return {kind: pack.vae.tiny_folder(name) for name, kind in pack.tiny.TINY.items()}
+
+
+@pytest.fixture(scope="session")
+def full_size() -> Callable[[], Weights]:
+    """Makes the decoder's weights in the real size, with no memory behind them."""
+
+    def make() -> Weights:
+        shapes = _decoder_shapes(FULL, 3, 32)
+        tensors = {key.removeprefix("decoder."): torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        return Weights(tensors, torch.device("meta"), torch.bfloat16)
+
+    return make

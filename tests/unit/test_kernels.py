@@ -43,6 +43,7 @@ def both(fused, monkeypatch, dtype):
 
     def compare(call: Callable[..., tuple[Tensor, ...]], *arguments: object) -> None:
         results = []
+        monkeypatch.setattr(kernels, "STRIP", 1)  # a row at a time
         for module in (fused, None):
             monkeypatch.setattr(kernels, "_kernels", lambda x, module=module: module)
             results.append(call(*arguments))
@@ -81,6 +82,14 @@ WINDOWS = [((1, 1), (HEIGHT + 2, WIDTH + 2)), ((0, 2), (HEIGHT + 1, WIDTH + 2)),
 """Where frames begin in a window, and its size."""
 
 
+CASES = [(*length, *WINDOWS[0]) for length in LENGTHS] + [(4, 5, *window) for window in WINDOWS[1:]]
+"""m, frames, corner and size. Where frames begin has nothing to do with how they are grouped."""
+
+
+WHOLE, PART = Region(0, 2 * HEIGHT, 0, 2 * WIDTH), Region(1, 8, 3, 13)
+"""What is kept of upsampled frames."""
+
+
 def within(frames: torch.Tensor) -> torch.Tensor:
     """A copy, of a larger tensor."""
     n, height, width, channels = frames.shape
@@ -89,8 +98,7 @@ def within(frames: torch.Tensor) -> torch.Tensor:
     return room[:, 2:-1, 1:-4]
 
 
-@pytest.mark.parametrize(("corner", "size"), WINDOWS, ids=str)
-@pytest.mark.parametrize(("m", "n"), LENGTHS)
+@pytest.mark.parametrize(("m", "n", "corner", "size"), CASES, ids=str)
 def test_groups_are_filled_alike(both, draw, dtype, m, n, corner, size):
     groups, alone = divmod(n, m)
 
@@ -111,8 +119,7 @@ def test_groups_are_filled_alike(both, draw, dtype, m, n, corner, size):
             both(fill, x, products, bias, norm, fresh)
 
 
-@pytest.mark.parametrize(("corner", "size"), WINDOWS, ids=str)
-@pytest.mark.parametrize(("m", "n"), LENGTHS)
+@pytest.mark.parametrize(("m", "n", "corner", "size"), CASES, ids=str)
 def test_the_last_window_is_filled_alike(both, draw, dtype, m, n, corner, size):
     def fill(x, products, bias, gamma):
         out = torch.full((n, *size, channels), float("nan"), device=DEVICE, dtype=dtype)
@@ -125,8 +132,11 @@ def test_the_last_window_is_filled_alike(both, draw, dtype, m, n, corner, size):
 
 
 @pytest.mark.parametrize(("m", "n"), LENGTHS)
-@pytest.mark.parametrize(("temporal", "first"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("part", [Region(0, 2 * HEIGHT, 0, 2 * WIDTH), Region(1, 8, 3, 13)], ids=str)
+@pytest.mark.parametrize(
+    ("temporal", "first", "part"),
+    [(True, True, WHOLE), (True, False, WHOLE), (False, True, WHOLE), (True, True, PART), (False, False, PART)],
+    ids=str,
+)
 def test_frames_are_upsampled_alike(both, draw, m, n, temporal, first, part):
     def upsample(packed, bias, x):
         frames = n * (1 + temporal) - (temporal and first)

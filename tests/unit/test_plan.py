@@ -13,7 +13,6 @@ from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed.decoder import Weights
 from distributed.plan import Job, _steps_to_try, check_job, choose_plan, frame_count, peak_bytes
 from distributed.regions import Region, blocks, divide, drift
-from distributed.weights import _decoder_shapes
 
 JOB = Job((1, 32, 3, 4, 5))
 
@@ -149,11 +148,8 @@ def test_the_estimate_does_not_grow_with_the_video_but_for_keys_and_values(tiny)
 
 
 @pytest.fixture(scope="module")
-def full():
-    """The real size, with no memory behind it."""
-    shapes = _decoder_shapes(FULL, 3, 32)
-    tensors = {key.removeprefix("decoder."): torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    return Weights(tensors, torch.device("meta"), torch.bfloat16)
+def full(full_size):
+    return full_size()
 
 
 @pytest.mark.parametrize(("picture", "gib"), [((45, 80), 10), ((45, 80), 6), ((68, 120), 16)])
