@@ -77,10 +77,13 @@ def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("triton", [True, False], ids=["with Triton", "without"])
 @pytest.mark.parametrize(
     ("shape", "gib"), [((1, 32, 9, 30, 53), None), ((1, 32, 5, 30, 53), 4.5), ((1, 32, 5, 30, 53), 3)]
 )
-def test_no_more_memory_is_allocated_than_the_plan_says(shape, gib, monkeypatch):
+def test_no_more_memory_is_allocated_than_the_plan_says(shape, gib, triton, monkeypatch):
+    if not triton:
+        monkeypatch.setattr(kernels, "_kernels", lambda x: None)
     device = torch.device("cuda")
     tensors = {key: value.bfloat16().cpu() for key, value in decoder_tensors(FULL, device).items()}
     torch.cuda.empty_cache()
