@@ -17,8 +17,8 @@ from benchmarks.random_weights import random_latent
 from distributed import Cancelled, RankGroup
 
 WHOLE = "HV15_SOAK" in os.environ
-KILLS = 50 if WHOLE else 8
-DECODES, KILL_EVERY = (300, 50) if WHOLE else (40, 20)
+KILLS = 50 if WHOLE else 4
+DECODES, KILL_EVERY = (300, 50) if WHOLE else (30, 15)
 SETTLED = 10
 """Decodes after which nothing may grow any more."""
 SEED = int(os.environ.get("HV15_SOAK_SEED", random.randrange(2**32)))
