@@ -54,6 +54,5 @@ def test_a_decode_without_triton_keeps_to_its_plan(full_size, shape, monkeypatch
         video = torch.empty(*shape, weights.latent_channels, dtype=weights.dtype, device=weights.device)
         chunks = Trunk(weights, *size, time).run(split(video, plan.steps.trunk))
         frames = sum(len(piece) for piece in Tail(weights, whole(*size, weights.convs), plan.steps).run(chunks))
-    print(f"{plan} {needed / 2**30:.2f} {live.peak / 2**30:.2f}")
     assert frames == 4 * (time - 1) + 1
     assert live.peak <= needed
