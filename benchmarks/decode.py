@@ -29,11 +29,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
-from distributed.devices import COPIERS
-from distributed.engine import Engine, OutOfMemory
-from distributed.halo import Exchange, Mesh
-from distributed.plan import MODES, Job
-from distributed.weights import to_core
+from distributed.ranks.devices import COPIERS
+from distributed.vae.checkpoint import to_core
+from distributed.vae.engine import Engine, OutOfMemory
+from distributed.vae.halo import Exchange, Mesh
+from distributed.vae.plan import MODES, Job
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.decode import SIZES, machine, measure, target
 from benchmarks.random_weights import decoder_tensors, random_latent
-from distributed.decoder import LANES, Tail, Trunk, Weights, split
-from distributed.plan import choose_plan
-from distributed.regions import divide, whole
+from distributed.vae.hunyuanvideo15.decoder import LANES, Tail, Trunk, Weights, split
+from distributed.vae.plan import choose_plan
+from distributed.vae.regions import divide, whole
 
 ROOT = Path(__file__).resolve().parent.parent
 

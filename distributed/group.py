@@ -23,15 +23,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import devices as device_module
-from .engine import Cancelled
 from .errors import GroupError, JobError
-from .frames import FramePool
-from .launch import RankRecord, Ranks
-from .plan import DTYPES, Job, check_job, check_latent
-from .protocol import BYTES_LIMIT
-from .states import State, follow
-from .weights import Checkpoint, SharedWeights, fingerprint, open_checkpoint
+from .ranks import devices as device_module
+from .ranks.buffers import FramePool
+from .ranks.processes import RankRecord, Ranks
+from .ranks.protocol import BYTES_LIMIT
+from .ranks.states import State, follow
+from .vae.checkpoint import Checkpoint, SharedWeights, fingerprint, open_checkpoint
+from .vae.engine import Cancelled
+from .vae.plan import DTYPES, Job, check_job, check_latent
 
 log = logging.getLogger(__name__)
 

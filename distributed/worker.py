@@ -25,12 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import devices, kernels
-from .engine import Cancelled, Engine, OutOfMemory, agree
-from .frames import open_frames
-from .plan import Job
-from .protocol import BROKEN, Channel, connect
-from .weights import Checkpoint, decoder_tensors, open_checkpoint
+from .ops import kernels
+from .ranks import devices
+from .ranks.buffers import open_frames
+from .ranks.protocol import BROKEN, Channel, connect
+from .vae.checkpoint import Checkpoint, decoder_tensors, open_checkpoint
+from .vae.engine import Cancelled, Engine, OutOfMemory, agree
+from .vae.plan import Job
 
 log = logging.getLogger("hv15")
 BEAT_SECONDS = 0.5

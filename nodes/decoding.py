@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..distributed import Cancelled
-from ..distributed.devices import COLLECTIVES
 from ..distributed.group import KEEP
-from ..distributed.plan import MODES, Job, check_job, check_latent
+from ..distributed.ranks.devices import COLLECTIVES
+from ..distributed.vae.plan import MODES, Job, check_job, check_latent
 from . import sockets
 from .groups import GroupDescription, live_group, running_server
 from .memory import enter, make_room

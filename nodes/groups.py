@@ -13,7 +13,7 @@ from pathlib import Path
 import folder_paths
 
 from ..distributed import RankGroup
-from ..distributed.devices import check_devices, parse_devices
+from ..distributed.ranks.devices import check_devices, parse_devices
 
 log = logging.getLogger(__name__)
 

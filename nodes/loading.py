@@ -12,7 +12,7 @@ import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 
-from ..distributed.weights import open_checkpoint
+from ..distributed.vae.checkpoint import open_checkpoint
 from . import sockets
 from .sockets import CATEGORY
 from .tiny import TINY

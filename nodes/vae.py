@@ -14,7 +14,7 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencodingEngine
 from comfy_api.latest import io
 
-from ..distributed.weights import (
+from ..distributed.vae.checkpoint import (
     Checkpoint,
     CheckpointError,
     SharedWeights,

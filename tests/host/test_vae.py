@@ -77,7 +77,7 @@ def loaded_by_core(model):
 def diffusers_decode(path, latent):
     from diffusers import AutoencoderKLHunyuanVideo15
 
-    from distributed.weights import all_tensors, open_checkpoint
+    from distributed.vae.checkpoint import all_tensors, open_checkpoint
 
     model = AutoencoderKLHunyuanVideo15(block_out_channels=WIDTHS).eval()
     model.load_state_dict(all_tensors(open_checkpoint(path)))
@@ -91,9 +91,9 @@ def to_frames(video):
 
 def ranks_decode(path, latent):
     """As a single rank decodes."""
-    from distributed.engine import Engine
-    from distributed.plan import Job
-    from distributed.weights import decoder_tensors, open_checkpoint
+    from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
+    from distributed.vae.engine import Engine
+    from distributed.vae.plan import Job
 
     job = Job(tuple(latent.shape))
     frames = torch.empty(job.frames_shape)
@@ -141,7 +141,7 @@ def test_more_frames_differ_from_core_s_by_the_causal_mask_alone(core):
 
 
 def test_either_layout_becomes_the_vae_that_core_would_have_made(pack, core, tmp_path):
-    from distributed.weights import to_diffusers
+    from distributed.vae.checkpoint import to_diffusers
 
     renamed = tmp_path / "diffusers.safetensors"
     save_file({to_diffusers(key): tensor for key, tensor in core.model.state_dict().items()}, renamed)

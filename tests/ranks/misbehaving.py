@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from distributed import engine, worker
-from distributed.engine import Engine
+from distributed import worker
+from distributed.vae import engine
+from distributed.vae.engine import Engine
 
 DEED = Path(os.environ["HV15_TEST_DEED"])
 

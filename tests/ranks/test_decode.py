@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from benchmarks.random_weights import TINY, random_latent
 from distributed import Cancelled, JobError, RankGroup
-from distributed.decoder import Weights
-from distributed.plan import choose_plan
-from distributed.regions import divide
+from distributed.vae.hunyuanvideo15.decoder import Weights
+from distributed.vae.plan import choose_plan
+from distributed.vae.regions import divide
 from tests.ranks.moments import until
 
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from benchmarks.random_weights import random_latent
-from distributed import Cancelled, GroupError, JobError, RankGroup, launch
+from distributed import Cancelled, GroupError, JobError, RankGroup
+from distributed.ranks import processes as launch
 from tests.ranks.moments import during, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -310,7 +311,7 @@ def test_a_rank_that_has_nothing_to_do_but_wait_for_others_does_not_hang(vae):
 def test_a_door_without_descriptors_rests_and_closes():
     code = (
         "import os, resource, socket, sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from distributed.protocol import Door\n"
+        "from distributed.ranks.protocol import Door\n"
         "door = Door(b'key', print); caller = socket.socket()\n"
         "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir('/proc/self/fd'))), most))\n"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.random_weights import random_latent
 from distributed import JobError, RankGroup
-from distributed.devices import parse_devices
+from distributed.ranks.devices import parse_devices
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
 unharmed = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

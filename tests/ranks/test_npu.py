@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed import devices, launch
+from distributed.ranks import devices
+from distributed.ranks import processes as launch
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_INS = ROOT / "tests" / "stand_ins"

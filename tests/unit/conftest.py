@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.random_weights import FULL
-from distributed.decoder import Weights
-from distributed.weights import _decoder_shapes
+from distributed.vae.checkpoint import _decoder_shapes
+from distributed.vae.hunyuanvideo15.decoder import Weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

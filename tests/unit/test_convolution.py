@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distributed import convolution
+from distributed.ops import convolution
 
 
 @pytest.mark.parametrize("pieces", [(5, 8), (3, 8), (5, 4), (3, 3), (1, 1)])

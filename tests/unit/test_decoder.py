@@ -5,9 +5,9 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
 from benchmarks.random_weights import random_latent
-from distributed.decoder import Steps, Tail, Trunk, Weights, split
-from distributed.regions import Region, _reach, blocks, hull, whole
-from distributed.seams import Seams
+from distributed.vae.hunyuanvideo15.decoder import Steps, Tail, Trunk, Weights, split
+from distributed.vae.regions import Region, _reach, blocks, hull, whole
+from distributed.vae.seams import Seams
 
 WIDTHS = (8, 8, 16, 32, 32)
 CPU = torch.device("cpu")
@@ -149,13 +149,13 @@ def test_blocks_one_after_the_other_give_the_whole(weights, part, grid, size):
 
 @pytest.mark.parametrize("step", ["start", "move"])
 def test_blocks_that_keep_nothing_for_each_other_would_be_noticed(weights, monkeypatch, step):
-    monkeypatch.setattr(f"distributed.seams.SeamEdges.{step}", lambda self, *_: self)
+    monkeypatch.setattr(f"distributed.vae.seams.SeamEdges.{step}", lambda self, *_: self)
     frames, exact = blocks_and_whole(weights, *GRIDS[1])
     assert not (frames - exact).abs().max() < 1e-3
 
 
 def test_a_part_that_reads_no_more_than_its_own_would_be_noticed(weights, monkeypatch):
-    monkeypatch.setattr("distributed.regions._reach", lambda at, step, side, convs: _reach(at, 0, side, convs))
+    monkeypatch.setattr("distributed.vae.regions._reach", lambda at, step, side, convs: _reach(at, 0, side, convs))
     pixels, exact = blocks_and_whole(weights, PARTS[1], (1, 1))
     assert (pixels - exact).abs().max() > 1e-3
 

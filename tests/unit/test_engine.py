@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from benchmarks.random_weights import TINY, decoder_tensors, random_latent
-from distributed import decoder, seams
-from distributed import engine as engine_module
-from distributed.engine import Cancelled, Engine, OutOfMemory
-from distributed.plan import Job, choose_plan
+from distributed.vae import engine as engine_module
+from distributed.vae import seams
+from distributed.vae.engine import Cancelled, Engine, OutOfMemory
+from distributed.vae.hunyuanvideo15 import decoder
+from distributed.vae.plan import Job, choose_plan
 
 CPU = torch.device("cpu")
 SHAPE = (1, 32, 5, 20, 22)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
-from distributed import kernels
-from distributed.engine import Engine
-from distributed.plan import Job, choose_plan
+from distributed.ops import kernels
+from distributed.vae.engine import Engine
+from distributed.vae.plan import Job, choose_plan
 
 
 class Quiet:
@@ -57,7 +57,7 @@ def test_blocks_hand_on_to_each_other_through_host_memory(monkeypatch):
 def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
     from triton import knobs
 
-    from distributed import triton_kernels
+    from distributed.ops import triton_kernels
 
     for kernel in (getattr(triton_kernels, f"_{name}") for name in ("fill", "repeat_border", "upsample", "sum_taps")):
         kernel.device_caches.clear()

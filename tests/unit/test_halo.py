@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from distributed.halo import Mesh
-from distributed.regions import divide
+from distributed.vae.halo import Mesh
+from distributed.vae.regions import divide
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 7])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed import kernels
-from distributed.regions import Region
-from distributed.winograd import Products
+from distributed.ops import kernels
+from distributed.ops.winograd import Products
+from distributed.vae.regions import Region
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHANNELS = (8, 128, 1024) if DEVICE.type == "cuda" else (24,)
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 @pytest.fixture(scope="module")
 def fused():
     """The Triton forms."""
-    from distributed import triton_kernels
+    from distributed.ops import triton_kernels
 
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE.type == "cpu":

@@ -6,10 +6,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distributed import kernels, winograd
-from distributed.decoder import Tail, Trunk, split
-from distributed.plan import choose_plan
-from distributed.regions import whole
+from distributed.ops import kernels, winograd
+from distributed.vae.hunyuanvideo15.decoder import Tail, Trunk, split
+from distributed.vae.plan import choose_plan
+from distributed.vae.regions import whole
 
 
 class Live(TorchDispatchMode):

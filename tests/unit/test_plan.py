@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
-from distributed.decoder import Weights
-from distributed.plan import Job, _steps_to_try, check_job, choose_plan, frame_count, peak_bytes
-from distributed.regions import Region, blocks, divide, drift
+from distributed.vae.hunyuanvideo15.decoder import Weights
+from distributed.vae.plan import Job, _steps_to_try, check_job, choose_plan, frame_count, peak_bytes
+from distributed.vae.regions import Region, blocks, divide, drift
 
 JOB = Job((1, 32, 3, 4, 5))
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from distributed.states import FOLLOWS, State, follow
+from distributed.ranks.states import FOLLOWS, State, follow
 
 PAIRS = list(itertools.product(State, State))
 

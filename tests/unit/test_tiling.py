@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed.tiling import SPATIAL, Tile, assign, blend, seam, tile_grid
+from distributed.vae.tiling import SPATIAL, Tile, assign, blend, seam, tile_grid
 
 sizes = st.integers(1, 70)
 latent_tiles = st.integers(1, 20)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from safetensors.torch import load_file, save_file
 
-from distributed.weights import (
+from distributed.vae.checkpoint import (
     CheckpointError,
     all_tensors,
     decoder_tensors,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed.winograd import TOTAL, convolve, matrices, sum_products, transform_frames, transform_taps
+from distributed.ops.winograd import TOTAL, convolve, matrices, sum_products, transform_frames, transform_taps
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

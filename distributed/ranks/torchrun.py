@@ -2,7 +2,8 @@
 
 torchrun's own rendezvous either listen on all interfaces or keep their state as a pickle. A group's processes are all
 on one host, where there is nobody to wait for: the launcher is alone with its store, a file in the group's folder.
-Started as `python -m distributed.launcher --rdzv-backend=one-host --rdzv-endpoint=FILE ...`, and else as torchrun is.
+Started as `python -m distributed.ranks.torchrun --rdzv-backend=one-host --rdzv-endpoint=FILE ...`; all other options
+are torchrun's.
 """
 
 import os

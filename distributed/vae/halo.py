@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .decoder import LANES
+from .hunyuanvideo15.decoder import LANES
 from .regions import Division
 
 

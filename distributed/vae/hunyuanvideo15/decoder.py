@@ -48,10 +48,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
-from .attention import KeyValues
-from .regions import Extents, Region, hull
-from .winograd import Products, convolve, transform_taps
+from ...ops import kernels
+from ...ops.attention import KeyValues
+from ...ops.winograd import Products, convolve, transform_taps
+from ..regions import Extents, Region, hull
 
 LANES = 2
 """Steps in flight in each part when borders travel: one computes while the other's borders are under way."""

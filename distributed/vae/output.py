@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .devices import host_memory
+from ..ranks.devices import host_memory
 
 SLOTS = 4
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .devices import host_memory
+from ..ranks.devices import host_memory
 
 CHUNK = 64 * 2**20
 """Bytes of host memory taken at a time."""

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .decoder import Tail, Trunk, Weights, split
 from .halo import Mesh
+from .hunyuanvideo15.decoder import Tail, Trunk, Weights, split
 from .output import PixelWriter
 from .plan import WORKSPACE, Job, Plan, check_job, choose_plan, frame_count
 from .regions import Region, blocks, divide, hull, whole

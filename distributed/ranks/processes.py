@@ -27,7 +27,7 @@ from .protocol import BROKEN, Channel, Door
 
 log = logging.getLogger(__name__)
 
-PACK = Path(__file__).resolve().parent.parent
+PACK = Path(__file__).resolve().parents[2]
 WATCH_SECONDS = 0.5
 BEATS_MISSED_SECONDS = 10
 """A rank that says nothing for this long is stopped or stuck beyond help (it speaks twice a second)."""
@@ -113,7 +113,13 @@ class Ranks:
                 "TMPDIR": str(self.folder),
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, "-m", "distributed.launcher", "--nnodes=1", f"--nproc-per-node={len(devices)}"]
+            command = [
+                sys.executable,
+                "-m",
+                "distributed.ranks.torchrun",
+                "--nnodes=1",
+                f"--nproc-per-node={len(devices)}",
+            ]
             command += ["--max-restarts=0", "--rdzv-backend=one-host"]
             command += [f"--rdzv-endpoint={self.folder / 'rendezvous'}", "-m", worker]
             with open(_private(self.logs / "launcher.log"), "wb") as output:

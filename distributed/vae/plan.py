@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import SCORE_BYTES
-from .decoder import LANES, Steps
+from ..ops.attention import SCORE_BYTES
+from .hunyuanvideo15.decoder import LANES, Steps
 from .regions import Region, blocks, drift, hull, whole
 from .seams import AHEAD
 from .tiling import SPATIAL, check_tile
 
 if TYPE_CHECKING:
-    from .decoder import Weights
+    from .hunyuanvideo15.decoder import Weights
 
 TEMPORAL = 4
 """Frames of a latent frame, but for the first, which is one frame."""

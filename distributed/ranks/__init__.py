@@ -1,0 +1,1 @@
+"""How rank processes live. Knows no model and no kind of job."""

@@ -1,0 +1,1 @@
+"""What is HunyuanVideo-1.5's own: its decoder."""
