@@ -29,11 +29,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
+from distributed.errors import OutOfMemory
 from distributed.ranks.devices import COPIERS
 from distributed.vae.checkpoint import to_core
-from distributed.vae.engine import Engine, OutOfMemory
+from distributed.vae.engine import Engine
 from distributed.vae.halo import Exchange, Mesh
-from distributed.vae.plan import MODES, Job
+from distributed.vae.job import MODES, DecodeRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
@@ -250,7 +251,9 @@ class Ours:
         self.tail_ms = round(1000 * (time.perf_counter() - start), 1)
 
     def __call__(self, latent: Tensor) -> None:
-        job = Job(tuple(latent.shape), self.mode, dtype=str(self.dtype).removeprefix("torch."), memory=self.memory)
+        job = DecodeRequest(
+            tuple(latent.shape), self.mode, dtype=str(self.dtype).removeprefix("torch."), memory=self.memory
+        )
         if self.frames.shape != job.frames_shape:
             self.frames = torch.zeros(job.frames_shape)
         start = time.perf_counter()

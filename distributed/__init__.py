@@ -1,7 +1,6 @@
 """HunyuanVideo-1.5's VAE decode on a persistent group of ranks. Needs torch, and nothing of ComfyUI."""
 
-from .errors import GroupError, JobError
+from .errors import Cancelled, GroupError, JobError
 from .group import RankGroup
-from .vae.engine import Cancelled
 
 __all__ = ["Cancelled", "GroupError", "JobError", "RankGroup"]

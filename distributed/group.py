@@ -23,15 +23,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import GroupError, JobError
+from .errors import Cancelled, GroupError, JobError
 from .ranks import devices as device_module
 from .ranks.buffers import FramePool
 from .ranks.processes import RankRecord, Ranks
 from .ranks.protocol import BYTES_LIMIT
 from .ranks.states import State, follow
 from .vae.checkpoint import Checkpoint, SharedWeights, fingerprint, open_checkpoint
-from .vae.engine import Cancelled
-from .vae.plan import DTYPES, Job, check_job, check_latent
+from .vae.job import DTYPES, DecodeRequest, check_latent, check_request
 
 log = logging.getLogger(__name__)
 
@@ -348,12 +347,12 @@ class RankGroup:
 
     def _job(
         self, latent: Tensor, checkpoint: Checkpoint, mode: str, tile_size: int, overlap: int, memory: int | None
-    ) -> Job:
+    ) -> DecodeRequest:
         try:
             pixels = _whole("tile_size", tile_size), _whole("overlap", overlap)
             budget = None if memory is None else _whole("memory", memory)
-            job = Job(tuple(latent.shape), mode, *pixels, self.dtype, budget)
-            check_job(job, len(self.devices))
+            job = DecodeRequest(tuple(latent.shape), mode, *pixels, self.dtype, budget)
+            check_request(job, len(self.devices))
             check_latent(latent, checkpoint.latent_channels)
         except ValueError as error:
             raise JobError(str(error)) from error
@@ -376,7 +375,7 @@ class RankGroup:
             self._decoding.release()
 
     def _decode(
-        self, job: Job, latent: Tensor, checkpoint: Checkpoint, path: Path, place: str, watch: "_Watch"
+        self, job: DecodeRequest, latent: Tensor, checkpoint: Checkpoint, path: Path, place: str, watch: "_Watch"
     ) -> None:
         """Run the job: again with less memory while a rank lacks it, and once on a new group if this one breaks."""
         restarted = False

@@ -18,20 +18,22 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import Cancelled, OutOfMemory
 from .ops import kernels
 from .ranks import devices
 from .ranks.buffers import open_frames
+from .ranks.collective import all_or_none
 from .ranks.protocol import BROKEN, Channel, connect
 from .vae.checkpoint import Checkpoint, decoder_tensors, open_checkpoint
-from .vae.engine import Cancelled, Engine, OutOfMemory, agree
-from .vae.plan import Job
+from .vae.engine import Engine
+from .vae.job import DecodeRequest
 
 log = logging.getLogger("hv15")
 BEAT_SECONDS = 0.5
@@ -122,7 +124,7 @@ class Rank:
             self.apart = False  # ranks agree on it
             self._failed(message, "cancelled")
         except OutOfMemory as error:
-            self.apart &= not error.together
+            self.apart &= not error.on_all_ranks
             self._failed(message, "memory", str(error), needed=error.needed, free=error.free, least=error.least)
         except Exception as error:
             log.error("The job failed:\n%s", traceback.format_exc())
@@ -134,14 +136,14 @@ class Rank:
             self.watch.moved += 1
 
     def _decode(self, message: dict) -> None:
-        job = Job(**{**message["job"], "latent_shape": tuple(message["job"]["latent_shape"])})
+        job = DecodeRequest(**{**message["job"], "latent_shape": tuple(message["job"]["latent_shape"])})
 
         def prepare() -> tuple[Tensor, Tensor]:
             self._load(open_checkpoint(message["checkpoint"]), job.dtype)
             latent = torch.frombuffer(bytearray(message["raw"]), dtype=torch.float32).view(job.latent_shape)
             return latent, open_frames(message["frames"], job.frames_shape)
 
-        latent, frames = together(prepare)
+        latent, frames = all_or_none(prepare)
         self.apart = self.world_size > 1
         self.engine.decode(job, latent, frames, self.watch)
 
@@ -158,7 +160,7 @@ class Rank:
             widths = tuple(reversed(checkpoint.block_out_channels))
             kernels.warm_up(checkpoint.latent_channels, widths, self.device, getattr(torch, message["dtype"]))
 
-        together(prepare)
+        all_or_none(prepare)
 
     def _failed(self, message: dict, kind: str, text: str = "", **numbers: int) -> None:
         self.channel.send("failed", id=message["id"], kind=kind, message=text[:4000], apart=self.apart, **numbers)
@@ -224,24 +226,6 @@ def leave_orphaned(error: Exception) -> NoReturn:
         with contextlib.suppress(OSError):
             os.kill(launcher, KILL)
     os._exit(1)
-
-
-T = TypeVar("T")
-
-
-def together(prepare: Callable[[], T]) -> T:
-    """What `prepare` returns. Where it fails on some ranks, those raise what it raised and the others Cancelled."""
-    problem = None
-    try:
-        result = prepare()
-    except Exception as error:
-        problem = error
-    failed = agree(problem is not None)
-    if problem:
-        raise problem
-    if failed:
-        raise Cancelled
-    return result
 
 
 class OutputFile:

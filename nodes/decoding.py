@@ -13,7 +13,7 @@ from torch import Tensor
 from ..distributed import Cancelled
 from ..distributed.group import KEEP
 from ..distributed.ranks.devices import COLLECTIVES
-from ..distributed.vae.plan import MODES, Job, check_job, check_latent
+from ..distributed.vae.job import MODES, DecodeRequest, check_latent, check_request
 from . import sockets
 from .groups import GroupDescription, live_group, running_server
 from .memory import enter, make_room
@@ -41,7 +41,7 @@ def decode_on_ranks(
     check_kind(latent)
     source = rank_source(check_vae(vae))
     check_latent(latent, vae.latent_channels)
-    check_job(Job(tuple(latent.shape), mode, tile_size, overlap), 1)
+    check_request(DecodeRequest(tuple(latent.shape), mode, tile_size, overlap), 1)
     group = live_group(description)
     group.start()
     make_room(group)

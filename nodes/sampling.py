@@ -18,7 +18,7 @@ from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15I
 from PIL import Image
 from torch import Tensor
 
-from ..distributed.vae.plan import TEMPORAL
+from ..distributed.vae.job import TEMPORAL
 from ..distributed.vae.tiling import SPATIAL
 from . import sockets
 from .loading import LoadedPipeline

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import CheckpointError
+
 LAYOUTS = (
     ("decoder.up.#.block.#.", "decoder.up_blocks.#.resnets.#."),
     ("decoder.up.#.upsample.", "decoder.up_blocks.#.upsamplers.0."),
@@ -62,10 +64,6 @@ OTHER_MODELS = (
 
 SAMPLES = 64
 """Numbers of each tensor that its fingerprint is taken of."""
-
-
-class CheckpointError(ValueError):
-    """The file is not a HunyuanVideo-1.5 VAE that can be used; says what it is or what is wrong with it."""
 
 
 @dataclass(frozen=True)

@@ -10,47 +10,22 @@ import contextlib
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import astuple
-from typing import Protocol
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import Cancelled, OutOfMemory
+from ..ranks.collective import Watch, agree, first_ranks
 from .halo import Mesh
 from .hunyuanvideo15.decoder import Tail, Trunk, Weights, split
+from .job import DecodeRequest, check_request, frame_count
 from .output import PixelWriter
-from .plan import WORKSPACE, Job, Plan, check_job, choose_plan, frame_count
+from .plan import WORKSPACE, Plan, choose_plan
 from .regions import Region, blocks, divide, hull, whole
 from .seams import Seams
 from .tiling import SPATIAL, Tile, TileGrid, assign, blend, seam, tile_grid
-
-
-class Cancelled(Exception):
-    """Somebody asked for the decode to end. The ranks stay ready."""
-
-
-class OutOfMemory(Exception):
-    """A rank lacks memory: `needed` and `free` are bytes.
-
-    least: that is what the smallest steps need. together: it is raised on all ranks at the same place.
-    """
-
-    def __init__(self, needed: int, free: int, words: str, *, least: bool, together: bool) -> None:
-        super().__init__(f"The decode needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB can be used{words}.")
-        self.needed, self.free, self.least, self.together = needed, free, least, together
-
-
-class Watch(Protocol):
-    """Who looks on: told of progress, asked about cancelling. Both may be called from any thread."""
-
-    def progress(self, done: int, total: int) -> None: ...
-
-    def cancelled(self) -> bool: ...
-
-
-_groups: dict[int, dist.ProcessGroup] = {}
-"""Of the first ranks, by their number. They are this process's, and outlive engines, which ranks replace one by one."""
 
 
 class _OneOf:
@@ -73,9 +48,8 @@ class Engine:
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        together = dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.world_size = dist.get_world_size() if together else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.weights = self._load_weights(tensors)
         self.writer = PixelWriter(device)
         # Between 0 and 1 bfloat16 is eight times as coarse as float16.
@@ -89,7 +63,7 @@ class Engine:
         self._empty_cache()
         meta = torch.device("meta")
         needed = Weights({name: tensor.to(meta) for name, tensor in tensors.items()}, meta, self.dtype).nbytes
-        raise self._lack(needed + WORKSPACE, _free(self.device), least=True, together=True)
+        raise self._out_of_memory(needed + WORKSPACE, _free(self.device), least=True, on_all_ranks=True)
 
     def release(self) -> None:
         """Give back what the engine holds on the device. It cannot be used again."""
@@ -102,20 +76,20 @@ class Engine:
             torch.get_device_module(self.device).empty_cache()
 
     @torch.inference_mode()
-    def decode(self, job: Job, latent: Tensor, frames: Tensor, watch: Watch) -> None:
+    def decode(self, request: DecodeRequest, latent: Tensor, frames: Tensor, watch: Watch) -> None:
         """Decode this rank's part of `latent`, float32 [B, C, T, H, W], into `frames`, float32 [B, T', H', W', 3].
 
         Raises Cancelled, on all ranks together, OutOfMemory, ValueError for a job that cannot be done.
         """
-        check_job(job, self.world_size)
-        decode = self._tiled if job.mode == "tiled" else self._seamless
+        check_request(request, self.world_size)
+        decode = self._tiled if request.mode == "tiled" else self._seamless
         try:
             for index, (video, place) in enumerate(zip(latent, frames, strict=True)):
-                decode(job, video.permute(1, 2, 3, 0), place, _OneOf(watch, index, len(latent)))
+                decode(request, video.permute(1, 2, 3, 0), place, _OneOf(watch, index, len(latent)))
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # what they hold is free for the next try
             self._empty_cache()
-            raise self._lack(self.needed, self._free()) from error
+            raise self._out_of_memory(self.needed, self._free()) from error
         finally:
             self.writer.flush()
 
@@ -125,22 +99,22 @@ class Engine:
 
     def _plan(
         self,
-        job: Job,
+        request: DecodeRequest,
         part: tuple[int, int],
         picture: tuple[int, int],
         *,
-        together: bool = False,
+        divided: bool = False,
         undivided: bool = False,
         held: int = 0,
     ) -> Plan:
         """The plan of least work that fits every rank (see `choose_plan`), beside `held` bytes of other things."""
-        free = job.memory or self._free()
+        free = request.memory or self._free()
         free = agree(free, dist.ReduceOp.MIN)
         plan, needed = choose_plan(
-            self.weights, part, picture, job.latent_shape[2], together, free - held, undivided=undivided
+            self.weights, part, picture, request.latent_shape[2], divided, free - held, undivided=undivided
         )
         if plan is None:
-            raise self._lack(needed + held, free, least=True, together=True)
+            raise self._out_of_memory(needed + held, free, least=True, on_all_ranks=True)
         self._reserve(needed + held)
         return plan
 
@@ -165,32 +139,24 @@ class Engine:
             except torch.OutOfMemoryError:
                 lacking = True
         if agree(lacking):
-            raise self._lack(needed, self._free(), together=True)
+            raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
 
-    def _lack(self, needed: int, free: int, least: bool = False, together: bool = False) -> OutOfMemory:
-        return OutOfMemory(needed, free, _held_by_others(self.device), least=least, together=together)
+    def _out_of_memory(self, needed: int, free: int, least: bool = False, on_all_ranks: bool = False) -> OutOfMemory:
+        return OutOfMemory(needed, free, _held_by_others(self.device), least=least, on_all_ranks=on_all_ranks)
 
-    def _group(self, size: int) -> dist.ProcessGroup | None:
-        """The process group of the first `size` ranks. A collective of the world when first asked for."""
-        if size == 1 or size == self.world_size:
-            return dist.group.WORLD if self.world_size > 1 else None
-        if size not in _groups:
-            _groups[size] = dist.new_group(range(size))
-        return _groups[size]
-
-    def _seamless(self, job: Job, video: Tensor, frames: Tensor, watch: Watch) -> None:
+    def _seamless(self, request: DecodeRequest, video: Tensor, frames: Tensor, watch: Watch) -> None:
         height, width = video.shape[1:3]
         division = divide(height, width, self.world_size)
         largest = division.largest
-        together = division.size > 1
-        plan = self._plan(job, (largest.height, largest.width), (height, width), together=together)
-        group = self._group(division.size)
+        divided = division.size > 1
+        plan = self._plan(request, (largest.height, largest.width), (height, width), divided=divided)
+        group = first_ranks(division.size)
         if self.rank >= division.size:  # too many ranks for so small a picture: these only keep in step
             for _ in range(1 if plan.blocks == (1, 1) else 1 + plan.blocks[0] * plan.blocks[1]):
                 for _ in self._chunks(video, plan, watch):
                     pass
             return
-        mesh = Mesh(division, self.rank, group) if together else None
+        mesh = Mesh(division, self.rank, group) if divided else None
         region = division.region(self.rank)
         done, total = 0, region.height * region.width * SPATIAL**2 * len(frames)
         passes = self._passes(plan, region, mesh, video, watch)
@@ -247,18 +213,18 @@ class Engine:
             self._check_cancel(watch)
             yield chunk
 
-    def _tiled(self, job: Job, video: Tensor, frames: Tensor, watch: Watch) -> None:
+    def _tiled(self, request: DecodeRequest, video: Tensor, frames: Tensor, watch: Watch) -> None:
         time, height, width, _ = video.shape
-        grid = tile_grid(height, width, job.tile_size, job.overlap)
+        grid = tile_grid(height, width, request.tile_size, request.overlap)
         owner = assign(grid, self.world_size)
-        side = job.tile_size // SPATIAL
+        side = request.tile_size // SPATIAL
         part = min(side, height), min(side, width)
         costs = [0] * self.world_size
         for tile, rank in zip(grid.tiles, owner, strict=True):
             costs[rank] += tile.cost
         pixel = 3 * self.tile_dtype.itemsize
         held = max(costs) * SPATIAL**2 * frame_count(time) * pixel  # until their neighbours have come
-        plan = self._plan(job, part, part, undivided=True, held=held)
+        plan = self._plan(request, part, part, undivided=True, held=held)
         mine = [tile for tile, rank in zip(grid.tiles, owner, strict=True) if rank == self.rank]
         total = costs[self.rank] * frame_count(time)
         decoded: dict[Tile, Tensor] = {}
@@ -338,15 +304,6 @@ class Engine:
 
     def _write(self, pixels: Tensor, place: Tensor, written: Callable[[], None]) -> None:
         self.writer.write(pixels.clamp_(0, 1), place, written)
-
-
-def agree(value: int, operation: dist.ReduceOp = dist.ReduceOp.MAX) -> int:
-    """The largest (or as `operation` says) of all ranks' values. A collective of the world."""
-    if not dist.is_initialized():
-        return int(value)
-    tensor = torch.tensor(value, dtype=torch.int64)
-    dist.all_reduce(tensor, operation)
-    return int(tensor)
 
 
 def _followers(grid: TileGrid, index: int) -> list[tuple[int, int]]:

@@ -10,84 +10,14 @@ from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from ..ops.attention import SCORE_BYTES
 from .hunyuanvideo15.decoder import LANES, Steps
+from .job import frame_count
 from .regions import Region, blocks, drift, hull, whole
 from .seams import AHEAD
-from .tiling import SPATIAL, check_tile
 
 if TYPE_CHECKING:
     from .hunyuanvideo15.decoder import Weights
-
-TEMPORAL = 4
-"""Frames of a latent frame, but for the first, which is one frame."""
-
-MODES = ("seamless", "tiled")
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Job:
-    """The one description of a decode. JSON-able through `dataclasses.asdict`.
-
-    latent_shape is [B, C, T, H, W] in VAE space; tile_size and overlap are pixels; dtype is what ranks compute in;
-    memory is what each rank may use, weights included, in bytes (None: whatever is free).
-    """
-
-    latent_shape: tuple[int, int, int, int, int]
-    mode: str = "seamless"
-    tile_size: int = 256
-    overlap: int = 64
-    dtype: str = "float32"
-    memory: int | None = None
-
-    @property
-    def frames_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape [B, frames, height, width, 3] of the decoded video."""
-        batch, _, time, height, width = self.latent_shape
-        return batch, frame_count(time), height * SPATIAL, width * SPATIAL, 3
-
-
-def frame_count(time: int) -> int:
-    """Frames that `time` latent frames decode to."""
-    return TEMPORAL * (time - 1) + 1
-
-
-def check_job(job: Job, world_size: int) -> None:
-    """Refuse, with a ValueError for the person at the graph, a job that no group of this size could do."""
-    if len(job.latent_shape) != 5 or min(job.latent_shape) < 1:
-        raise ValueError(
-            f"The latent has shape {list(job.latent_shape)}; a video latent is "
-            "[batch, channels, frames, height, width] "
-            "with no empty dimension. Check that it comes from a HunyuanVideo-1.5 sampler."
-        )
-    if job.mode not in MODES:
-        raise ValueError(f"mode is {job.mode!r}; it must be one of {', '.join(MODES)}.")
-    if job.dtype not in DTYPES:
-        raise ValueError(f"dtype is {job.dtype!r}; it must be one of {', '.join(DTYPES)}.")
-    if job.memory is not None and not 0 < job.memory < 2**63:
-        raise ValueError(f"memory is {job.memory}; it must be a number of bytes, or None for whatever is free.")
-    if world_size < 1:
-        raise ValueError(f"A group of {world_size} ranks cannot decode; it needs at least one.")
-    if job.mode == "tiled":
-        check_tile(job.tile_size, job.overlap)
-
-
-def check_latent(latent: Tensor, channels: int) -> None:
-    """Refuse, with a ValueError, a latent [B, C, T, H, W] that a VAE of `channels` cannot decode, or a spoiled one."""
-    if latent.shape[1] != channels:
-        raise ValueError(
-            f"The latent has {latent.shape[1]} channels and the VAE decodes {channels}. They are not of the same model."
-        )
-    if not latent.is_floating_point():
-        raise ValueError(f"The latent holds {latent.dtype}; it must hold floating point numbers.")
-    bad = latent.numel() - int(torch.isfinite(latent).sum())
-    if bad:
-        raise ValueError(f"{bad} of the latent's {latent.numel()} values are not finite; the sampler went astray.")
-
 
 FULL_STEP = 12_500
 """Latent positions (frames x height x width) of a step that keeps a large GPU busy; a larger one only costs memory."""
@@ -121,7 +51,7 @@ def choose_plan(
     part: tuple[int, int],
     picture: tuple[int, int],
     time: int,
-    together: bool,
+    divided: bool,
     free: int,
     undivided: bool = False,
 ) -> tuple[Plan | None, int]:
@@ -130,13 +60,13 @@ def choose_plan(
     Undivided where that fits. Else whatever takes fewest passes: blocks compute nothing twice, but a pass over few
     positions leaves a device partly idle (benchmarks/README.md, Memory).
 
-    part, picture: height and width in latent positions; together: other ranks have the rest; undivided: no blocks are
+    part, picture: height and width in latent positions; divided: other ranks decode the rest; undivided: no blocks are
     to be made. Returns the plan, or None where not even the least needy fits, and the bytes that it needs (see
     `peak_bytes`).
     """
     tightest = None, math.inf
     for plan in _plans(weights, part, time, undivided):
-        needed = peak_bytes(weights, part, picture, time, together, plan)
+        needed = peak_bytes(weights, part, picture, time, divided, plan)
         if needed <= ROOM * free:
             return plan, needed
         tightest = min(tightest, (plan, needed), key=lambda option: option[1])
@@ -192,7 +122,7 @@ def _sizes(
 
 
 def peak_bytes(
-    weights: "Weights", part: tuple[int, int], picture: tuple[int, int], time: int, together: bool, plan: Plan
+    weights: "Weights", part: tuple[int, int], picture: tuple[int, int], time: int, divided: bool, plan: Plan
 ) -> int:
     """Bytes on the device at the fullest moment of a decode: weights, windows, keys and values, working tensors."""
     size, steps, undivided = weights.dtype.itemsize, plan.steps, plan.blocks == (1, 1)
@@ -203,11 +133,11 @@ def peak_bytes(
     base = weights.nbytes + WORKSPACE
     latent = frame(0, *part)
     convs = 2 * len(weights.mid) + 2 * len(weights.blocks[0])
-    waiting = LANES - 1 if together else 0  # steps under way that wait their turn: a stream and a window
+    waiting = LANES - 1 if divided else 0  # steps under way that wait their turn: a stream and a window
     trunk = 2 * time * math.prod(picture) * weights.widths[0] * size + (2 * convs + 2) * latent
     trunk_step = min(steps.trunk, time + time % 2)
     trunk_working = (8 + 3 * waiting) * trunk_step * latent
-    if together:
+    if divided:
         trunk_working += 4 * trunk_step * math.prod(picture) * weights.widths[0] * size  # keys and values, gathered
     if weights.device.type != "cpu":  # scores, their softmax, and that rounded
         trunk_working += 5 * min(SCORE_BYTES, 4 * time * math.prod(picture) * math.prod(part)) // 2

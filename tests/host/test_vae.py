@@ -93,9 +93,9 @@ def ranks_decode(path, latent):
     """As a single rank decodes."""
     from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
     from distributed.vae.engine import Engine
-    from distributed.vae.plan import Job
+    from distributed.vae.job import DecodeRequest
 
-    job = Job(tuple(latent.shape))
+    job = DecodeRequest(tuple(latent.shape))
     frames = torch.empty(job.frames_shape)
     watch = SimpleNamespace(progress=lambda done, total: None, cancelled=lambda: False)
     engine = Engine(decoder_tensors(open_checkpoint(path)), torch.device("cpu"), torch.float32)

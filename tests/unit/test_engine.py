@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from benchmarks.random_weights import TINY, decoder_tensors, random_latent
+from distributed.errors import Cancelled, OutOfMemory
 from distributed.vae import engine as engine_module
 from distributed.vae import seams
-from distributed.vae.engine import Cancelled, Engine, OutOfMemory
+from distributed.vae.engine import Engine
 from distributed.vae.hunyuanvideo15 import decoder
-from distributed.vae.plan import Job, choose_plan
+from distributed.vae.job import DecodeRequest
+from distributed.vae.plan import choose_plan
 
 CPU = torch.device("cpu")
 SHAPE = (1, 32, 5, 20, 22)
@@ -35,10 +37,10 @@ def engine():
     return Engine(decoder_tensors(TINY, CPU), CPU, torch.float32)
 
 
-def scarce(engine: Engine) -> Job:
+def scarce(engine: Engine) -> DecodeRequest:
     """A job with so little memory that it is done in blocks."""
     _, least = choose_plan(engine.weights, SHAPE[3:], SHAPE[3:], SHAPE[2], False, free=1)
-    return Job(SHAPE, memory=least)
+    return DecodeRequest(SHAPE, memory=least)
 
 
 @pytest.mark.parametrize("questions", [9, 10_000])
@@ -71,8 +73,9 @@ def test_what_a_decode_held_when_memory_ran_out_is_free_for_the_next_try(engine,
 
     monkeypatch.setattr(decoder.Tail, "_pixels", lack)
     monkeypatch.setattr(Engine, "_free", free)
+    request = DecodeRequest(SHAPE)
     with pytest.raises(OutOfMemory):
-        engine.decode(Job(SHAPE), random_latent(*SHAPE), torch.empty(Job(SHAPE).frames_shape), Impatient(10_000))
+        engine.decode(request, random_latent(*SHAPE), torch.empty(request.frames_shape), Impatient(10_000))
     assert held[1] is True
 
 
@@ -86,7 +89,7 @@ def test_tiles_are_not_cut_into_blocks_and_what_waits_for_blending_is_counted(en
 
     monkeypatch.setattr(engine_module, "choose_plan", chosen)
     monkeypatch.setattr(Engine, "_reserve", lambda self, needed: reserved.append(needed))
-    job = Job(SHAPE, "tiled", tile_size=320, overlap=64, memory=2**40)
+    job = DecodeRequest(SHAPE, "tiled", tile_size=320, overlap=64, memory=2**40)
     engine.decode(job, random_latent(*SHAPE), torch.empty(job.frames_shape), Impatient(10_000))
     _, least = choose(engine.weights, (20, 20), (20, 20), SHAPE[2], False, 1, undivided=True)
     with pytest.raises(OutOfMemory):

@@ -6,7 +6,8 @@ import torch
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed.ops import kernels
 from distributed.vae.engine import Engine
-from distributed.vae.plan import Job, choose_plan
+from distributed.vae.job import DecodeRequest
+from distributed.vae.plan import choose_plan
 
 
 class Quiet:
@@ -21,7 +22,7 @@ class Quiet:
 def test_a_gpu_gives_the_cpus_frames(mode, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     tensors = decoder_tensors(TINY, torch.device("cpu"))
-    job = Job((2, 32, 5, 6, 7), mode, tile_size=64, overlap=16)
+    job = DecodeRequest((2, 32, 5, 6, 7), mode, tile_size=64, overlap=16)
     latent = torch.randn(job.latent_shape)
     results = []
     for device in ("cpu", "cuda"):
@@ -43,7 +44,7 @@ def test_blocks_hand_on_to_each_other_through_host_memory(monkeypatch):
     _, least = choose_plan(engine.weights, (20, 22), (20, 22), 9, False, free=1)
     plan, _ = choose_plan(engine.weights, (20, 22), (20, 22), 9, False, least)
     assert plan.blocks == (2, 2)
-    whole, divided = (Job(tuple(latent.shape), memory=memory) for memory in (None, least))
+    whole, divided = (DecodeRequest(tuple(latent.shape), memory=memory) for memory in (None, least))
     frames = [torch.full(job.frames_shape, float("nan")) for job in (whole, divided, divided)]
     Engine(tensors, torch.device("cpu"), torch.float32).decode(whole, latent, frames[0], Quiet())
     for place in frames[1:]:  # the second time in memory that has been used
@@ -69,7 +70,7 @@ def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
         kernels.warm_up(32, TINY, device, dtype)
         warmed = len(compiled)
         for shape in ((1, 32, 5, 6, 7), (1, 32, 1, 16, 32)):
-            job = Job(shape, dtype=str(dtype).removeprefix("torch."))
+            job = DecodeRequest(shape, dtype=str(dtype).removeprefix("torch."))
             Engine(tensors, device, dtype).decode(job, torch.randn(shape), torch.empty(job.frames_shape), Quiet())
     finally:
         knobs.runtime.jit_post_compile_hook = None
@@ -96,7 +97,7 @@ def test_no_more_memory_is_allocated_than_the_plan_says(shape, gib, triton, monk
 
     monkeypatch.setattr(Engine, "_reserve", reserve_and_forget)
     engine = Engine(tensors, device, torch.bfloat16)
-    job = Job(shape, dtype="bfloat16", memory=gib and int(gib * 2**30))
+    job = DecodeRequest(shape, dtype="bfloat16", memory=gib and int(gib * 2**30))
     engine.decode(job, torch.randn(shape), torch.empty(job.frames_shape), Quiet())
     assert torch.cuda.max_memory_allocated() - before <= engine.needed
     engine.release()

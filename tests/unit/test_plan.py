@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed.vae.hunyuanvideo15.decoder import Weights
-from distributed.vae.plan import Job, _steps_to_try, check_job, choose_plan, frame_count, peak_bytes
+from distributed.vae.job import DecodeRequest, check_request, frame_count
+from distributed.vae.plan import _steps_to_try, choose_plan, peak_bytes
 from distributed.vae.regions import Region, blocks, divide, drift
 
-JOB = Job((1, 32, 3, 4, 5))
+JOB = DecodeRequest((1, 32, 3, 4, 5))
 
 
 def test_a_job_survives_the_wire():
     wire = json.loads(json.dumps(asdict(JOB)))
-    assert Job(**{**wire, "latent_shape": tuple(wire["latent_shape"])}) == JOB
+    assert DecodeRequest(**{**wire, "latent_shape": tuple(wire["latent_shape"])}) == JOB
 
 
 def test_frames_follow_the_models_compression():
@@ -39,7 +40,7 @@ def test_frames_follow_the_models_compression():
 )
 def test_a_job_that_cannot_be_done_is_refused_in_words(change, words):
     with pytest.raises(ValueError, match=words):
-        check_job(replace(JOB, **change), 2)
+        check_request(replace(JOB, **change), 2)
 
 
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 12))

@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from safetensors.torch import load_file, save_file
 
+from distributed.errors import CheckpointError
 from distributed.vae.checkpoint import (
-    CheckpointError,
     all_tensors,
     decoder_tensors,
     open_checkpoint,
