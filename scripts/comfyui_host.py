@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,10 +57,10 @@ class PromptRefused(Exception):
 class Host:
     """A ComfyUI server of our own on a free port, with everything that it writes below `base`.
 
-    models: a folder of models to offer beside those in `base`.
+    models: a folder of models to offer beside those in `base`. options: more options for ComfyUI's main.py.
     """
 
-    def __init__(self, base: Path, models: Path | None = None) -> None:
+    def __init__(self, base: Path, models: Path | None = None, options: Sequence[str] = ()) -> None:
         self.base = base
         for name in ("custom_nodes", "input", "output", "temp", "user", "models"):
             (base / name).mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,14 @@ class Host:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = base / "comfyui.log"
         command = [sys.executable, "main.py", "--port", str(self.port), "--base-directory", str(base)]
-        command += ["--disable-auto-launch", "--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]
+        command += [
+            "--disable-auto-launch",
+            "--database-url",
+            "sqlite:///:memory:",
+            "--preview-method",
+            "latent2rgb",
+            *options,
+        ]
         if models:
             (base / "models.json").write_text(
                 json.dumps({"more": {"base_path": str(models), "diffusers": "diffusers"}})

@@ -1,0 +1,174 @@
+"""Measure decodes inside a graph of ComfyUI's own nodes: core's VAE, and the same VAE through Distribute VAE.
+
+    python -m benchmarks.core_graph
+
+A real ComfyUI (COMFYUI_PATH, or .comfyui) loads one VAE file of full size with random weights and decodes a series of
+latents: with core's decoder, on one rank, on every GPU, with core's decoder again. The series shows whether one kind of
+decode harms the next. A row has the seconds of the VAE Decode node, and the memory in use on each GPU before the
+prompt, at its highest point, after it, and after `POST /free`. Without a GPU the latent is small and the run only shows
+that everything works. Writes JSON and a Markdown table.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.decode import ROOT, SIZES, machine, target
+from benchmarks.random_weights import random_latent
+from distributed.vae.checkpoint import to_core
+
+sys.path.append(str(ROOT / "scripts"))
+from comfyui_host import Host, node
+
+POLL_SECONDS = 0.1
+
+
+def save_vae(path: Path, device: torch.device) -> None:
+    """Write a whole VAE, encoder and decoder, with random weights in core's layout, float16."""
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    with device:
+        vae = AutoencoderKLHunyuanVideo15()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({to_core(key): value.half().cpu().contiguous() for key, value in vae.state_dict().items()}, path)
+
+
+def graph(latent: str, devices: str | None) -> dict:
+    """A prompt that decodes `latent` with core's VAE, on ranks where `devices` names some, and saves one frame."""
+    prompt = {
+        "latent": node("LoadLatent", latent=latent),
+        "vae": node("VAELoader", vae_name="full.safetensors"),
+        "decode": node("VAEDecode", samples=["latent", 0], vae=["vae", 0]),
+        "one": node("ImageFromBatch", image=["decode", 0], batch_index=0, length=1),
+        "save": node("SaveImage", images=["one", 0], filename_prefix="frame"),
+    }
+    if devices:
+        options = {"backend": "auto", "dtype": "auto", "keep_loaded": "keep", "start_timeout": 180}
+        prompt["ranks"] = node("HV15RankGroup", devices=devices, stall_timeout=120, **options)
+        settings = {"mode": "seamless", "tile_size": 256, "overlap": 64}
+        prompt["distributed"] = node("HV15DistributeVAE", vae=["vae", 0], rank_group=["ranks", 0], **settings)
+        prompt["decode"]["inputs"]["vae"] = ["distributed", 0]
+    return prompt
+
+
+def memory_in_use() -> list[float]:
+    """GiB in use on each GPU, by all processes."""
+    if not torch.cuda.is_available():
+        return []
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return [round(int(mib) / 1024, 2) for mib in found]
+
+
+class Highest:
+    """The most memory in use on each GPU while the context is open, in GiB."""
+
+    def __enter__(self) -> "Highest":
+        self.gib = memory_in_use()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._end.wait(POLL_SECONDS):
+            self.gib = [max(pair) for pair in zip(self.gib, memory_in_use(), strict=True)]
+
+
+def measure(host: Host, name: str, devices: str | None) -> dict:
+    """Run one prompt. Raises RuntimeError where it fails."""
+    before = memory_in_use()
+    with Highest() as highest:
+        run = host.run(graph(name, devices))
+    if run.error:
+        raise RuntimeError(f"{run.error['node_type']} failed: {run.error['exception_message']}")
+    after = memory_in_use()
+    return {
+        "devices": devices or "core",
+        "seconds": round(run.seconds["decode"], 2),
+        "before_gib": before,
+        "highest_gib": highest.gib,
+        "after_gib": after,
+    }
+
+
+def free(host: Host) -> list[float]:
+    """Ask ComfyUI to unload everything; the memory in use once it has settled."""
+    host.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(4)
+    return memory_in_use()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default=None, help="comma-separated, of: " + ", ".join(SIZES))
+    parser.add_argument("--host-options", default="", help="more options for ComfyUI's main.py, as one string")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    device, _, _ = target(0)
+    count = torch.cuda.device_count()
+    one, every = ("cuda:0", ",".join(f"cuda:{i}" for i in range(count))) if count else ("cpu", "cpu,cpu")
+    series = [None, one, one, every, every, None, every] if every != one else [None, one, one, None, one]
+    sizes = (options.sizes or ("480x848x33,720x1280x121" if count else "64x96x9")).split(",")
+    report = {
+        "machine": f"{max(1, count)} x {machine(device)}",
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "command": f"python -m benchmarks.core_graph --sizes {','.join(sizes)}",
+        "prompts": [],
+    }
+    with tempfile.TemporaryDirectory(prefix="hv15-core-graph-") as folder:
+        save_vae(Path(folder) / "models" / "vae" / "full.safetensors", device)
+        torch.cuda.empty_cache()
+        host = Host(Path(folder), options=options.host_options.split())
+        try:
+            report["comfyui"] = host.wait().get("/system_stats")["system"]["comfyui_version"]
+            for size in sizes:
+                for index, devices in enumerate(series):
+                    name = f"{size}-{index}.latent"  # another one each time, so that no result comes from the cache
+                    host.save_latent(name, random_latent(1, 32, *SIZES[size], seed=index))
+                    report["prompts"].append({"size": size, **measure(host, name, devices)})
+                    print(report["prompts"][-1], flush=True)
+                report["prompts"].append({"size": size, "devices": "after /free", "after_gib": free(host)})
+                print(report["prompts"][-1], flush=True)
+                write(report, options.out)
+        except BaseException:
+            print(host.log.read_text(errors="replace")[-6000:], flush=True)
+            raise
+        finally:
+            host.close()
+
+
+def write(report: dict, folder: Path) -> None:
+    """JSON for machines, a Markdown table for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "core-graph-" + ("cpu" if not torch.cuda.is_available() else f"gpu-x{torch.cuda.device_count()}")
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    columns = ("size", "devices", "seconds", "before_gib", "highest_gib", "after_gib")
+    lines = [
+        f"### {report['machine']}, ComfyUI {report['comfyui']}, torch {report['torch']}, {report['date']}",
+        "",
+        f"`{report['command']}`; seconds of the VAE Decode node, GiB in use on each GPU.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| --- " * len(columns) + "|",
+        *("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |" for row in report["prompts"]),
+    ]
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
