@@ -94,9 +94,7 @@ def load_vae(path: str | Path, dtype: str = "auto") -> HunyuanVideo15VAE:
 
     Raises CheckpointError for what is not a complete HunyuanVideo-1.5 VAE.
     """
-    checkpoint = open_checkpoint(path)
-    if not checkpoint.has_encoder:
-        raise CheckpointError(f"{Path(path).name} is not a complete HunyuanVideo-1.5 VAE: it has a decoder alone.")
+    checkpoint = open_checkpoint(path, encoder=True)
     log.info("%s: HunyuanVideo-1.5 VAE in %s layout, %s.", Path(path).name, checkpoint.layout, checkpoint.dtype)
     return HunyuanVideo15VAE(checkpoint, Path(path), DTYPES.get(dtype))
 

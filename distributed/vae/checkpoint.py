@@ -1,8 +1,9 @@
 """Checkpoints of the VAE: which layout a file has, and its decoder's tensors in diffusers' names.
 
 Two layouts hold the same 218 tensors: diffusers' and the original one (Tencent's, Comfy-Org's, core's `get_sd`).
-One maps to the other by renaming alone. A layout is recognised by its keys and checked, key by key and shape by
-shape, so that nothing is ever decoded with a weight that did not come from the file. Files are safetensors only.
+One maps to the other by renaming alone. A layout is recognised by its keys. Every tensor that is needed is checked by
+name and shape, so that nothing is ever decoded with a weight that did not come from the file. Other tensors are
+ignored, unless they show that the file is another model's. Files are safetensors only.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import re
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..quoting import printable, quote
 
 LAYOUTS = (
     ("decoder.up.#.block.#.", "decoder.up_blocks.#.resnets.#."),
@@ -61,6 +63,19 @@ OTHER_MODELS = (
 )
 """A key that tells another model's file, and the model."""
 
+WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Names that wrapping a module adds to the keys of its tensors (torch.compile, data parallel, FSDP, checkpointing)."""
+
+FURTHER_BLOCK = re.compile(
+    r"decoder\.(mid_block\.(?:resnets|attentions)\.\d+|up_blocks\.\d+\.(?:resnets|upsamplers|attentions)\.\d+)\."
+)
+"""The part of a key that names a block. A decoder with more blocks than expected is another model's."""
+
+MOST_RESNETS = 16
+"""Residual blocks of a level that are believed. HunyuanVideo-1.5 has 3."""
+
+JSON_LIMIT = 16 * 2**20
+"""Bytes that are read of a config or an index; real ones have some kilobytes."""
 
 SAMPLES = 64
 """Numbers of each tensor that its fingerprint is taken of."""
@@ -79,6 +94,7 @@ class Checkpoint:
     layers_per_block: int
     dtype: torch.dtype
     has_encoder: bool
+    """Whether the whole encoder is there, too."""
 
     @property
     def identity(self) -> str:
@@ -88,13 +104,18 @@ class Checkpoint:
 
 
 def to_diffusers(name: str) -> str:
-    """A key of either layout, in diffusers' naming."""
-    return _rename(name, _TO_DIFFUSERS)
+    """A key of either layout in diffusers' naming, without the names of wrappers."""
+    return _rename(unwrapped(name), _TO_DIFFUSERS)
 
 
 def to_core(name: str) -> str:
-    """A key of either layout, in the original naming."""
-    return _rename(name, _TO_CORE)
+    """A key of either layout in the original naming, without the names of wrappers."""
+    return _rename(unwrapped(name), _TO_CORE)
+
+
+def unwrapped(name: str) -> str:
+    """A key without what wrappers (see `WRAPPERS`) have added to it, wherever it stands."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _rule(old: str, new: str) -> tuple[re.Pattern, str]:
@@ -114,37 +135,40 @@ def _rename(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
     return name
 
 
-def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike, *, encoder: bool = False) -> Checkpoint:
     """Recognise and check a VAE: a .safetensors file of either layout, or a diffusers folder.
 
-    Raises CheckpointError with what is wrong, FileNotFoundError where there is nothing.
+    encoder: refuse a VAE without its encoder as well. Tensors that are not needed are ignored. Raises CheckpointError
+    with what is wrong, FileNotFoundError where there is nothing.
     """
     files = _files(Path(path))
     shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, torch.dtype] = {}
+    dtypes: dict[str, str] = {}
     for file in files:
         with _open(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118  not a mapping
-                part = tensors.get_slice(key)
-                shapes[key], dtypes[key] = tuple(part.get_shape()), part.get_dtype()
-    name = "The VAE" if _is_handed_over(Path(path)) else Path(path).name
+                header = tensors.get_slice(key)
+                shapes[key], dtypes[key] = tuple(header.get_shape()), header.get_dtype()
+    name = "The VAE" if _is_handed_over(Path(path)) else printable(Path(path).name)
     layout = _layout(shapes, name)
-    shapes = {to_diffusers(key): shape for key, shape in shapes.items()}
-    widths, layers = _check(shapes, name)
-    unusable = sorted(key for key, dtype in dtypes.items() if dtype not in _DTYPES)
-    if unusable:
-        raise CheckpointError(
-            f"{name} stores {unusable[0]} as {dtypes[unusable[0]]}; float32, bfloat16 and float16 can be used."
-        )
-    first = next(dtype for key, dtype in dtypes.items() if to_diffusers(key) == "decoder.conv_in.conv.weight")
+    keys = _by_diffusers_name(shapes, name)
+    shapes, dtypes = {n: shapes[key] for n, key in keys.items()}, {n: dtypes[key] for n, key in keys.items()}
+    widths, resnets, latent = _sizes(shapes, name)
+    usable = {key: _DTYPES.get(dtype, dtype) for key, dtype in dtypes.items()}
+    _check(_decoder_shapes(widths, resnets, latent), shapes, usable, name)
+    encoder_shapes = _encoder_shapes(tuple(reversed(widths)), resnets - 1, latent)
+    if encoder:
+        if not encoder_shapes.keys() & shapes.keys():
+            raise CheckpointError(f"{name} is not a complete HunyuanVideo-1.5 VAE: it has a decoder alone.")
+        _check(encoder_shapes, shapes, usable, name)
     return Checkpoint(
         files,
         layout,
-        shapes["decoder.conv_in.conv.weight"][1],
+        latent,
         tuple(reversed(widths)),
-        layers,
-        _DTYPES[first],
-        any(key.startswith("encoder.") for key in shapes),
+        resnets - 1,
+        usable["decoder.conv_in.conv.weight"],
+        has_encoder=encoder or not _problems(encoder_shapes, shapes, usable),
     )
 
 
@@ -158,11 +182,16 @@ def decoder_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def all_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All tensors, mapped from the file, in diffusers' names."""
+    """The decoder's tensors and the encoder's, if there is one, mapped from the file, in diffusers' names."""
+    sizes = checkpoint.layers_per_block, checkpoint.latent_channels
+    needed = _decoder_shapes(tuple(reversed(checkpoint.block_out_channels)), sizes[0] + 1, sizes[1])
+    if checkpoint.has_encoder:
+        needed |= _encoder_shapes(checkpoint.block_out_channels, *sizes)
     found: dict[str, Tensor] = {}
     for file in checkpoint.files:
         with _open(file) as tensors:
-            found |= {to_diffusers(key): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+            names = {key: to_diffusers(key) for key in tensors.keys()}  # noqa: SIM118
+            found |= {name: tensors.get_tensor(key) for key, name in names.items() if name in needed}
     return found
 
 
@@ -171,12 +200,7 @@ def share_state_dict(state_dict: Mapping[str, Tensor], folder: str | os.PathLike
 
     Either layout. Returns the file, readable by its owner alone. Raises CheckpointError as `open_checkpoint` does.
     """
-    check_state_dict(state_dict)
-    decoder = {
-        to_diffusers(key): tensor.detach().to("cpu").contiguous()
-        for key, tensor in state_dict.items()
-        if key.startswith("decoder.")
-    }
+    decoder = {key: tensor.detach().to("cpu").contiguous() for key, tensor in _decoder(state_dict).items()}
     path = Path(folder) / f"{name}.safetensors"
     # Made before it is filled: at no time may others read it.
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600))
@@ -212,14 +236,28 @@ class SharedWeights:
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> str:
-    """The layout of weights in memory. Raises CheckpointError as `open_checkpoint` does."""
+    """The layout of weights in memory. Raises CheckpointError as `open_checkpoint` does, for their decoder alone."""
+    _decoder(state_dict)
+    return _layout({key: tuple(tensor.shape) for key, tensor in state_dict.items()}, "The VAE")
+
+
+def _decoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that the decoder needs, checked, in diffusers' names."""
+    odd = [key for key, tensor in state_dict.items() if not (isinstance(key, str) and isinstance(tensor, Tensor))]
+    if odd:
+        raise CheckpointError(f"The VAE is not a state dict: {quote(odd[0])} is not the name of a tensor.")
     shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-    layout = _layout(shapes, "The VAE")
-    _check({to_diffusers(key): shape for key, shape in shapes.items()}, "The VAE")
-    for key, tensor in state_dict.items():
-        if tensor.dtype not in _DTYPES.values():
-            raise CheckpointError(f"The VAE holds {key} as {tensor.dtype}; float32, bfloat16 and float16 can be used.")
-    return layout
+    _layout(shapes, "The VAE")
+    keys = _by_diffusers_name(shapes, "The VAE")
+    shapes = {name: shapes[key] for name, key in keys.items()}
+    widths, resnets, latent = _sizes(shapes, "The VAE")
+    needed = _decoder_shapes(widths, resnets, latent)
+    _check(needed, shapes, {name: state_dict[key].dtype for name, key in keys.items()}, "The VAE")
+    decoder = {name: state_dict[keys[name]] for name in needed}
+    empty = [name for name, tensor in decoder.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(f"The VAE was not loaded: its {quote(keys[empty[0]])} holds no numbers (meta device).")
+    return decoder
 
 
 def _is_handed_over(path: Path) -> bool:
@@ -232,22 +270,33 @@ DIFFUSERS_CLASS = "AutoencoderKLHunyuanVideo15"
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Some numbers of every tensor of the decoder: cheap, and the same wherever the weights are moved.
+    """Some numbers of every tensor that the decoder needs: cheap, and the same wherever the weights are moved.
 
-    Raises CheckpointError where they show that a tensor was never loaded: core only warns of keys that a file lacks,
-    which is all of a diffusers-layout file's, and leaves the memory as it found it.
+    The weights may be on several devices. Raises CheckpointError for what `check_state_dict` refuses, and where the
+    numbers show that a tensor was never loaded: core only warns of keys that a file lacks, which is all of a
+    diffusers-layout file's, and leaves the memory as it found it.
     """
-    decoder = {key: tensor for key, tensor in sorted(weights.items()) if key.startswith("decoder.")}
-    picked = [tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)].float() for tensor in decoder.values()]
-    numbers = torch.cat(picked).cpu().split([len(part) for part in picked])
-    for key, values in zip(decoder, numbers, strict=True):
-        empty = key.endswith((".weight", ".gamma")) and not values.any() and not weights[key].any()
+    decoder = dict(sorted(_decoder(weights).items()))
+    samples = {key: t.detach().flatten()[:: max(1, t.numel() // SAMPLES)].float() for key, t in decoder.items()}
+    numbers = _on_cpu(samples)
+    for key, values in numbers.items():
+        empty = key.endswith((".weight", ".gamma")) and not values.any() and not decoder[key].any()
         if empty or not values.isfinite().all():
             raise CheckpointError(
-                f"The VAE was not loaded whole: its {key} is {'all zeros' if empty else 'not finite'}. ComfyUI's own "
-                "loader does not read diffusers' layout; load the file with Load HunyuanVideo-1.5 VAE."
+                f"The VAE was not loaded completely: its {quote(key)} is {'all zeros' if empty else 'not finite'}. "
+                "ComfyUI's own loader does not read diffusers' layout; load the file with Load HunyuanVideo-1.5 VAE."
             )
-    return hashlib.sha256(torch.cat(numbers).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(torch.cat(list(numbers.values())).numpy().tobytes()).hexdigest()
+
+
+def _on_cpu(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, in one copy for each device."""
+    moved: dict[str, Tensor] = {}
+    for device in {tensor.device for tensor in samples.values()}:
+        here = {key: tensor for key, tensor in samples.items() if tensor.device == device}
+        numbers = torch.cat(list(here.values())).cpu().split([len(tensor) for tensor in here.values()])
+        moved |= zip(here, numbers, strict=True)
+    return {key: moved[key] for key in samples}
 
 
 def _files(path: Path) -> tuple[Path, ...]:
@@ -263,13 +312,15 @@ def _files(path: Path) -> tuple[Path, ...]:
         others = sorted(folder.glob("*.safetensors"))
         if len(others) == 1:  # a variant, such as diffusion_pytorch_model.fp16.safetensors
             return (others[0],)
-        raise CheckpointError(f"The folder {folder.name} has no {file.name}.")
+        raise CheckpointError(f"The folder {printable(folder.name)} has no {file.name}.")
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path.name}.")
+        raise FileNotFoundError(f"There is no file {printable(path.name)}.")
     if path.name.endswith(INDEX):
         return _parts(path)
     if path.suffix != ".safetensors" and not _is_handed_over(path):
-        raise CheckpointError(f"{path.name} is not a .safetensors file; other formats can run code and are not read.")
+        raise CheckpointError(
+            f"{printable(path.name)} is not a .safetensors file; other formats can run code and are not read."
+        )
     return (path,)
 
 
@@ -279,8 +330,9 @@ def _check_class(folder: Path) -> None:
     if config.is_file():
         found = _json(config).get("_class_name", DIFFUSERS_CLASS)
         if found != DIFFUSERS_CLASS:
+            model = quote(found) if isinstance(found, str) else "model without a class name"
             raise CheckpointError(
-                f"The folder {folder.name} holds a {found}, not HunyuanVideo-1.5's {DIFFUSERS_CLASS}."
+                f"The folder {printable(folder.name)} holds a {model}, not HunyuanVideo-1.5's {DIFFUSERS_CLASS}."
             )
 
 
@@ -288,21 +340,35 @@ def _parts(index: Path) -> tuple[Path, ...]:
     """The files that an index lists, all of them beside it."""
     parts = _json(index).get("weight_map")
     if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
-        raise CheckpointError(f"{index.name} has no weight_map that names the files.")
+        raise CheckpointError(f"{printable(index.name)} has no weight_map that names the files.")
     files = tuple(index.parent / Path(part).name for part in sorted(set(parts.values())))
-    missing = [file.name for file in files if not file.is_file() or file.suffix != ".safetensors"]
+    missing = [file.name for file in files if file.suffix != ".safetensors" or not _is_file(file)]
     if missing:
-        raise CheckpointError(f"{index.name} names files that are not there: {_some(missing)}.")
+        raise CheckpointError(f"{printable(index.name)} names files that are not there: {_some(missing)}.")
     return files
 
 
-def _json(path: Path) -> dict:
+def _is_file(path: Path) -> bool:
     try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _json(path: Path) -> dict:
+    name = printable(path.name)
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise CheckpointError(f"{name} has more than {JSON_LIMIT / 2**20:g} MiB; it is no config or index.")
         found = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path.name} cannot be read as JSON: {error}") from error
+        raise CheckpointError(f"{name} cannot be read as JSON: {printable(error)}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{name} cannot be read as JSON: it is nested too deeply.") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path.name} holds no JSON object.")
+        raise CheckpointError(f"{name} holds no JSON object.")
     return found
 
 
@@ -311,11 +377,15 @@ def _open(file: Path):
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file.name} cannot be read as safetensors ({error}). It may be cut short, or another format renamed."
+            f"{printable(file.name)} cannot be read as safetensors ({printable(error)}). "
+            "It may be truncated, or a renamed file of another format."
         ) from error
 
 
 def _layout(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+    shapes = {unwrapped(key): shape for key, shape in shapes.items()}
+    if model := _other_model(shapes):
+        raise CheckpointError(f"{name} is {model}, not HunyuanVideo-1.5's.")
     if len(shapes.get("decoder.conv_in.conv.weight", ())) == 5:
         if (
             "decoder.mid_block.attentions.0.to_q.weight" in shapes
@@ -324,11 +394,17 @@ def _layout(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
             return "diffusers"
         if "decoder.mid.attn_1.q.weight" in shapes and "decoder.up.0.block.0.norm1.gamma" in shapes:
             return "core"
-    if model := _other_model(shapes):
-        raise CheckpointError(f"{name} is {model}, not HunyuanVideo-1.5's.")
-    some = ", ".join(sorted(shapes)[:3]) or "nothing"
-    more = f" and {len(shapes) - 3} more" if len(shapes) > 3 else ""
-    raise CheckpointError(f"{name} is not a HunyuanVideo-1.5 VAE: it holds {some}{more}.")
+    raise CheckpointError(f"{name} is not a HunyuanVideo-1.5 VAE: it holds {_some(sorted(shapes)) or 'nothing'}.")
+
+
+def _by_diffusers_name(keys: Iterable[str], name: str) -> dict[str, str]:
+    """The keys by their names in diffusers' layout."""
+    found: dict[str, str] = {}
+    for key in keys:
+        other = found.setdefault(to_diffusers(key), key)
+        if other != key:
+            raise CheckpointError(f"{name} holds the same tensor twice, as {quote(other)} and as {quote(key)}.")
+    return found
 
 
 def _other_model(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -350,34 +426,59 @@ def _other_model(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return None
 
 
-def _check(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[tuple[int, ...], int]:
-    """Compare keys and shapes with those that the widths imply. Returns the widths, deepest first, and the layers."""
+def _sizes(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[tuple[int, ...], int, int]:
+    """The widths, deepest first, the residual blocks of a level and the latent channels, read off the shapes."""
 
     def number(pattern: str) -> int:
         return len({match[1] for key in shapes if (match := re.match(pattern, key))})
 
     levels = number(r"decoder\.up_blocks\.(\d+)\.")
-    layers = number(r"decoder\.up_blocks\.0\.resnets\.(\d+)\.") - 1
-    widths = tuple(shapes.get(f"decoder.up_blocks.{i}.resnets.0.conv1.conv.weight", (0,))[0] for i in range(levels))
-    if levels != 5 or layers < 0 or 0 in widths:
-        raise CheckpointError(f"{name} has {levels} decoder levels of widths {list(widths)}; HunyuanVideo-1.5 has 5.")
+    resnets = number(r"decoder\.up_blocks\.0\.resnets\.(\d+)\.")
+    if levels != 5:
+        raise CheckpointError(f"{name} has {levels} decoder levels; HunyuanVideo-1.5 has 5.")
+    if not 1 <= resnets <= MOST_RESNETS:
+        raise CheckpointError(f"{name} has {resnets} residual blocks in a decoder level; HunyuanVideo-1.5 has 3.")
+    firsts = (shapes.get(f"decoder.up_blocks.{i}.resnets.0.conv1.conv.weight", ()) for i in range(levels))
+    widths = tuple(first[0] if first else 0 for first in firsts)
     latent = shapes["decoder.conv_in.conv.weight"][1]
-    expected = _decoder_shapes(widths, layers + 1, latent)
-    if any(key.startswith("encoder.") for key in shapes):  # weights that were handed over have none
-        expected |= _encoder_shapes(tuple(reversed(widths)), layers, latent)
-    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-    wrong = sorted(key for key in expected.keys() & shapes.keys() if expected[key] != tuple(shapes[key]))
-    problems = [f"lacks {_some(missing)}"] * bool(missing) + [f"has unknown {_some(extra)}"] * bool(extra)
-    problems += [f"has {key} of shape {tuple(shapes[key])} where {expected[key]} belongs" for key in wrong[:3]]
+    if 0 in widths:
+        raise CheckpointError(f"{name} has decoder levels of widths {list(widths)}; none may be empty.")
     if latent < 1 or widths[0] % latent:
-        problems.append(f"has {latent} latent channels, which do not divide its width {widths[0]}")
-    if problems:
+        raise CheckpointError(
+            f"{name} has {latent} latent channels, which do not divide the width of its decoder, {widths[0]}."
+        )
+    return widths, resnets, latent
+
+
+def _check(expected: "Shapes", shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, object], name: str) -> None:
+    """Raise CheckpointError unless all expected tensors are there, and no block of the decoder beside them."""
+    if problems := _problems(expected, shapes, dtypes):
         raise CheckpointError(f"{name} is not a complete HunyuanVideo-1.5 VAE: it {'; it '.join(problems)}.")
-    return widths, layers
+    blocks = {match[1] for key in expected if (match := FURTHER_BLOCK.match(key))}
+    if any(key.startswith("decoder.") for key in expected):
+        further = [key for key in shapes if (match := FURTHER_BLOCK.match(key)) and match[1] not in blocks]
+        if further:
+            raise CheckpointError(
+                f"{name} is not a HunyuanVideo-1.5 VAE: its decoder has more blocks ({_some(sorted(further))})."
+            )
+
+
+def _problems(expected: "Shapes", shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, object]) -> list[str]:
+    """What is wrong with the expected tensors: missing, of another shape or of a dtype that cannot be used."""
+    missing = sorted(expected.keys() - shapes.keys())
+    there = [key for key in expected if key in shapes]
+    wrong = [key for key in there if expected[key] != shapes[key]]
+    unusable = [key for key in there if dtypes[key] not in _DTYPES.values()]
+    problems = [f"lacks {_some(missing)}"] * bool(missing)
+    problems += [f"has {quote(key)} of shape {shapes[key]} where {expected[key]} belongs" for key in wrong[:3]]
+    problems += [
+        f"has {quote(key)} as {dtypes[key]}; float32, bfloat16 and float16 can be used" for key in unusable[:1]
+    ]
+    return problems
 
 
 def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return ", ".join(map(quote, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 Shapes = dict[str, tuple[int, ...]]

@@ -10,9 +10,12 @@ from diffusers import AutoencoderKLHunyuanVideo15
 from safetensors.torch import load_file, save_file
 
 from distributed.errors import CheckpointError
+from distributed.quoting import LIMIT, printable
 from distributed.vae.checkpoint import (
     all_tensors,
+    check_state_dict,
     decoder_tensors,
+    fingerprint,
     open_checkpoint,
     share_state_dict,
     to_core,
@@ -43,8 +46,8 @@ def same(found, expected):
     return all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def decoder_of(weights):
-    return {key.removeprefix("decoder."): value for key, value in weights.items() if key.startswith("decoder.")}
+def decoder_of(weights, prefix="decoder."):
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith("decoder.")}
 
 
 def save(tensors, path):
@@ -84,7 +87,7 @@ def test_a_checkpoint_in_parts_is_read_whole_from_its_folder_or_its_index(model,
     for path in (tmp_path, index):
         assert same(all_tensors(open_checkpoint(path)), weights)
     next(tmp_path.glob("*-00002-*.safetensors")).unlink()
-    with pytest.raises(CheckpointError, match="not there: diffusion_pytorch_model-00002"):
+    with pytest.raises(CheckpointError, match="not there: 'diffusion_pytorch_model-00002"):
         open_checkpoint(tmp_path)
 
 
@@ -118,17 +121,185 @@ def test_missing_and_misshapen_keys_are_named(weights, core, tmp_path, key, layo
     tensors = weights if layout == "diffusers" else core
     name = key if layout == "diffusers" else to_core(key)
     whole = tensors.pop(name)
-    with pytest.raises(CheckpointError, match=f"lacks {key}"):
-        open_checkpoint(save(tensors, tmp_path / "a.safetensors"))
+    with pytest.raises(CheckpointError, match=f"lacks '{key}'"):
+        open_checkpoint(save(tensors, tmp_path / "a.safetensors"), encoder=True)
     tensors[name] = torch.zeros(whole.shape[0] + 1, *whole.shape[1:])
-    with pytest.raises(CheckpointError, match=f"{key} of shape"):
-        open_checkpoint(save(tensors, tmp_path / "a.safetensors"))
+    with pytest.raises(CheckpointError, match=f"'{key}' of shape"):
+        open_checkpoint(save(tensors, tmp_path / "a.safetensors"), encoder=True)
 
 
-@pytest.mark.parametrize("key", ["decoder.conv_out.conv.scale", "encoder.extra", "something.else"])
-def test_extra_keys_are_named(weights, tmp_path, key):
-    with pytest.raises(CheckpointError, match=f"unknown {key}"):
+def unread(width):
+    """Tensors that core 0.33's model of the VAE has beside a checkpoint's, and that nothing reads."""
+    names = [f"{half}.mid.block_{i}.temb_proj" for half in ("encoder", "decoder") for i in (1, 2)]
+    return {f"{name}.weight": torch.full((width, 0), torch.nan) for name in names} | {
+        f"{name}.bias": torch.full((width,), torch.nan) for name in names
+    }
+
+
+@pytest.mark.parametrize(
+    "extra", [unread(64), {"decoder.extra.weight": torch.zeros(1, dtype=torch.int8)}, {"x": torch.zeros(1)}]
+)
+def test_tensors_that_are_not_needed_do_not_matter(weights, core, tmp_path, extra):
+    for state in (weights, core):
+        checkpoint = open_checkpoint(save({**state, **extra}, tmp_path / "a.safetensors"), encoder=True)
+        assert same(all_tensors(checkpoint), weights)
+        assert check_state_dict({**state, **extra}) == checkpoint.layout
+        assert fingerprint({**state, **extra}) == fingerprint(weights)
+        assert same(load_file(share_state_dict({**state, **extra}, tmp_path)), decoder_of(weights, prefix=""))
+
+
+def test_what_is_wrong_with_an_encoder_does_not_keep_a_decoder_from_its_work(weights, tmp_path):
+    del weights["encoder.conv_in.conv.bias"]
+    weights["encoder.conv_out.conv.bias"] = torch.full((64,), torch.nan)
+    checkpoint = open_checkpoint(save(weights, tmp_path / "a.safetensors"))
+    assert not checkpoint.has_encoder
+    assert same(all_tensors(checkpoint), decoder_of(weights, prefix=""))
+    assert check_state_dict(weights) == "diffusers" and fingerprint(weights)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "decoder.up_blocks.3.resnets.3.conv1.conv.weight",
+        "decoder.up_blocks.4.upsamplers.0.conv.conv.weight",
+        "decoder.mid_block.resnets.2.norm1.gamma",
+        "decoder.mid_block.attentions.1.to_q.weight",
+        "decoder.up.3.block.3.norm1.gamma",
+        "decoder.mid.block_1.mix_factor",
+    ],
+)
+def test_a_model_with_more_blocks_or_other_ones_is_refused(weights, tmp_path, key):
+    with pytest.raises(CheckpointError, match=r"more blocks \('decoder\.|Stable Video Diffusion"):
         open_checkpoint(save({**weights, key: torch.zeros(1)}, tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize(
+    ("start", "place"),
+    [("", "{}."), ("decoder", "decoder.{}"), ("encoder", "encoder.{}"), ("decoder.conv_in", "decoder.conv_in.{}")],
+)
+def test_names_that_wrappers_add_are_left_out(weights, core, tmp_path, wrapper, start, place):
+    place = place.format(wrapper)
+    for state in (weights, core):
+        wrapped = {place + key.removeprefix(start) if key.startswith(start) else key: t for key, t in state.items()}
+        assert wrapped.keys() != state.keys()
+        checkpoint = open_checkpoint(save(wrapped, tmp_path / "a.safetensors"), encoder=True)
+        assert same(all_tensors(checkpoint), weights)
+        assert check_state_dict(wrapped) == checkpoint.layout
+        assert fingerprint(wrapped) == fingerprint(state)
+
+
+def test_a_tensor_that_is_there_twice_is_refused(weights, tmp_path):
+    twice = {**weights, "decoder._orig_mod.conv_in.conv.bias": weights["decoder.conv_in.conv.bias"] + 1}
+    with pytest.raises(
+        CheckpointError, match=r"twice, as 'decoder\._orig_mod\.conv_in\.conv\.bias' and as 'decoder\.conv_in"
+    ):
+        open_checkpoint(save(twice, tmp_path / "a.safetensors"))
+    with pytest.raises(CheckpointError, match="twice"):
+        check_state_dict(twice)
+
+
+def test_a_fingerprint_changes_with_the_decoder_alone_and_refuses_what_was_not_loaded(weights):
+    before = fingerprint(weights)
+    weights["encoder.conv_in.conv.bias"] = weights["encoder.conv_in.conv.bias"] + 1
+    assert fingerprint(weights) == before
+    key = "decoder.conv_in.conv.bias"
+    assert fingerprint({**weights, key: weights[key] + 1}) != before
+    for value, text in (
+        (weights[key] * torch.nan, "not finite"),
+        (torch.empty_like(weights[key], device="meta"), "meta"),
+    ):
+        with pytest.raises(CheckpointError, match=text):
+            fingerprint({**weights, key: value})
+    with pytest.raises(CheckpointError, match=r"'decoder\.norm_out\.gamma' is all zeros"):
+        fingerprint({**weights, "decoder.norm_out.gamma": torch.zeros_like(weights["decoder.norm_out.gamma"])})
+
+
+@pytest.mark.gpu
+def test_a_fingerprint_is_the_same_wherever_the_tensors_are(weights):
+    before = fingerprint(weights)
+    moved = {key: tensor.cuda() if i % 2 else tensor for i, (key, tensor) in enumerate(weights.items())}
+    assert fingerprint(moved) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_weights_of_other_floats_are_refused(weights, tmp_path, dtype):
+    key = "decoder.conv_in.conv.weight"
+    weights[key] = weights[key].to(dtype)
+    for use in (fingerprint, check_state_dict, lambda state: open_checkpoint(save(state, tmp_path / "a.safetensors"))):
+        with pytest.raises(CheckpointError, match=f"'{key}' as .*bfloat16 and float16 can be used"):
+            use(weights)
+
+
+HOSTILE = "\x1b]0;owned\x07\n\r\u202e" + "x" * 3_000_000
+"""Escapes for the terminal, lines, text from right to left, and 3 MB."""
+
+
+def told(error):
+    """A message, once it is known to be one short, harmless line."""
+    text = str(error.value)
+    assert text.isprintable() and len(text) < 1000
+    return text
+
+
+def test_names_out_of_checkpoints_are_shown_quoted_and_cut(weights, tmp_path):
+    for state in (
+        {HOSTILE: torch.zeros(1)},
+        {**weights, f"decoder.up_blocks.0.resnets.7.{HOSTILE}": torch.zeros(1)},
+        {**weights, f"decoder.up_blocks.{HOSTILE}.x": torch.zeros(1), "decoder.up_blocks.5.x": torch.zeros(1)},
+    ):
+        with pytest.raises(CheckpointError) as error:
+            open_checkpoint(save(state, tmp_path / "a.safetensors"))
+        told(error)
+        with pytest.raises(CheckpointError) as error:
+            check_state_dict(state)
+        told(error)
+    assert "\\x1b" in printable(HOSTILE) and len(printable(HOSTILE)) < 8 * LIMIT
+
+
+def test_configs_and_indices_that_are_made_to_harm_are_refused_in_words(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="1MB")
+    config, index = tmp_path / "config.json", tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    hostile = json.dumps(HOSTILE[:100_000])
+    for text in (
+        "[" * 1_000_000,
+        '{"_class_name": ' + "[" * 900 + "]" * 900 + "}",
+        f'{{"_class_name": {hostile}}}',
+        '{"_class_name": ["a"]}',
+        " " * (17 * 2**20),
+        "\x1b[2J",
+    ):
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json|_class_name|holds a") as error:
+            open_checkpoint(tmp_path)
+        told(error)
+    config.unlink()
+    for text in (
+        "[" * 1_000_000,
+        '{"weight_map": [["a", "b"]]}',
+        f'{{"weight_map": {{"a": {hostile}}}}}',
+        '{"weight_map": {"a": "\\u0000.safetensors"}}',
+        '{"weight_map": {"a": ""}}',
+        json.dumps({"weight_map": {"a": "x" * 5000 + ".safetensors"}}),
+        json.dumps({"weight_map": {str(i): f"{i}.safetensors" for i in range(100_000)}}),
+    ):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=r"index\.json") as error:
+            open_checkpoint(tmp_path)
+        told(error)
+
+
+def test_a_checkpoint_of_a_million_blocks_is_refused_at_once(weights, tmp_path):
+    more = {f"decoder.up_blocks.0.resnets.{i}.x": torch.empty(0) for i in range(3, 100_000)}
+    with pytest.raises(CheckpointError, match="100000 residual blocks"):
+        open_checkpoint(save({**weights, **more}, tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("state", [{1: torch.zeros(1)}, {"decoder.conv_in.conv.weight": [1.0]}, {("a", "b"): None}])
+def test_what_is_no_state_dict_is_refused(state):
+    for use in (check_state_dict, fingerprint):
+        with pytest.raises(CheckpointError, match="not a state dict"):
+            use(state)
 
 
 def test_weights_that_are_no_floats_are_refused(weights, tmp_path):
@@ -222,7 +393,7 @@ def test_weights_in_memory_are_handed_over_as_a_private_file_of_the_decoder_alon
 
 def test_nothing_is_written_of_weights_that_are_refused(weights, tmp_path):
     del weights["decoder.norm_out.gamma"]
-    with pytest.raises(CheckpointError, match=r"The VAE .* lacks decoder.norm_out.gamma"):
+    with pytest.raises(CheckpointError, match=r"The VAE .* lacks 'decoder.norm_out.gamma'"):
         share_state_dict(weights, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,16 @@
+"""Text from files in messages: a name out of a checkpoint may hold anything, and be as long as the file."""
+
+LIMIT = 100
+"""Characters that are shown of a name."""
+
+
+def printable(text: object, limit: int = LIMIT) -> str:
+    """Return `text` in one line: control characters escaped, cut after `limit` characters."""
+    whole = str(text)
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole[:limit])
+    return "".join(shown) + "..." * (len(whole) > limit)
+
+
+def quote(name: object) -> str:
+    """Return a name in quotes, as `printable` shows it."""
+    return f"'{printable(name)}'"
