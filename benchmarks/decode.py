@@ -31,9 +31,9 @@ from torch import Tensor
 from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
 from distributed.errors import OutOfMemory
 from distributed.ranks.devices import COPIERS
-from distributed.vae.checkpoint import to_core
 from distributed.vae.engine import Engine
 from distributed.vae.halo import Exchange, Mesh
+from distributed.vae.hunyuanvideo15.layout import to_core
 from distributed.vae.job import MODES, DecodeRequest
 
 ROOT = Path(__file__).resolve().parent.parent

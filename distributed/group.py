@@ -29,7 +29,8 @@ from .ranks.buffers import FramePool
 from .ranks.processes import RankRecord, Ranks
 from .ranks.protocol import BYTES_LIMIT
 from .ranks.states import State, follow
-from .vae.checkpoint import Checkpoint, SharedWeights, fingerprint, open_checkpoint
+from .vae.checkpoint import Checkpoint, open_checkpoint
+from .vae.handover import SharedWeights, fingerprint
 from .vae.job import DTYPES, DecodeRequest, check_latent, check_request
 
 log = logging.getLogger(__name__)

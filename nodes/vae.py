@@ -14,16 +14,10 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencodingEngine
 from comfy_api.latest import io
 
-from ..distributed.vae.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    SharedWeights,
-    all_tensors,
-    check_state_dict,
-    fingerprint,
-    open_checkpoint,
-    to_core,
-)
+from ..distributed.errors import CheckpointError
+from ..distributed.vae.checkpoint import Checkpoint, all_tensors, open_checkpoint
+from ..distributed.vae.handover import SharedWeights, check_state_dict, fingerprint
+from ..distributed.vae.hunyuanvideo15.layout import to_core
 from .sockets import CATEGORY
 from .tiny import TINY, ensure_tiny
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_host import node
-from distributed.vae.checkpoint import all_tensors, open_checkpoint, to_core
+from distributed.vae.checkpoint import all_tensors, open_checkpoint
+from distributed.vae.hunyuanvideo15.layout import to_core
 
 LATENT = torch.randn(1, 32, 2, 3, 4, generator=torch.Generator().manual_seed(3))
 

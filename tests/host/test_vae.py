@@ -141,7 +141,7 @@ def test_more_frames_differ_from_core_s_by_the_causal_mask_alone(core):
 
 
 def test_either_layout_becomes_the_vae_that_core_would_have_made(pack, core, tmp_path):
-    from distributed.vae.checkpoint import to_diffusers
+    from distributed.vae.hunyuanvideo15.layout import to_diffusers
 
     renamed = tmp_path / "diffusers.safetensors"
     save_file({to_diffusers(key): tensor for key, tensor in core.model.state_dict().items()}, renamed)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.random_weights import FULL
-from distributed.vae.checkpoint import _decoder_shapes
 from distributed.vae.hunyuanvideo15.decoder import Weights
+from distributed.vae.hunyuanvideo15.layout import Architecture
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -56,7 +56,7 @@ def full_size() -> Callable[[], Weights]:
     """Makes the decoder's weights in the real size, with no memory behind them."""
 
     def make() -> Weights:
-        shapes = _decoder_shapes(FULL, 3, 32)
+        shapes = Architecture(FULL).decoder_shapes()
         tensors = {key.removeprefix("decoder."): torch.empty(shape, device="meta") for key, shape in shapes.items()}
         return Weights(tensors, torch.device("meta"), torch.bfloat16)
 

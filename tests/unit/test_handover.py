@@ -1,0 +1,81 @@
+"""Weights in memory: what is handed over to ranks, and how it is told whether they have changed."""
+
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distributed.errors import CheckpointError
+from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
+from distributed.vae.handover import check_state_dict, fingerprint, share_state_dict
+from tests.unit.checkpoints import assert_same, decoder_of, in_core_layout, make_model, save
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def weights(model):
+    return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def core(weights):
+    return in_core_layout(weights)
+
+
+def test_weights_in_memory_are_handed_over_as_a_private_file_of_the_decoder_alone(weights, core, tmp_path):
+    for state in (weights, core):
+        path = share_state_dict(state, tmp_path, "shared")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        checkpoint = open_checkpoint(path)
+        assert not checkpoint.has_encoder and all(key.startswith("decoder.") for key in load_file(path))
+        assert_same(decoder_tensors(checkpoint), decoder_of(weights))
+
+
+def test_nothing_is_written_of_weights_that_are_refused(weights, tmp_path):
+    del weights["decoder.norm_out.gamma"]
+    with pytest.raises(CheckpointError, match=r"The VAE .* lacks 'decoder.norm_out.gamma'"):
+        share_state_dict(weights, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fingerprint_changes_with_the_decoder_alone_and_refuses_what_was_not_loaded(weights):
+    before = fingerprint(weights)
+    weights["encoder.conv_in.conv.bias"] = weights["encoder.conv_in.conv.bias"] + 1
+    assert fingerprint(weights) == before
+    key = "decoder.conv_in.conv.bias"
+    assert fingerprint({**weights, key: weights[key] + 1}) != before
+    for value, text in (
+        (weights[key] * torch.nan, "not finite"),
+        (torch.empty_like(weights[key], device="meta"), "meta"),
+    ):
+        with pytest.raises(CheckpointError, match=text):
+            fingerprint({**weights, key: value})
+    with pytest.raises(CheckpointError, match=r"'decoder\.norm_out\.gamma' is all zeros"):
+        fingerprint({**weights, "decoder.norm_out.gamma": torch.zeros_like(weights["decoder.norm_out.gamma"])})
+
+
+@pytest.mark.gpu
+def test_a_fingerprint_is_the_same_wherever_the_tensors_are(weights):
+    before = fingerprint(weights)
+    moved = {key: tensor.cuda() if i % 2 else tensor for i, (key, tensor) in enumerate(weights.items())}
+    assert fingerprint(moved) == before
+
+
+@pytest.mark.parametrize("state", [{1: torch.zeros(1)}, {"decoder.conv_in.conv.weight": [1.0]}, {("a", "b"): None}])
+def test_what_is_no_state_dict_is_refused(state):
+    for use in (check_state_dict, fingerprint):
+        with pytest.raises(CheckpointError, match="not a state dict"):
+            use(state)
+
+
+def test_weights_that_are_no_floats_are_refused(weights, tmp_path):
+    weights["decoder.conv_out.conv.bias"] = torch.zeros(3, dtype=torch.int8)
+    with pytest.raises(CheckpointError, match="I8"):
+        open_checkpoint(save(weights, tmp_path / "a.safetensors"))
+    with pytest.raises(CheckpointError, match="int8"):
+        share_state_dict(weights, tmp_path)
