@@ -26,6 +26,7 @@ from torch import Tensor
 from .errors import Cancelled, GroupError, JobError
 from .ranks import devices as device_module
 from .ranks.buffers import FramePool
+from .ranks.logs import default_folder
 from .ranks.processes import RankRecord, Ranks
 from .ranks.protocol import BYTES_LIMIT
 from .ranks.states import State, follow
@@ -42,7 +43,6 @@ RELEASE_SECONDS = 15
 TELL_SECONDS = 0.5
 """How often progress, which changes all the time, is told as a change of the group."""
 MEMORY_TRIES = 4
-LOGS = Path.home() / ".cache" / "hunyuanvideo15-distributed" / "logs"
 
 
 class RankGroup:
@@ -62,7 +62,7 @@ class RankGroup:
         *,
         backend: str = "auto",
         on_change: Callable[[], None] | None = None,
-        logs: str | Path = LOGS,
+        logs: str | Path | None = None,
         worker: str = "distributed.worker",
         **options: object,
     ) -> None:
@@ -72,7 +72,7 @@ class RankGroup:
         self.configure(**options)
         self.id = secrets.token_hex(4)
         self.on_change = on_change or (lambda: None)
-        self._worker, self._logs = worker, Path(logs)
+        self._worker, self._logs = worker, Path(logs).absolute() if logs else default_folder()
         self._state = State.STOPPED
         self._lock = threading.RLock()
         self._decoding = threading.Lock()
@@ -182,6 +182,8 @@ class RankGroup:
             except OSError as error:
                 size = 4 * math.prod(job.frames_shape) / 2**30
                 raise JobError(f"There is no room for the frames, {size:.2f} GiB of shared memory: {error}.") from error
+            except MemoryError as error:
+                raise JobError(f"Not enough memory for the frames: {error} Decode fewer frames at a time.") from error
             if frames_started:
                 frames_started(frames)
             try:
@@ -334,7 +336,8 @@ class RankGroup:
         """
         try:
             if isinstance(vae, str | Path):
-                return open_checkpoint(vae), Path(vae), None
+                path = Path(vae).absolute()  # ranks have another working directory
+                return open_checkpoint(path), path, None
             mark = fingerprint(vae)
             with self._lock:
                 handed = self._handed

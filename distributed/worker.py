@@ -30,6 +30,7 @@ from .ops import kernels
 from .ranks import devices
 from .ranks.buffers import open_frames
 from .ranks.collective import all_or_none
+from .ranks.environment import RankEnvironment
 from .ranks.protocol import BROKEN, Channel, connect
 from .vae.checkpoint import Checkpoint, decoder_tensors, open_checkpoint
 from .vae.engine import Engine
@@ -72,10 +73,10 @@ class JobWatch:
 class Rank:
     """This process, seen from the inside."""
 
-    def __init__(self, channel: Channel, device_name: str, output: "OutputFile") -> None:
-        self.channel, self.output = channel, output
-        self.device_name = device_name
-        self.world_size = int(os.environ["WORLD_SIZE"])
+    def __init__(self, channel: Channel, started: RankEnvironment, output: "OutputFile") -> None:
+        self.channel, self.output, self.started = channel, output, started
+        self.device_name = started.device
+        self.world_size = len(started.devices)
         self.watch = JobWatch()
         self.todo: queue.SimpleQueue = queue.SimpleQueue()
         self.engine: Engine | None = None
@@ -85,23 +86,23 @@ class Rank:
 
     def run(self) -> None:
         """Come up, then do what is asked until told to stop."""
-        rank, world_size = int(os.environ["RANK"]), self.world_size
+        rank, world_size = self.started.rank, self.world_size
         self.channel.send("hello", rank=rank, pid=os.getpid(), device=self.device_name)
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
-        kind = self.device_name.split(":")[0]
         self.device = devices.activate(self.device_name)
+        device = devices.Device(self.device)
         if world_size > 1:
             dist.init_process_group(
-                devices.collective_backend(kind, os.environ["HV15_BACKEND"]),
-                store=dist.FileStore(os.path.join(os.environ["HV15_FOLDER"], "store"), world_size),
+                device.collective_backend(self.started.backend),
+                store=dist.FileStore(str(self.started.folder / "store"), world_size),
                 rank=rank,
                 world_size=world_size,
-                device_id=None if kind == "cpu" else self.device,
+                device_id=device.process_group_device,
                 timeout=datetime.timedelta(days=1),  # hangs are noticed by their lack of progress, not by a fixed time
             )
             dist.all_reduce(torch.zeros(1))
-            if kind != "cpu":
+            if not device.is_host:
                 dist.all_reduce(torch.zeros(1, device=self.device))
         self.channel.send("ready")
         while (message := self.todo.get())["type"] != "stop":
@@ -194,7 +195,7 @@ class Rank:
 
     def _beat(self) -> None:
         try:
-            controller = psutil.Process(int(os.environ["HV15_CONTROLLER"]))
+            controller = psutil.Process(self.started.controller)
         except psutil.NoSuchProcess as error:
             leave_orphaned(error)
         own, computed = psutil.Process(), 0.0
@@ -220,11 +221,11 @@ class Rank:
 def leave_orphaned(error: Exception) -> NoReturn:
     """End this process when its controller has ended, and with it what the controller can no longer clean up."""
     log.error("The rank leaves: its connection ended (%s: %s).", type(error).__name__, error)
-    shutil.rmtree(os.environ["HV15_FOLDER"], ignore_errors=True)
-    launcher = int(os.environ["HV15_LAUNCHER"])
-    if os.getppid() == launcher:  # it may be stopped, and then would stay for ever
+    started = RankEnvironment.from_env()
+    shutil.rmtree(started.folder, ignore_errors=True)
+    if os.getppid() == started.launcher:  # it may be stopped, and then would stay for ever
         with contextlib.suppress(OSError):
-            os.kill(launcher, KILL)
+            os.kill(started.launcher, KILL)
     os._exit(1)
 
 
@@ -251,15 +252,14 @@ class OutputFile:
 
 def main() -> None:
     """The process's life."""
-    folder, local_rank = Path(os.environ["HV15_FOLDER"]), int(os.environ["LOCAL_RANK"])
-    output = OutputFile(Path(os.environ["HV15_LOGS"]) / f"rank-{os.environ['RANK']}.log")
+    started = RankEnvironment.from_env()
+    output = OutputFile(started.logs / f"rank-{started.rank}.log")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    host, port = os.environ["HV15_CONTROL"].split(":")
     try:
-        channel = connect((host, int(port)), (folder / "key").read_bytes())
+        channel = connect(started.control, (started.folder / "key").read_bytes())
     except BROKEN as error:
         leave_orphaned(error)
-    rank = Rank(channel, os.environ["HV15_DEVICES"].split(",")[local_rank], output)
+    rank = Rank(channel, started, output)
     try:
         rank.run()
     except BaseException:

@@ -1,14 +1,24 @@
-"""The frame buffer that ranks write and the graph reads: shared memory, handed out as a tensor without a copy.
+"""Memory that the controller shares with its ranks: frames that they write, weights that they read.
 
-On Linux it is a memfd, which no size of /dev/shm limits and nobody else can name; ranks open it through the
-controller's /proc entry. Elsewhere it is a private temporary file. When the tensor and all views of it are gone the
-buffer returns to its pool, its pages already there for the next decode, or is freed where the pool was trimmed.
+On Linux a buffer is a memfd, which no size of /dev/shm or of /tmp limits and nobody else can name. A rank asks the
+controller for it at a socket (`Offers`) and gets its descriptor. The controller's /proc entry would be simpler, but may
+not be read where the interpreter has capabilities, or the process is not dumpable. Elsewhere a buffer is a private
+temporary file. Buffers are sealed: no rank can cut one short, which would kill the controller with a bus error.
+
+Frames are handed out as a tensor without a copy. When the tensor and all views of it are gone the buffer returns to its
+pool, its pages already there for the next decode, or is freed where the pool was trimmed.
 """
 
+import contextlib
 import mmap
 import os
+import secrets
+import socket
+import struct
+import sys
 import tempfile
 import threading
+import time
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,34 +26,146 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .memory import available_memory, describe_memory
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 KEPT = 2
 """Free buffers that a pool keeps for the next decodes."""
+ASK_SECONDS = 5
+LINUX = sys.platform == "linux"
+_MEMFD = "memfd:"
+"""What the place of memory begins with that is not a file's path."""
+_TOKEN_BYTES = 32
 
 
 class _Mapping(mmap.mmap):
     """An mmap whose end can be awaited: a tensor made from it keeps it alive."""
 
 
-@dataclass(eq=False)
-class _Buffer:
-    descriptor: int
-    size: int
-    path: str
-    file: Path | None
+class Offers:
+    """Open files that other processes of this user may have: whoever knows a file's name, which is secret, gets it.
+
+    It listens on an abstract Unix socket, which needs no folder and ends with this process, while there is something to
+    offer. Other accounts are turned away by the account that the kernel says they have.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[bytes, int] = {}
+        self._lock = threading.Lock()
+        self._listener: socket.socket | None = None
+        self._owner = 0
+
+    def add(self, descriptor: int) -> str:
+        """Offer an open file. Returns the place by which `open_shared` gets it, until `withdraw`."""
+        token = secrets.token_hex(_TOKEN_BYTES // 2)
+        with self._lock:
+            if self._listener is None or self._owner != os.getpid():  # in a forked child it is the parent's
+                self._listen()
+            self._files[token.encode()] = descriptor
+            return f"{_MEMFD}{self._listener.getsockname()[1:].decode()}/{token}"
+
+    def withdraw(self, place: str) -> None:
+        """Offer the file no longer. Those who have it keep it."""
+        with self._lock:
+            self._files.pop(place.rpartition("/")[2].encode(), None)
+            if not self._files and self._listener and self._owner == os.getpid():
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closes it
+                self._listener = None
+
+    def _listen(self) -> None:
+        self._listener, self._owner = socket.socket(socket.AF_UNIX), os.getpid()
+        self._listener.bind(f"\0hv15-{secrets.token_hex(8)}")
+        self._listener.listen(64)
+        threading.Thread(target=self._serve, args=(self._listener,), name="hv15-offers", daemon=True).start()
+
+    def _serve(self, listener: socket.socket) -> None:
+        with listener:
+            while self._listener is listener:
+                try:
+                    caller, _ = listener.accept()
+                except OSError:  # it was shut down, or this process has no descriptor left
+                    time.sleep(0.1)
+                    continue
+                with contextlib.suppress(OSError), caller:
+                    self._answer(caller)
+
+    def _answer(self, caller: socket.socket) -> None:
+        _, account, _ = struct.unpack("3i", caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if account == os.geteuid():
+            caller.settimeout(ASK_SECONDS)
+            token = caller.recv(_TOKEN_BYTES)
+            with self._lock:
+                if token in self._files:
+                    socket.send_fds(caller, [b"."], [self._files[token]])
+
+
+_offers = Offers()
+
+
+def open_shared(place: str) -> int:
+    """A new descriptor of shared memory, in any process of the user that shares it. Raises OSError."""
+    if not place.startswith(_MEMFD):
+        return os.open(place, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    name, _, token = place.removeprefix(_MEMFD).partition("/")
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.settimeout(ASK_SECONDS)
+        caller.connect(f"\0{name}")
+        caller.sendall(token.encode())
+        _, descriptors, _, _ = socket.recv_fds(caller, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    if not descriptors:
+        raise FileNotFoundError("The controller no longer shares this memory.")
+    return descriptors[0]
+
+
+class SharedMemory:
+    """Memory of `size` bytes that other processes can open once it was offered.
+
+    Raises MemoryError, with the numbers, where the machine or the container has not so much, and OSError.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        if size > available_memory():
+            raise MemoryError(f"{size / 2**30:.2f} GiB of memory is needed; {describe_memory()}.")
+        self.size = size
+        self.place = ""
+        self._owner = os.getpid()
+        if LINUX:
+            self.descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        else:
+            self.descriptor, self.place = tempfile.mkstemp(prefix=f"{name}-")
+        try:
+            os.ftruncate(self.descriptor, size)
+        except OSError:
+            self.close()
+            raise
+
+    def offer(self, read_only: bool = False) -> None:
+        """Seal it, and let other processes open it by its `place`. If it is to be read only it must not be mapped."""
+        if LINUX:
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals | (fcntl.F_SEAL_WRITE if read_only else 0))
+            self.place = _offers.add(self.descriptor)
 
     def close(self) -> None:
+        """Free the memory, once nobody maps it."""
+        if LINUX:
+            _offers.withdraw(self.place)
+        elif os.getpid() == self._owner:
+            Path(self.place).unlink(missing_ok=True)
         os.close(self.descriptor)
-        if self.file:
-            self.file.unlink(missing_ok=True)
 
 
 @dataclass
 class FramePool:
-    """Shared buffers, reused."""
+    """Shared buffers for frames, reused."""
 
-    _free: list[_Buffer] = field(default_factory=list)
+    _free: list[SharedMemory] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    _lent: set[_Buffer] = field(default_factory=set)
+    _lent: set[SharedMemory] = field(default_factory=set)
 
     @property
     def lent(self) -> int:
@@ -51,13 +173,18 @@ class FramePool:
         return len(self._lent)
 
     def allocate(self, shape: tuple[int, ...]) -> tuple[Tensor, str]:
-        """A float32 tensor of this shape, and the path by which another process of this user opens its memory."""
+        """A float32 tensor of this shape, and the place by which a rank opens its memory (see `open_frames`).
+
+        Raises MemoryError, with the numbers, where there is not so much memory, and OSError.
+        """
         size = torch.Size(shape).numel() * 4
         with self._lock:
             fitting = [buffer for buffer in self._free if size <= buffer.size <= 2 * size]
             buffer = min(fitting, key=lambda b: b.size, default=None)
             if buffer:
                 self._free.remove(buffer)
+            elif size > available_memory():
+                self._free_all()
         buffer = buffer or self._create(size)
         try:
             mapping = _Mapping(buffer.descriptor, buffer.size)
@@ -67,31 +194,29 @@ class FramePool:
         with self._lock:
             self._lent.add(buffer)
         weakref.finalize(mapping, self._give_back, buffer)
-        return torch.frombuffer(mapping, dtype=torch.float32, count=size // 4).view(shape), buffer.path
+        return torch.frombuffer(mapping, dtype=torch.float32, count=size // 4).view(shape), buffer.place
 
     def trim(self) -> None:
         """Free what is not lent now, and what is lent as soon as it comes back."""
         with self._lock:
             self._lent.clear()
-            while self._free:
-                self._free.pop().close()
+            self._free_all()
 
-    def _create(self, size: int) -> _Buffer:
-        if hasattr(os, "memfd_create"):
-            descriptor, file = os.memfd_create("hv15-frames", os.MFD_CLOEXEC), None
-            path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        else:
-            descriptor, path = tempfile.mkstemp(prefix="hv15-frames-")
-            file = Path(path)
-        buffer = _Buffer(descriptor, size, path, file)
+    @staticmethod
+    def _create(size: int) -> SharedMemory:
+        buffer = SharedMemory("hv15-frames", size)
         try:
-            os.ftruncate(descriptor, size)
-        except OSError:
+            buffer.offer()
+        except BaseException:
             buffer.close()
             raise
         return buffer
 
-    def _give_back(self, buffer: _Buffer) -> None:
+    def _free_all(self) -> None:
+        while self._free:
+            self._free.pop().close()
+
+    def _give_back(self, buffer: SharedMemory) -> None:
         with self._lock:
             if buffer not in self._lent:
                 buffer.close()
@@ -102,9 +227,12 @@ class FramePool:
                 self._free.pop(0).close()
 
 
-def open_frames(path: str, shape: tuple[int, ...]) -> Tensor:
+def open_frames(place: str, shape: tuple[int, ...]) -> Tensor:
     """A rank's view of a buffer: float32, shared with the controller and all other ranks."""
     count = torch.Size(shape).numel()
-    with open(path, "r+b") as file:
-        mapping = mmap.mmap(file.fileno(), count * 4)
+    descriptor = open_shared(place)
+    try:
+        mapping = mmap.mmap(descriptor, count * 4)
+    finally:
+        os.close(descriptor)
     return torch.frombuffer(mapping, dtype=torch.float32, count=count).view(shape)

@@ -1,6 +1,6 @@
 """The one place where NVIDIA GPUs, Ascend NPUs and CPUs differ.
 
-Elsewhere a device is a `torch.device`, and what it can do is asked of `torch.get_device_module`.
+Elsewhere what a device can do is asked of a `Device`, and nobody compares its kind with a string.
 Ascend support is written against torch_npu's documented interface and has not been run on hardware. There, replicate
 padding has no bfloat16; the decoder copies its borders itself (`kernels.fill_groups`) and needs none.
 """
@@ -12,8 +12,12 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
+
+from .memory import available_memory, describe_memory
 
 COLLECTIVES = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 MOST_RANKS = 64
@@ -24,6 +28,79 @@ HCCL_TAKES = 32
 COPIERS = 4
 """CPU threads of a rank on an accelerator. They carry finished frames into the shared buffer, which one does so slowly
 that a decode ended 16 ms after its last kernel (720x1280x121 on two H100)."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one rank computes on, and what it can do. `Device(torch.device("cuda:1"))`."""
+
+    torch: torch.device
+
+    @property
+    def kind(self) -> str:
+        """ "cuda", "npu" or "cpu"."""
+        return self.torch.type
+
+    @property
+    def is_host(self) -> bool:
+        """Whether its memory is the host's, which all ranks share, and nothing travels to it or from it."""
+        return self.kind == "cpu"
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether copies run beside the computation, on streams of `module`."""
+        return not self.is_host
+
+    @property
+    def has_fused_kernels(self) -> bool:
+        """Whether the Triton kernels can run on it, where Triton is installed."""
+        return self.kind == "cuda"
+
+    @property
+    def forms_attention_scores(self) -> bool:
+        """Whether attention holds the whole matrix of scores in the device's memory."""
+        return self.kind == "cuda"
+
+    @property
+    def module(self) -> ModuleType:
+        """Torch's functions for it, such as `torch.cuda`. Raises RuntimeError for the CPU, which has none."""
+        return torch.get_device_module(self.torch)
+
+    @property
+    def process_group_device(self) -> torch.device | None:
+        """What torch.distributed is to bind a process group to."""
+        return None if self.is_host else self.torch
+
+    def free_bytes(self, ranks: int = 1) -> int:
+        """Bytes that nobody uses, for one of `ranks` that share the host; what torch keeps for later is not used."""
+        if self.is_host:
+            return available_memory() // ranks
+        free, _ = self.module.mem_get_info(self.torch)
+        return free + self.module.memory_reserved(self.torch) - self.module.memory_allocated(self.torch)
+
+    def held_by_others(self) -> str:
+        """Who has the rest of its memory, as the end of a sentence; empty for the CPU."""
+        if self.is_host:
+            return ""
+        free, total = self.module.mem_get_info(self.torch)
+        others = max(0, total - free - self.module.memory_reserved(self.torch))
+        return f"; other processes hold {others / 2**30:.2f} of the {total / 2**30:.2f} GiB of {self.torch}"
+
+    def reserve(self, needed: int) -> None:
+        """Have torch's allocator hold `needed` bytes in all, for what comes next. Raises torch.OutOfMemoryError."""
+        if not self.is_host:
+            there = self.module.memory_allocated(self.torch)
+            torch.empty(max(0, needed - there), dtype=torch.uint8, device=self.torch)
+
+    def empty_cache(self) -> None:
+        """Give back what torch's allocator keeps for later."""
+        if not self.is_host:
+            self.module.empty_cache()
+
+    def collective_backend(self, chosen: str) -> str:
+        """torch.distributed's backend string: small agreements over gloo, borders over the device's own library."""
+        own = COLLECTIVES[self.kind] if chosen == "auto" else chosen
+        return "gloo" if self.is_host else f"cpu:gloo,{self.kind}:{own}"
 
 
 def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
@@ -52,7 +129,7 @@ def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
         raise ValueError("devices is empty. Write auto, or a list such as cuda:0,cuda:1 or cpu,cpu.")
     if len(parsed) > MOST_RANKS:
         raise ValueError(f"devices names {len(parsed)} ranks; a group has {MOST_RANKS} at the most.")
-    kinds = {device.split(":")[0] for device in parsed}
+    kinds = set(map(kind_of, parsed))
     if len(kinds) > 1:
         raise ValueError(f"devices mixes {' and '.join(sorted(kinds))}; all ranks of a group are of one kind.")
     twice = sorted({device for device in parsed if device != "cpu" and parsed.count(device) > 1})
@@ -61,9 +138,14 @@ def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(parsed)
 
 
+def kind_of(device: str) -> str:
+    """ "cuda", "npu" or "cpu", of one of `parse_devices`'s."""
+    return device.split(":")[0]
+
+
 def check_devices(devices: Sequence[str], backend: str) -> None:
     """Raise ValueError where a device is not there, saying which are, or where the backend is not for its kind."""
-    kind = devices[0].split(":")[0]
+    kind = kind_of(devices[0])
     if backend not in ("auto", COLLECTIVES[kind]):
         raise ValueError(f"backend is {backend!r}; ranks on {kind} devices use auto or {COLLECTIVES[kind]}.")
     there = device_count(kind)
@@ -99,7 +181,7 @@ def _import_npu() -> bool:
 
 def activate(name: str) -> torch.device:
     """Make this process compute on the device `name`."""
-    kind = name.split(":")[0]
+    kind = kind_of(name)
     if kind == "cpu":
         # More threads would add up in another order, and a tiled decode would differ with the number of ranks.
         torch.set_num_threads(1)
@@ -123,18 +205,16 @@ def activate(name: str) -> torch.device:
 def host_memory(count: int, dtype: torch.dtype) -> torch.Tensor:
     """Host memory for so many numbers to travel to a device or from it: pinned, which is fast and slow to get.
 
-    Where there is no more to pin, of which Windows and WSL set a limit, other memory does, more slowly.
+    Where there is no more to pin, of which Windows and WSL set a limit, other memory does, more slowly. Raises
+    MemoryError, with the numbers, where the machine or the container has not so much memory.
     """
+    size = count * dtype.itemsize
+    if size > available_memory():
+        raise MemoryError(f"{size / 2**30:.2f} GiB of host memory is needed; {describe_memory()}.")
     try:
         return torch.empty(count, dtype=dtype, pin_memory=True)
     except RuntimeError:
         return torch.empty(count, dtype=dtype)
-
-
-def collective_backend(kind: str, chosen: str) -> str:
-    """torch.distributed's backend string: small agreements over gloo, borders over the device's own library."""
-    own = COLLECTIVES[kind] if chosen == "auto" else chosen
-    return "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{own}"
 
 
 def reserve_ports(kind: str) -> socket.socket | None:
@@ -179,7 +259,7 @@ def environment(kind: str, ports: socket.socket | None) -> dict[str, str]:
     """
     loopback = {}
     if sys.platform == "linux":
-        loopback = {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if kind == "npu":
         port = ports.getsockname()[1] - HCCL_PORTS.step + 1
         return {**loopback, "HCCL_IF_BASE_PORT": str(port), "HCCL_DETERMINISTIC": "true"}
@@ -191,7 +271,7 @@ def environment(kind: str, ports: socket.socket | None) -> dict[str, str]:
 
 def automatic_dtype(devices: Sequence[str]) -> str:
     """float32 on the CPU; bfloat16 on accelerators, but float16 where a GPU is older than Ampere and has none."""
-    kind = devices[0].split(":")[0]
+    kind = kind_of(devices[0])
     if kind == "cuda" and min(torch.cuda.get_device_capability(device)[0] for device in devices) < 8:
         return "float16"
     return "float32" if kind == "cpu" else "bfloat16"

@@ -1,4 +1,4 @@
-"""One set of running rank processes: started by torchrun (`launcher`), joined over the control connections, ended for
+"""One set of running rank processes: started by torchrun (`torchrun`), joined over the control connections, ended for
 certain.
 
 A `Ranks` lives from one start to one end and is never repaired: when anything about it is in doubt it is `broken`,
@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -23,18 +22,18 @@ from pathlib import Path
 import psutil
 
 from . import devices as device_module
+from .environment import RankEnvironment, compiler_cache, inherited_environment, python_command, search_path
+from .exits import describe_exit, read_exit
+from .logs import LAUNCHER_LOG, new_folder, open_launcher_log
 from .protocol import BROKEN, Channel, Door
 
 log = logging.getLogger(__name__)
 
-PACK = Path(__file__).resolve().parents[2]
 WATCH_SECONDS = 0.5
 BEATS_MISSED_SECONDS = 10
 """A rank that says nothing for this long is stopped or stuck beyond help (it speaks twice a second)."""
 END_SECONDS = 1
 """How long the launcher may take to say how a rank ended."""
-RUNS_KEPT = 16
-"""Logs of this many starts are kept."""
 LOG_LINES = 8
 
 
@@ -62,7 +61,9 @@ class RankRecord:
 class Ranks:
     """Rank processes for `devices`, one each. `changed` is notified, and `on_change` called, when a record changes.
 
-    stall_seconds tells how long a rank may have a job and not move. Logs go to a new folder in `logs`.
+    stall_seconds tells how long a rank may have a job and not move. Logs go to a new folder in `logs`, or, where there
+    can be none, to the group's private folder. Only the process that made it can end it: a child that it forks has a
+    copy of this object, and leaves the ranks alone.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Ranks:
         devices: Sequence[str],
         backend: str,
         worker: str,
-        logs: Path,
+        logs: Path | None,
         stall_seconds: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
@@ -86,45 +87,37 @@ class Ranks:
         self._stall_seconds = stall_seconds
         self._on_change = on_change
         self._ending = threading.Event()
-        kind = devices[0].split(":")[0]
+        self._owner = os.getpid()
+        kind = device_module.kind_of(devices[0])
         with contextlib.ExitStack() as undo:
             self._ports = device_module.reserve_ports(kind)
             if self._ports:
                 undo.callback(self._ports.close)
-            self.logs = _new_log_folder(logs)
             self.folder = Path(tempfile.mkdtemp(prefix="hv15-"))
             undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            self.logs = new_folder(logs, self.folder)
             key = secrets.token_bytes(32)
             (self.folder / "rendezvous").touch(0o600)
-            with open(_private(self.folder / "key"), "wb") as file:
+            with open(os.open(self.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(key)
             self._door = Door(key, self._serve)
             undo.callback(self._door.close)
-            environment = {
-                **os.environ,
-                **device_module.environment(kind, self._ports),
-                "HV15_FOLDER": str(self.folder),
-                "HV15_LOGS": str(self.logs),
-                "HV15_CONTROL": "{}:{}".format(*self._door.address),
-                "HV15_CONTROLLER": str(os.getpid()),
-                "HV15_DEVICES": ",".join(devices),
-                "HV15_BACKEND": backend,
-                "PYTHONPATH": os.pathsep.join(filter(None, [str(PACK), os.environ.get("PYTHONPATH")])),
-                "TMPDIR": str(self.folder),
-                "OMP_NUM_THREADS": "1",
-            }
-            command = [
-                sys.executable,
-                "-m",
-                "distributed.ranks.torchrun",
-                "--nnodes=1",
-                f"--nproc-per-node={len(devices)}",
-            ]
-            command += ["--max-restarts=0", "--rdzv-backend=one-host"]
-            command += [f"--rdzv-endpoint={self.folder / 'rendezvous'}", "-m", worker]
-            with open(_private(self.logs / "launcher.log"), "wb") as output:
+            start = RankEnvironment(
+                folder=self.folder,
+                logs=self.logs,
+                control=self._door.address,
+                controller=self._owner,
+                devices=tuple(devices),
+                backend=backend,
+                search_path=search_path(),
+            )
+            environment = inherited_environment(os.environ)
+            environment |= device_module.environment(kind, self._ports)
+            environment |= compiler_cache(os.environ, self.folder)
+            environment |= start.to_env() | {"TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1"}
+            with open(open_launcher_log(self.logs), "wb") as output:
                 self.launcher = subprocess.Popen(
-                    command,
+                    python_command("distributed.ranks.torchrun", worker),
                     env=environment,
                     cwd=self.folder,
                     stdin=subprocess.DEVNULL,
@@ -182,7 +175,7 @@ class Ranks:
                 return
             if record:
                 record.state = "failed"
-            name = f"rank-{record.rank}.log" if record else "launcher.log"
+            name = f"rank-{record.rank}.log" if record else LAUNCHER_LOG
             tail = "\n".join(_last_lines(self.logs / name))
             self.broken = f"{reason}.\nIts log, {self.logs / name}, ends:\n{tail}"
             self.changed.notify_all()
@@ -193,6 +186,8 @@ class Ranks:
 
     def end(self) -> None:
         """End every process and remove every file. Ask, then insist; returns within about five seconds."""
+        if os.getpid() != self._owner:
+            return
         with self.changed:
             begun = self._ending.is_set()
             self._ending.set()
@@ -249,7 +244,7 @@ class Ranks:
         if self.launcher.poll() is not None:
             if self.launcher.returncode >= 0:  # it went because a rank died, whose end tells more, in a moment
                 self._ending.wait(END_SECONDS + WATCH_SECONDS)
-            self.give_up(f"the launcher ended with exit code {self.launcher.returncode}")
+            self.give_up(f"the launcher {describe_exit(self.launcher.returncode)}")
         for record in self.records:
             if record.channel and now - record.heard_at > BEATS_MISSED_SECONDS:
                 self.give_up(f"{record} has not been heard of for {now - record.heard_at:.0f} seconds", record)
@@ -297,27 +292,13 @@ class Ranks:
             self._on_change()
 
     def _end_of(self, record: RankRecord) -> str:
-        """How a rank ended. The launcher is its parent and knows; its log tells, a moment later."""
+        """How a rank ended. The launcher is its parent and knows; it writes it down, a moment later."""
         limit = time.monotonic() + END_SECONDS
         while time.monotonic() < limit:
-            for line in _read(self.logs / "launcher.log").splitlines():
-                if f"pid: {record.pid})" in line and "exitcode:" in line:
-                    return f"died with exit code {line.split('exitcode:')[1].split(')')[0].strip()}"
+            if (exit_code := read_exit(self.folder, record.rank)) is not None:
+                return describe_exit(exit_code)
             time.sleep(0.05)
         return "is gone" if not psutil.pid_exists(record.pid) else "closed its connection"
-
-
-def _new_log_folder(logs: Path) -> Path:
-    """A folder for the logs of one start, for its owner alone. Those of long ago go."""
-    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for old in sorted(logs.glob("run-*"), key=lambda folder: folder.name)[: 1 - RUNS_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=time.strftime("run-%Y%m%d-%H%M%S-"), dir=logs))
-
-
-def _private(path: Path) -> int:
-    """A descriptor of a new file that its owner alone may read."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
 
 def _read(path: Path) -> str:

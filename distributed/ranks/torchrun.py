@@ -2,13 +2,15 @@
 
 torchrun's own rendezvous either listen on all interfaces or keep their state as a pickle. A group's processes are all
 on one host, where there is nobody to wait for: the launcher is alone with its store, a file in the group's folder.
-Started as `python -m distributed.ranks.torchrun --rdzv-backend=one-host --rdzv-endpoint=FILE ...`; all other options
-are torchrun's.
+Run as `python bootstrap.py distributed.ranks.torchrun WORKER`, where WORKER is the module that ranks run.
 """
 
 import os
+import sys
+from dataclasses import replace
 
 from torch.distributed import FileStore
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -16,7 +18,10 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
-from torch.distributed.run import main
+from torch.distributed.run import parse_args, run
+
+from .environment import RankEnvironment, python_command
+from .exits import write_exit
 
 BACKEND = "one-host"
 
@@ -49,7 +54,21 @@ class OneHost(RendezvousHandler):
         return True
 
 
-if __name__ == "__main__":
-    os.environ["HV15_LAUNCHER"] = str(os.getpid())
+def main() -> None:
+    """Run one worker for each device until all have ended or one has failed."""
+    environment = replace(RankEnvironment.from_env(), launcher=os.getpid())
+    os.environ.update(environment.to_env())
     rendezvous_handler_registry.register(BACKEND, OneHost)
+    arguments = ["--nnodes=1", f"--nproc-per-node={len(environment.devices)}", "--max-restarts=0"]
+    arguments += [f"--rdzv-backend={BACKEND}", f"--rdzv-endpoint={environment.folder / 'rendezvous'}"]
+    arguments += ["--no-python", *python_command(*sys.argv[1:])]
+    try:
+        run(parse_args(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        write_exit(environment.folder, rank, failure.exitcode)
+        raise
+
+
+if __name__ == "__main__":
     main()

@@ -11,13 +11,13 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import astuple
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import Cancelled, OutOfMemory
 from ..ranks.collective import Watch, agree, first_ranks
+from ..ranks.devices import Device
 from .halo import Mesh
 from .hunyuanvideo15.decoder import Tail, Trunk, Weights, split
 from .job import DecodeRequest, check_request, frame_count
@@ -63,7 +63,7 @@ class Engine:
         self._empty_cache()
         meta = torch.device("meta")
         needed = Weights({name: tensor.to(meta) for name, tensor in tensors.items()}, meta, self.dtype).nbytes
-        raise self._out_of_memory(needed + WORKSPACE, _free(self.device), least=True, on_all_ranks=True)
+        raise self._out_of_memory(needed + WORKSPACE, Device(self.device).free_bytes(), least=True, on_all_ranks=True)
 
     def release(self) -> None:
         """Give back what the engine holds on the device. It cannot be used again."""
@@ -72,8 +72,7 @@ class Engine:
         self._empty_cache()
 
     def _empty_cache(self) -> None:
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).empty_cache()
+        Device(self.device).empty_cache()
 
     @torch.inference_mode()
     def decode(self, request: DecodeRequest, latent: Tensor, frames: Tensor, watch: Watch) -> None:
@@ -120,10 +119,7 @@ class Engine:
 
     def _free(self) -> int:
         """Bytes that a decode may use on this device, the weights that are there already included."""
-        free = _free(self.device)
-        if self.device.type == "cpu":
-            free //= self.world_size  # which all ranks share
-        return free + self.weights.nbytes
+        return Device(self.device).free_bytes(self.world_size) + self.weights.nbytes
 
     def _reserve(self, needed: int) -> None:
         """Take what the decode will need from the device, so that memory runs out here, on all ranks, or not at all.
@@ -132,17 +128,15 @@ class Engine:
         """
         self.needed = needed
         lacking = False
-        if self.device.type != "cpu":
-            try:
-                there = torch.get_device_module(self.device).memory_allocated(self.device)
-                torch.empty(max(0, needed - there), dtype=torch.uint8, device=self.device)
-            except torch.OutOfMemoryError:
-                lacking = True
+        try:
+            Device(self.device).reserve(needed)
+        except torch.OutOfMemoryError:
+            lacking = True
         if agree(lacking):
             raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
 
     def _out_of_memory(self, needed: int, free: int, least: bool = False, on_all_ranks: bool = False) -> OutOfMemory:
-        return OutOfMemory(needed, free, _held_by_others(self.device), least=least, on_all_ranks=on_all_ranks)
+        return OutOfMemory(needed, free, Device(self.device).held_by_others(), least=least, on_all_ranks=on_all_ranks)
 
     def _seamless(self, request: DecodeRequest, video: Tensor, frames: Tensor, watch: Watch) -> None:
         height, width = video.shape[1:3]
@@ -328,22 +322,3 @@ def _edge_extent(grid: TileGrid, index: int, other: int, dim: int) -> int:
 
 def _post(operation, tensor: Tensor, peer: int) -> dist.Work:
     return dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)])[0]
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of a device that nobody uses; what torch keeps for later is not used."""
-    if device.type == "cpu":
-        return psutil.virtual_memory().available
-    accelerator = torch.get_device_module(device)
-    free, _ = accelerator.mem_get_info(device)
-    return free + accelerator.memory_reserved(device) - accelerator.memory_allocated(device)
-
-
-def _held_by_others(device: torch.device) -> str:
-    """Who has the rest of a device's memory, in words."""
-    if device.type == "cpu":
-        return ""
-    accelerator = torch.get_device_module(device)
-    free, total = accelerator.mem_get_info(device)
-    others = max(0, total - free - accelerator.memory_reserved(device))
-    return f"; other processes hold {others / 2**30:.2f} of the {total / 2**30:.2f} GiB of {device}"
