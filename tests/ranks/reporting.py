@@ -1,0 +1,27 @@
+"""A rank's process that first writes what it was started with to the file named by HV15_TEST_REPORT."""
+
+import json
+import os
+import sys
+
+import torch
+
+FLAGS = ("isolated", "ignore_environment", "no_user_site", "no_site", "safe_path", "optimize", "dev_mode", "utf8_mode")
+
+
+def report() -> dict:
+    """What this process imports and from where."""
+    return {
+        "flags": {name: int(getattr(sys.flags, name, 0)) for name in FLAGS},
+        "options": {name: str(value) for name, value in sys._xoptions.items()},
+        "path": [os.path.abspath(entry) for entry in sys.path],
+        "torch": torch.__file__,
+    }
+
+
+if __name__ == "__main__":
+    from distributed import worker
+
+    with open(os.environ["HV15_TEST_REPORT"], "w") as file:
+        json.dump({**report(), "pack": worker.__file__}, file)
+    worker.main()
