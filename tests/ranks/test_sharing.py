@@ -1,0 +1,57 @@
+"""Memory reaches the ranks, and them alone, whatever the system lets processes see of each other."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distributed.ranks.buffers import FramePool
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a buffer is a file")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_other_accounts_get_no_buffer_even_with_its_name():
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another account")
+    frames, place = FramePool().allocate((1, 1, 16, 16, 3))
+    code = "import sys; from distributed.ranks.buffers import open_shared; open_shared(sys.argv[1]); print('got it')"
+
+    def ask(*prefix: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join([str(ROOT), *sys.path])
+        command = [*prefix, sys.executable, "-c", code, place]
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+
+    assert ask().stdout == "got it\n"
+    refused = ask("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    assert refused.returncode and refused.stdout == "", refused.stderr
+    assert any(error in refused.stderr for error in ("BrokenPipe", "ConnectionReset", "no longer shares"))
+    assert frames.sum() == 0
+
+
+DECODE = """
+import ctypes, os, subprocess, sys
+from benchmarks.random_weights import random_latent
+from distributed import RankGroup
+from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
+if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: as if the interpreter had capabilities of its own
+    if subprocess.run(["readlink", f"/proc/{os.getpid()}/fd/0"], capture_output=True).returncode == 0:
+        sys.exit("its entries can be read")
+    weights = {f"decoder.{key}": value for key, value in decoder_tensors(open_checkpoint(sys.argv[1])).items()}
+    with RankGroup("cpu") as group:
+        latent = random_latent(1, 32, 2, 2, 2)
+        assert (group.decode(latent, weights) == group.decode(latent, sys.argv[1])).all()
+    print("the same frames")
+"""
+
+
+def test_frames_and_weights_reach_ranks_where_the_controllers_proc_entries_may_not_be_read(vae):
+    # Root may read everything, but not without its capabilities.
+    unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    ended = subprocess.run(
+        [*unprivileged, sys.executable, "-c", DECODE, vae], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert ended.stdout == "the same frames\n", ended.stderr[-3000:]

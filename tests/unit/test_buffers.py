@@ -1,0 +1,146 @@
+"""Shared memory: who gets it, what nobody can do to it, and when it is refused or freed."""
+
+import gc
+import mmap
+import os
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distributed.ranks import buffers, memory
+from distributed.ranks.buffers import FramePool, SharedMemory, open_frames, open_shared
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a buffer is a file")
+SHAPE = (1, 5, 16, 32, 3)
+
+
+@pytest.fixture
+def pool():
+    pool = FramePool()
+    yield pool
+    gc.collect()
+    pool.trim()
+
+
+def test_what_a_rank_writes_the_controller_reads(pool):
+    frames, place = pool.allocate(SHAPE)
+    open_frames(place, SHAPE).fill_(0.5)
+    assert (frames == 0.5).all() and frames.shape == SHAPE
+
+
+def test_a_buffer_is_used_again_once_nobody_holds_it(pool):
+    frames, place = pool.allocate(SHAPE)
+    view = frames[0, 1:]
+    del frames
+    gc.collect()
+    assert pool.lent == 1
+    del view
+    gc.collect()
+    assert pool.lent == 0
+    assert pool.allocate(SHAPE)[1] == place
+    gc.collect()
+    _, other = pool.allocate((1, 1, 16, 32, 3))
+    assert other != place, "a buffer more than twice as large was lent"
+
+
+def test_what_is_lent_while_the_pool_is_trimmed_is_freed_when_it_comes_back(pool):
+    frames, place = pool.allocate(SHAPE)
+    pool.trim()
+    assert open_frames(place, SHAPE).sum() == 0
+    del frames
+    gc.collect()
+    with pytest.raises(OSError):
+        open_frames(place, SHAPE)
+
+
+def test_nobody_can_cut_a_buffer_short_or_seal_it_further(pool):
+    frames, place = pool.allocate(SHAPE)
+    descriptor = open_shared(place)
+    try:
+        for size in (0, frames.nbytes * 2):
+            with pytest.raises(PermissionError):
+                os.ftruncate(descriptor, size)
+        with pytest.raises(PermissionError):
+            buffers.fcntl.fcntl(descriptor, buffers.fcntl.F_ADD_SEALS, buffers.fcntl.F_SEAL_WRITE)
+    finally:
+        os.close(descriptor)
+    assert frames.sum() == 0
+
+
+def test_memory_that_is_offered_to_be_read_can_be_written_by_nobody():
+    shared = SharedMemory("hv15-test", 4096)
+    try:
+        os.pwrite(shared.descriptor, b"words", 0)
+        shared.offer(read_only=True)
+        descriptor = open_shared(shared.place)
+        try:
+            assert os.pread(descriptor, 5, 0) == b"words"
+            with pytest.raises(PermissionError):
+                os.pwrite(descriptor, b"other", 0)
+            with pytest.raises(PermissionError):
+                mmap.mmap(descriptor, 4096)
+        finally:
+            os.close(descriptor)
+    finally:
+        shared.close()
+
+
+def test_frames_that_the_memory_cannot_hold_are_refused_before_they_are_allocated(pool):
+    with pytest.raises(MemoryError, match=r"^12288\.00 GiB of memory is needed; \d+\.\d\d GiB is available \(the "):
+        pool.allocate((1, 2**20, 2**10, 2**10, 3))
+    assert not pool.lent
+
+
+def test_free_buffers_make_room_for_larger_frames(pool, monkeypatch):
+    frames, place = pool.allocate(SHAPE)
+    size = frames.nbytes
+    del frames
+    gc.collect()
+    left = size  # of which the free buffer has taken as much again
+
+    def available() -> int:
+        return left + (0 if pool._free else size)
+
+    monkeypatch.setattr(buffers, "available_memory", available)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * size, available=left))
+    assert pool.allocate((1, 9, *SHAPE[2:]))[0].nbytes < 2 * size
+    with pytest.raises(OSError):
+        open_shared(place)
+
+
+def test_only_those_who_know_a_buffers_name_get_it(pool):
+    _, place = pool.allocate(SHAPE)
+    os.close(open_shared(place))
+    with pytest.raises(FileNotFoundError, match="no longer shares"):
+        open_shared(f"{place[:-1]}{'0' if place[-1] != '0' else '1'}")
+
+
+def test_nothing_listens_when_nothing_is_offered():
+    gc.collect()
+    before = {thread.name for thread in threading.enumerate()}
+    pool = FramePool()
+    frames, _ = pool.allocate(SHAPE)
+    assert "hv15-offers" in {thread.name for thread in threading.enumerate()}
+    del frames
+    gc.collect()
+    pool.trim()
+    for thread in threading.enumerate():
+        if thread.name == "hv15-offers" and "hv15-offers" not in before:
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_a_forked_child_that_ends_leaves_its_parents_buffers_alone(pool):
+    frames, place = pool.allocate(SHAPE)
+    if (child := os.fork()) == 0:
+        del frames
+        gc.collect()
+        pool.trim()
+        os._exit(0)
+    os.waitpid(child, 0)
+    open_frames(place, SHAPE).fill_(0.25)
+    assert (frames == 0.25).all()
+    assert torch.is_tensor(frames)
