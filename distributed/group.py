@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .errors import Cancelled, GroupError, JobError
 from .ranks import devices as device_module
-from .ranks.buffers import FramePool
+from .ranks.buffers import FramePool, place_of
 from .ranks.logs import default_folder
 from .ranks.processes import RankRecord, Ranks
 from .ranks.protocol import BYTES_LIMIT
@@ -346,7 +346,7 @@ class RankGroup:
                 with self._lock:
                     self._handed = handed
             return open_checkpoint(handed.path), handed.path, handed
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             raise JobError(str(error)) from error
 
     def _job(
@@ -390,7 +390,7 @@ class RankGroup:
                 self.start()
                 ranks = self._take(watch)
                 self.decoded = True
-                self._run(ranks, watch, "job", raw, job=asdict(job), checkpoint=str(path), frames=place)
+                self._run(ranks, watch, "job", raw, job=asdict(job), checkpoint=place_of(path), frames=place)
                 self._loaded = ranks, checkpoint.identity, job.dtype
                 return
             except GroupError as error:
@@ -435,7 +435,7 @@ class RankGroup:
                 dtype = self.dtype
                 if self._loaded != (self._ranks, checkpoint.identity, dtype):
                     ranks = self._take(watch)
-                    self._run(ranks, watch, "load", checkpoint=str(path), dtype=dtype, shared=list(shared))
+                    self._run(ranks, watch, "load", checkpoint=place_of(path), dtype=dtype, shared=list(shared))
                     self._loaded = ranks, checkpoint.identity, dtype
         except (Cancelled, JobError, GroupError, _Memory) as error:
             log.debug("Preloading ended early: %s", error)

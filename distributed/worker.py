@@ -28,7 +28,7 @@ from torch import Tensor
 from .errors import Cancelled, OutOfMemory
 from .ops import kernels
 from .ranks import devices
-from .ranks.buffers import open_frames
+from .ranks.buffers import local_path, open_frames
 from .ranks.collective import all_or_none
 from .ranks.environment import RankEnvironment
 from .ranks.protocol import BROKEN, Channel, connect
@@ -140,7 +140,7 @@ class Rank:
         job = DecodeRequest(**{**message["job"], "latent_shape": tuple(message["job"]["latent_shape"])})
 
         def prepare() -> tuple[Tensor, Tensor]:
-            self._load(open_checkpoint(message["checkpoint"]), job.dtype)
+            self._load(open_checkpoint(local_path(message["checkpoint"])), job.dtype)
             latent = torch.frombuffer(bytearray(message["raw"]), dtype=torch.float32).view(job.latent_shape)
             return latent, open_frames(message["frames"], job.frames_shape)
 
@@ -150,7 +150,7 @@ class Rank:
 
     def _preload(self, message: dict) -> None:
         def prepare() -> None:
-            checkpoint = open_checkpoint(message["checkpoint"])
+            checkpoint = open_checkpoint(local_path(message["checkpoint"]))
             if self.device_name in message["shared"]:
                 for file in checkpoint.files:  # so that it is in the host's memory when it is wanted
                     with open(file, "rb") as content:

@@ -66,7 +66,18 @@ class Offers:
             if self._listener is None or self._owner != os.getpid():  # in a forked child it is the parent's
                 self._listen()
             self._files[token.encode()] = descriptor
-            return f"{_MEMFD}{self._listener.getsockname()[1:].decode()}/{token}"
+            return self._place(token)
+
+    def place_of(self, path: Path) -> str | None:
+        """The place of the open file that `path` leads to, if it is offered."""
+        with self._lock:
+            for token, descriptor in self._files.items():
+                if path == descriptor_path(descriptor):
+                    return self._place(token.decode())
+        return None
+
+    def _place(self, token: str) -> str:
+        return f"{_MEMFD}{self._listener.getsockname()[1:].decode()}/{token}"
 
     def withdraw(self, place: str) -> None:
         """Offer the file no longer. Those who have it keep it."""
@@ -236,3 +247,29 @@ def open_frames(place: str, shape: tuple[int, ...]) -> Tensor:
     finally:
         os.close(descriptor)
     return torch.frombuffer(mapping, dtype=torch.float32, count=count).view(shape)
+
+
+def place_of(path: Path) -> str:
+    """What a rank gets the file at `path` by (see `local_path`): memory offered under that path, or the path itself."""
+    return _offers.place_of(path) or str(path)
+
+
+_received: dict[str, int] = {}
+"""The descriptor of the memory that `local_path` was asked for last. A path leads to it for as long as it is open."""
+
+
+def local_path(place: str) -> Path:
+    """A path by which this process can open a file of its controller's, until it asks for another. Raises OSError."""
+    if not place.startswith(_MEMFD):
+        return Path(place)
+    if place not in _received:
+        descriptor = open_shared(place)
+        while _received:  # closed after the new one is open, so that two that follow each other have two paths
+            os.close(_received.popitem()[1])
+        _received[place] = descriptor
+    return descriptor_path(_received[place])
+
+
+def descriptor_path(descriptor: int) -> Path:
+    """The path of an open file of this process."""
+    return Path(f"/proc/{os.getpid()}/fd/{descriptor}")
