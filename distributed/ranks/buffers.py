@@ -138,7 +138,7 @@ class SharedMemory:
     Raises MemoryError, with the numbers, where the machine or the container has not so much, and OSError.
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, suffix: str = "") -> None:
         if size > available_memory():
             raise MemoryError(f"{size / 2**30:.2f} GiB of memory is needed; {describe_memory()}.")
         self.size = size
@@ -146,13 +146,19 @@ class SharedMemory:
         self._owner = os.getpid()
         if LINUX:
             self.descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.fchmod(self.descriptor, 0o600)
         else:
-            self.descriptor, self.place = tempfile.mkstemp(prefix=f"{name}-")
+            self.descriptor, self.place = tempfile.mkstemp(suffix, f"{name}-")
         try:
             os.ftruncate(self.descriptor, size)
         except OSError:
             self.close()
             raise
+
+    @property
+    def path(self) -> Path:
+        """A path by which this process can open it."""
+        return descriptor_path(self.descriptor) if LINUX else Path(self.place)
 
     def offer(self, read_only: bool = False) -> None:
         """Seal it, and let other processes open it by its `place`. If it is to be read only it must not be mapped."""

@@ -1,68 +1,69 @@
-"""Weights that exist only in memory, handed over to the ranks: written once, for all ranks of a host to map.
+"""Weights that exist only in memory, handed over to the ranks: copied once, for all ranks of a host to map.
 
 A VAE in memory may hold more than a checkpoint does, its modules may be wrapped, and its tensors may be on several
 devices. Only what the decoder needs is looked at.
 """
 
 import hashlib
-import os
-import sys
-import tempfile
+import json
+import mmap
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..quoting import quote
-from .hunyuanvideo15.layout import by_diffusers_name, check_tensors, read_architecture, recognise
+from ..ranks.buffers import SharedMemory
+from .hunyuanvideo15.layout import DTYPES, by_diffusers_name, check_tensors, read_architecture, recognise
 
 SAMPLES = 64
 """Numbers of each tensor that its fingerprint is taken of."""
 
 
 class SharedWeights:
-    """Weights in memory, written to a file for ranks to map. `mark` says which they are (see `fingerprint`).
+    """Weights in memory, copied into memory that ranks map as a safetensors file. `mark` says which they are.
 
-    The file goes with this object, at the latest with this process, for on Linux it has no name. Ranks that have mapped
-    it keep what they have. Raises CheckpointError as `open_checkpoint` does.
+    The copy goes with this object; ranks that have mapped it keep what they have. `path` leads to it in this process,
+    and `place_of` says how ranks get it. Nobody can write to it. Raises CheckpointError as `open_checkpoint` does,
+    MemoryError, with the numbers, where the copy does not fit into memory, and OSError.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], mark: str) -> None:
         self.mark = mark
-        folder = tempfile.TemporaryDirectory(prefix="hv15-vae-")
-        remove = weakref.finalize(self, folder.cleanup)
-        try:
-            self.path = share_state_dict(weights, folder.name)
-        except BaseException:
-            remove()
-            raise
-        if sys.platform == "linux":
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            remove()
-            self.path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-            weakref.finalize(self, os.close, descriptor)
+        memory = _copy(_decoder(weights))
+        weakref.finalize(self, memory.close)
+        self.path = memory.path
 
 
-def share_state_dict(state_dict: Mapping[str, Tensor], folder: str | os.PathLike, name: str = "vae") -> Path:
-    """Hand over weights that exist only in memory: write their decoder once, for all ranks of a host to map.
-
-    Either layout. Returns the file, readable by its owner alone. Raises CheckpointError as `open_checkpoint` does.
-    """
-    decoder = {key: tensor.detach().to("cpu").contiguous() for key, tensor in _decoder(state_dict).items()}
-    path = Path(folder) / f"{name}.safetensors"
-    # Made before it is filled: at no time may others read it.
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600))
+def _copy(tensors: Mapping[str, Tensor]) -> SharedMemory:
+    """Tensors of any device as a safetensors file in shared memory, with no other copy of them in between."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # so that all are aligned
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {}, 0
+    for name, tensor in ordered.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    memory = SharedMemory("hv15-vae", start + end, ".safetensors")
     try:
-        save_file(decoder, path)
-    except SafetensorError as error:
-        raise OSError(f"The VAE cannot be handed over to the ranks: {error}") from error
-    path.chmod(0o600)
-    return path
+        with mmap.mmap(memory.descriptor, memory.size) as mapping:
+            mapping[:start] = len(text).to_bytes(8, "little") + text
+            for name, tensor in ordered.items():
+                _fill(mapping, start + header[name]["data_offsets"][0], tensor.detach())
+        memory.offer(read_only=True)
+    except BaseException:
+        memory.close()
+        raise
+    return memory
+
+
+def _fill(mapping: mmap.mmap, offset: int, tensor: Tensor) -> None:
+    place = torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+    place.view(tensor.shape).copy_(tensor)
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> str:

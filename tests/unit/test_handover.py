@@ -1,14 +1,17 @@
 """Weights in memory: what is handed over to ranks, and how it is told whether they have changed."""
 
 import stat
+import tempfile
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from distributed.errors import CheckpointError
+from distributed.ranks import buffers
+from distributed.ranks.buffers import local_path, place_of
 from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
-from distributed.vae.handover import check_state_dict, fingerprint, share_state_dict
+from distributed.vae.handover import SharedWeights, check_state_dict, fingerprint
 from tests.unit.checkpoints import assert_same, decoder_of, in_core_layout, make_model, save
 
 
@@ -27,20 +30,48 @@ def core(weights):
     return in_core_layout(weights)
 
 
-def test_weights_in_memory_are_handed_over_as_a_private_file_of_the_decoder_alone(weights, core, tmp_path):
-    for state in (weights, core):
-        path = share_state_dict(state, tmp_path, "shared")
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        checkpoint = open_checkpoint(path)
-        assert not checkpoint.has_encoder and all(key.startswith("decoder.") for key in load_file(path))
-        assert_same(decoder_tensors(checkpoint), decoder_of(weights))
+def test_weights_in_memory_are_handed_over_as_a_private_file_of_the_decoder_alone(weights, core):
+    half = {key: tensor.bfloat16() if "norm" in key else tensor for key, tensor in weights.items()}
+    for state in (weights, core, half):
+        shared = SharedWeights(state, "mark")
+        assert stat.S_IMODE(shared.path.stat().st_mode) == 0o600
+        checkpoint = open_checkpoint(shared.path)
+        assert not checkpoint.has_encoder and all(key.startswith("decoder.") for key in load_file(shared.path))
+        assert_same(decoder_tensors(checkpoint), decoder_of(half if state is half else weights))
 
 
-def test_nothing_is_written_of_weights_that_are_refused(weights, tmp_path):
+def test_a_rank_gets_them_without_a_folder_and_cannot_write_to_them(weights, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    shared, second = SharedWeights(weights, "one"), SharedWeights(weights, "two")
+    place = place_of(shared.path)
+    path = local_path(place)
+    assert path != shared.path and local_path(place) == path
+    assert_same(decoder_tensors(open_checkpoint(path)), decoder_of(weights))
+    with pytest.raises(PermissionError), open(path, "r+b") as file:
+        file.write(b"other")
+    assert local_path(place_of(second.path)) != path and not path.exists()
+    assert place_of(tmp_path) == str(tmp_path) and local_path(str(tmp_path)) == tmp_path
+
+
+def test_weights_that_are_gone_cannot_be_opened_any_more(weights):
+    shared = SharedWeights(weights, "mark")
+    place, tensors = place_of(shared.path), load_file(shared.path)
+    del shared
+    with pytest.raises(OSError):
+        local_path(place)
+    assert_same(tensors, decoder_of(weights, prefix=""))  # whoever had mapped them keeps them
+
+
+def test_weights_that_do_not_fit_into_memory_are_refused_with_the_numbers(weights, monkeypatch):
+    monkeypatch.setattr(buffers, "available_memory", lambda: 2**10)
+    with pytest.raises(MemoryError, match=r"^0\.\d\d GiB of memory is needed; .* is available"):
+        SharedWeights(weights, "mark")
+
+
+def test_weights_that_lack_a_tensor_are_refused(weights):
     del weights["decoder.norm_out.gamma"]
     with pytest.raises(CheckpointError, match=r"The VAE .* lacks 'decoder.norm_out.gamma'"):
-        share_state_dict(weights, tmp_path)
-    assert not list(tmp_path.iterdir())
+        SharedWeights(weights, "mark")
 
 
 def test_a_fingerprint_changes_with_the_decoder_alone_and_refuses_what_was_not_loaded(weights):
@@ -78,4 +109,4 @@ def test_weights_that_are_no_floats_are_refused(weights, tmp_path):
     with pytest.raises(CheckpointError, match="I8"):
         open_checkpoint(save(weights, tmp_path / "a.safetensors"))
     with pytest.raises(CheckpointError, match="int8"):
-        share_state_dict(weights, tmp_path)
+        SharedWeights(weights, "mark")

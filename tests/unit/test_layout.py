@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from distributed.errors import CheckpointError
 from distributed.vae.checkpoint import all_tensors, open_checkpoint
-from distributed.vae.handover import check_state_dict, fingerprint, share_state_dict
+from distributed.vae.handover import SharedWeights, check_state_dict, fingerprint
 from distributed.vae.hunyuanvideo15.layout import to_core, to_diffusers
 from tests.unit.checkpoints import assert_same, decoder_of, in_core_layout, make_model, save
 
@@ -61,7 +61,8 @@ def test_tensors_that_are_not_needed_do_not_matter(weights, core, tmp_path, extr
         assert_same(all_tensors(checkpoint), weights)
         assert check_state_dict({**state, **extra}) == checkpoint.layout
         assert fingerprint({**state, **extra}) == fingerprint(weights)
-        assert_same(load_file(share_state_dict({**state, **extra}, tmp_path)), decoder_of(weights, prefix=""))
+        shared = SharedWeights({**state, **extra}, "mark")
+        assert_same(load_file(shared.path), decoder_of(weights, prefix=""))
 
 
 def test_what_is_wrong_with_an_encoder_does_not_keep_a_decoder_from_its_work(weights, tmp_path):
