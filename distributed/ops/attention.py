@@ -13,6 +13,16 @@ SCORE_BYTES = 256 * 2**20
 """Size limit of one block of scores; queries are taken in blocks so that scores never need more."""
 
 
+def forms_scores(device: torch.device) -> bool:
+    """Whether attention is two matrix products with scores between them on this device, and not the library's own."""
+    return device.type == "cuda"
+
+
+def score_bytes(device: torch.device, queries: int, keys: int) -> int:
+    """Bytes that `KeyValues.attend` needs for its scores: float32, their softmax, and that rounded."""
+    return 5 * min(SCORE_BYTES, 4 * queries * keys) // 2 if forms_scores(device) else 0
+
+
 class KeyValues:
     """Keys and values of all frames so far: two tensors [time * positions, C], filled from the front."""
 
@@ -33,7 +43,7 @@ class KeyValues:
         """Attention of one frame's queries, [q, C], to every frame so far. Returns [q, C]."""
         length = self.frames * self.positions
         keys, values = self.keys[:length], self.values[:length]
-        if not queries.is_cuda:
+        if not forms_scores(queries.device):
             return F.scaled_dot_product_attention(queries[None, None], keys[None, None], values[None, None])[0, 0]
         # One head of 1024 channels: too wide for fused kernels, so two matrix products with a softmax between.
         block = max(1, SCORE_BYTES // (4 * length))

@@ -69,6 +69,6 @@ def check_latent(latent: Tensor, channels: int) -> None:
         )
     if not latent.is_floating_point():
         raise ValueError(f"The latent holds {latent.dtype}; it must hold floating point numbers.")
-    bad = latent.numel() - int(torch.isfinite(latent).sum())
+    bad = latent.numel() - int(torch.isfinite(latent.float()).sum())  # 8 bit floats cannot be asked
     if bad:
         raise ValueError(f"{bad} of the latent's {latent.numel()} values are not finite; the sampler went astray.")

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING
 
-from ..ops.attention import SCORE_BYTES
+from ..ops.attention import score_bytes
 from .hunyuanvideo15.decoder import LANES, Steps
 from .job import frame_count
 from .regions import Region, blocks, drift, hull, whole
@@ -139,8 +139,7 @@ def peak_bytes(
     trunk_working = (8 + 3 * waiting) * trunk_step * latent
     if divided:
         trunk_working += 4 * trunk_step * math.prod(picture) * weights.widths[0] * size  # keys and values, gathered
-    if weights.device.type != "cpu":  # scores, their softmax, and that rounded
-        trunk_working += 5 * min(SCORE_BYTES, 4 * time * math.prod(picture) * math.prod(part)) // 2
+    trunk_working += score_bytes(weights.device, math.prod(part), time * math.prod(picture))
     waiting = waiting if undivided else 0
     tail = working = seams = 0
     handed = trunk_step

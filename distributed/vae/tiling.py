@@ -55,10 +55,13 @@ class TileGrid:
 def tile_grid(height: int, width: int, tile_size: int, overlap: int) -> TileGrid:
     """Cover a latent of `height` x `width` positions with tiles of `tile_size` pixels that share `overlap` pixels.
 
-    Raises ValueError where the grid does not allow it: both must be multiples of 16, and overlap less than a tile.
+    A latent that is no larger than a tile is one tile, as in diffusers. Raises ValueError where the grid does not allow
+    the sizes: both must be multiples of 16, and overlap less than a tile.
     """
     check_tile(tile_size, overlap)
     side, stride = tile_size // SPATIAL, (tile_size - overlap) // SPATIAL
+    if max(height, width) <= side:
+        stride = side
     tops, lefts = range(0, height, stride), range(0, width, stride)
     tiles = tuple(
         Tile(

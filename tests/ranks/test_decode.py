@@ -53,6 +53,8 @@ TILED = [
     ((1, 32, 2, 3, 2), 256, 64),
     ((2, 32, 2, 5, 5), 32, 0),
     ((1, 32, 1, 13, 5), 64, 32),
+    ((1, 32, 2, 4, 4), 64, 16),
+    ((1, 32, 2, 4, 5), 64, 16),
 ]
 
 
@@ -126,6 +128,12 @@ def test_a_decode_without_its_neighbours_border_would_be_noticed(pair, vae, refe
     z = random_latent(1, 32, 2, 3, 8)
     halves = torch.cat([pair.decode(half.contiguous(), vae) for half in z.split(4, dim=4)], dim=3)
     assert (halves - reference(z)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64], ids=str)
+def test_a_latent_of_any_float_is_converted(pair, vae, dtype):
+    z = random_latent(1, 32, 1, 1, 2).to(dtype)
+    assert torch.equal(pair.decode(z, vae), pair.decode(z.float(), vae))
 
 
 def test_processes_and_weights_stay_between_decodes(pair, vae):

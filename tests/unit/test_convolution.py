@@ -10,12 +10,42 @@ from distributed.ops import convolution
 @pytest.mark.parametrize("pieces", [(5, 8), (3, 8), (5, 4), (3, 3), (1, 1)])
 def test_pieces_make_up_the_whole(pieces, monkeypatch):
     monkeypatch.setattr(convolution, "pieces", lambda *shape: pieces)
+    monkeypatch.setattr(convolution, "is_measured", lambda device: True)
     torch.manual_seed(0)
     shapes = (5, 16, 7, 9), (8, 16, 3, 3)
     frames, taps = (torch.randn(shape).to(memory_format=torch.channels_last) for shape in shapes)
     given = convolution.conv2d(frames, taps)
     torch.testing.assert_close(given, F.conv2d(frames, taps))
     assert given.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "measured"),
+    [
+        ("cpu", (9, 0), None, False),
+        ("meta", (9, 0), None, False),
+        ("cuda", (9, 0), None, True),
+        ("cuda", (8, 0), None, False),
+        ("cuda", (10, 0), None, False),
+        ("cuda", (9, 0), "7.0", False),
+    ],
+)
+def test_slow_shapes_are_divided_only_on_the_gpus_they_were_measured_on(device, capability, hip, measured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    convolution.is_measured.cache_clear()
+    assert convolution.is_measured(torch.device(device)) is measured
+    convolution.is_measured.cache_clear()
+
+
+def test_a_cpu_convolves_a_slow_shape_in_one_call(monkeypatch):
+    def never(*shape):
+        raise AssertionError("divided")
+
+    monkeypatch.setattr(convolution, "pieces", never)
+    frames, taps = torch.randn(14, 1, 34, 92), torch.randn(1024, 1, 3, 3)
+    assert torch.equal(convolution.conv2d(frames, taps), F.conv2d(frames, taps))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
-from distributed.vae.hunyuanvideo15.decoder import Weights
+from distributed.ops import attention
+from distributed.vae.hunyuanvideo15.decoder import Steps, Weights
 from distributed.vae.job import DecodeRequest, check_request, frame_count
-from distributed.vae.plan import _steps_to_try, choose_plan, peak_bytes
+from distributed.vae.plan import Plan, _steps_to_try, choose_plan, peak_bytes
 from distributed.vae.regions import Region, blocks, divide, drift
 
 JOB = DecodeRequest((1, 32, 3, 4, 5))
@@ -150,7 +151,20 @@ def test_the_estimate_does_not_grow_with_the_video_but_for_keys_and_values(tiny)
 
 @pytest.fixture(scope="module")
 def full(full_size):
-    return full_size()
+    """The real weights as on a GPU: to plan takes no more than their shapes."""
+    weights = full_size()
+    weights.device = torch.device("cuda")
+    return weights
+
+
+@pytest.mark.parametrize(("device", "formed"), [("cuda", True), ("cpu", False), ("meta", False)])
+def test_attention_scores_are_counted_where_they_are_formed(full_size, monkeypatch, device, formed):
+    weights, size = full_size(), ((100, 200), (100, 200), 31, False)
+    weights.device = torch.device(device)
+    assert attention.forms_scores(weights.device) is formed
+    few = peak_bytes(weights, *size, Plan(Steps(2, 4)))
+    monkeypatch.setattr(attention, "SCORE_BYTES", 2**40)
+    assert (peak_bytes(weights, *size, Plan(Steps(2, 4))) > few) is formed
 
 
 @pytest.mark.parametrize(("picture", "gib"), [((45, 80), 10), ((45, 80), 6), ((68, 120), 16)])

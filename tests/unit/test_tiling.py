@@ -39,7 +39,8 @@ def test_every_tile_is_decoded_at_least_as_far_as_it_is_kept(case):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "tiles"), [(30, 53, 15), (45, 80, 28), (16, 16, 4), (12, 12, 1), (3, 2, 1)]
+    ("height", "width", "tiles"),
+    [(30, 53, 15), (45, 80, 28), (16, 16, 1), (13, 16, 1), (13, 17, 4), (17, 5, 2), (12, 12, 1), (3, 2, 1)],
 )
 def test_the_default_grid_has_as_many_tiles_as_diffusers(height, width, tiles):
     assert len(tile_grid(height, width, 256, 64).tiles) == tiles
