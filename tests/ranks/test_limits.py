@@ -1,0 +1,214 @@
+"""Systems with little of something: no home, a full disk, a small /tmp, a container's memory, another account."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.ranks.moments import until
+
+ROOT = Path(__file__).resolve().parents[2]
+MEMORY = Path("/sys/fs/cgroup/memory")
+
+DECODE = """
+import logging, os, sys
+logging.basicConfig(format="%(message)s")
+from benchmarks.random_weights import random_latent
+from distributed import JobError, RankGroup
+from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
+if __name__ == "__main__":
+    weights = {f"decoder.{key}": value for key, value in decoder_tensors(open_checkpoint(sys.argv[1])).items()}
+    with RankGroup("cpu,cpu", **dict(argument.split("=") for argument in sys.argv[2:])) as group:
+        assert group.decode(random_latent(1, 32, 1, 1, 2), weights).isfinite().all()
+        print(os.path.relpath(group._ranks.logs, group._ranks.folder))
+"""
+
+
+def decode(
+    vae: Path,
+    *prefix: str,
+    code: str = DECODE,
+    options: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess:
+    """Run a program that decodes, by another program that prepares its surroundings."""
+    variables = {name: value for name, value in os.environ.items() if name != "HOME"} | (environment or {})
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", code, str(vae), *options],
+        env=variables | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def in_namespace(script: str) -> tuple[str, ...]:
+    """What runs a program where `script` has mounted something. Skips the test where nobody may mount."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("needs to create a mount namespace")
+    return "unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh"
+
+
+def as_nobody() -> tuple[str, ...]:
+    """What runs a program as an account without an entry and without a home. Skips the test where that cannot be."""
+    if os.geteuid():
+        pytest.skip("needs root to become another account")
+    python = Path(sys.base_prefix)
+    closed = next((folder for folder in reversed(python.parents) if not folder.stat().st_mode & 0o001), None)
+    opened = "true"
+    if closed:  # such as root's home: in its place comes a folder that holds nothing but Python
+        opened = f"mount --bind {python} /mnt && mount -t tmpfs -o mode=755 tmpfs {closed} && mkdir -p {python}"
+        opened += f" && mount --move /mnt {python}"
+    become = (*in_namespace(opened), "setpriv", "--reuid=61234", "--regid=61234", "--clear-groups")
+    code = "import os, sys, torch; sys.exit(not os.access(sys.executable, os.X_OK))"
+    if subprocess.run([*become, sys.executable, "-c", code], capture_output=True, cwd="/").returncode:
+        pytest.skip("another account cannot run this Python")
+    return become
+
+
+def test_an_unknown_account_without_a_home_decodes(vae):
+    become = as_nobody()
+    readable = Path(tempfile.mkstemp(suffix=".safetensors", dir="/tmp")[1])
+    try:
+        readable.write_bytes(vae.read_bytes())
+        readable.chmod(0o644)
+        ended = decode(readable, *become, environment={"TMPDIR": "/tmp"})
+    finally:
+        readable.unlink()
+    assert ended.stdout == "logs\n", ended.stderr[-3000:]
+
+
+@pytest.mark.parametrize("home", ["read-only", "full", "/proc"])
+def test_logs_go_to_the_groups_own_folder_where_the_home_cannot_be_written_which_is_said_once(vae, tmp_path, home):
+    prefix: tuple[str, ...] = ()
+    if home == "full":
+        (tmp_path / "home").mkdir()
+        home = str(tmp_path / "home")
+        prefix = in_namespace(f"mount -t tmpfs -o size=64k tmpfs {home}")
+    elif home == "read-only":
+        prefix = in_namespace("mount -t tmpfs -o ro tmpfs /mnt")
+        home = "/mnt"
+    ended = decode(vae, *prefix, environment={"HOME": home})
+    assert ended.stdout == "logs\n", ended.stderr[-3000:]
+    assert ended.stderr.count("Logs cannot be written to") == 1
+
+
+def test_weights_and_frames_need_no_room_in_temporary_folders(vae):
+    prefix = in_namespace("mount -t tmpfs -o size=128k tmpfs /mnt && mount -t tmpfs -o size=64k tmpfs /dev/shm")
+    ended = decode(vae, *prefix, environment={"TMPDIR": "/mnt"})
+    assert vae.stat().st_size > 2**18
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+RELATIVE = """
+import os, sys
+from benchmarks.random_weights import random_latent
+from distributed import RankGroup
+if __name__ == "__main__":
+    os.chdir(os.path.dirname(sys.argv[1]))
+    with RankGroup("cpu", logs="logs") as group:
+        print(group.decode(random_latent(1, 32, 1, 1, 2), vae=os.path.basename(sys.argv[1])).shape)
+        os.chdir("/")
+        print(os.path.isfile(group._ranks.logs / "rank-0.log"), group._ranks.logs.is_absolute())
+"""
+
+
+def test_relative_paths_lead_from_the_callers_folder(vae):
+    ended = decode(vae, code=RELATIVE)
+    assert ended.stdout == "torch.Size([1, 1, 16, 32, 3])\nTrue True\n", ended.stderr[-3000:]
+
+
+FORKING = """
+import os, sys
+from benchmarks.random_weights import random_latent
+from distributed import RankGroup
+if __name__ == "__main__":
+    with RankGroup("cpu") as group:
+        frames = group.decode(random_latent(1, 32, 1, 1, 2), sys.argv[1])
+        pids = [rank["pid"] for rank in group.status()["ranks"]]
+        if os.fork() == 0:
+            sys.exit()  # through the end of the with statement and all exit handlers
+        assert os.wait()[1] == 0
+        again = group.decode(random_latent(1, 32, 1, 1, 2), sys.argv[1])
+        assert [rank["pid"] for rank in group.status()["ranks"]] == pids and (again == frames).all()
+        assert group._ranks.folder.exists()
+    print("the same ranks")
+"""
+
+
+def test_a_forked_child_that_ends_stops_none_of_its_parents_ranks(vae):
+    ended = decode(vae, code=FORKING)
+    assert ended.stdout == "the same ranks\n", ended.stderr[-3000:]
+
+
+@pytest.fixture
+def container():
+    """The folder of a control group that limits memory to 3 GiB."""
+    folder = MEMORY / f"hv15-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"needs to create a control group of version 1 that limits memory ({error})")
+    try:
+        (folder / "memory.limit_in_bytes").write_text(str(3 * 2**30))
+        yield folder
+    finally:
+        assert until(lambda: not (folder / "cgroup.procs").read_text(), 5)
+        folder.rmdir()
+
+
+LARGE = """
+import sys, torch
+from distributed import JobError, RankGroup
+from distributed.ranks.memory import available_memory
+if __name__ == "__main__":
+    with RankGroup("cpu") as group:
+        try:
+            group.decode(torch.zeros(1, 32, 60, 80, 80), sys.argv[1])
+        except JobError as error:
+            print(error)
+        assert group.decode(torch.zeros(1, 32, 1, 2, 2), sys.argv[1]).isfinite().all()
+        print(available_memory())
+"""
+
+
+def test_frames_that_the_container_cannot_hold_are_refused_before_the_machine_runs_out(vae, container):
+    enter = ("sh", "-c", f'echo $$ > {container}/cgroup.procs && exec "$@"', "sh")
+    ended = decode(vae, *enter, code=LARGE)
+    refusal, available = ended.stdout.splitlines()
+    # 237 frames of 1280 x 1280 pixels, three float32 each
+    assert re.fullmatch(
+        r"Not enough memory for the frames: 4\.34 GiB of memory is needed; [012]\.\d\d GiB is available "
+        r"\(the container's limit is 3\.00 GiB\)\. Decode fewer frames at a time\.",
+        refusal,
+    ), ended.stderr[-3000:]
+    assert int(available) < 3 * 2**30
+
+
+KILLED = """
+import contextlib, os, signal, sys, torch
+from distributed import GroupError, RankGroup
+if __name__ == "__main__":
+    with RankGroup("cpu") as group:
+        def kill(done, total):
+            pid = group.status()["ranks"][0]["pid"]
+            if pid and done:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        try:
+            group.decode(torch.zeros(1, 32, 96, 6, 6), sys.argv[1], progress=kill)
+        except GroupError as error:
+            print(str(error).splitlines()[0])
+"""
+
+
+def test_a_rank_that_is_killed_says_that_memory_may_be_why(vae):
+    ended = decode(vae, code=KILLED)
+    assert re.fullmatch(
+        r"rank 0 \(cpu\), pid \d+, was killed by signal 9 \(SIGKILL\), often because the machine ran out of memory\.\n",
+        ended.stdout,
+    ), ended.stdout + ended.stderr[-3000:]
