@@ -57,11 +57,6 @@ class Device:
         return self.kind == "cuda"
 
     @property
-    def forms_attention_scores(self) -> bool:
-        """Whether attention holds the whole matrix of scores in the device's memory."""
-        return self.kind == "cuda"
-
-    @property
     def module(self) -> ModuleType:
         """Torch's functions for it, such as `torch.cuda`. Raises RuntimeError for the CPU, which has none."""
         return torch.get_device_module(self.torch)

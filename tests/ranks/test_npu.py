@@ -89,7 +89,7 @@ def test_no_two_groups_on_a_host_get_the_same_ports_for_hccl(sockets):
     # So many of the 235 ranges that chance alone would give some of them twice.
     ports = {base_port(sockets(devices.reserve_ports("npu"))) for _ in range(100)}
     assert len(ports) == 100
-    code = "from distributed import devices; print(devices.environment('npu', devices.reserve_ports('npu')))"
+    code = "from distributed.ranks import devices; print(devices.environment('npu', devices.reserve_ports('npu')))"
     for _ in range(3):
         other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert int(ast.literal_eval(other.stdout)["HCCL_IF_BASE_PORT"]) not in ports
@@ -117,14 +117,14 @@ def test_a_group_that_finds_no_ports_for_hccl_leaves_nothing_behind(tmp_path, mo
 
 
 def used_of_device_modules() -> set[str]:
-    """What our code takes from `torch.get_device_module`, as x.name, where x is the call or what it was assigned to."""
+    """What our code takes from `torch.get_device_module`, as x.name, where x is the call or what holds its result."""
 
     def is_module(node: ast.expr) -> bool:
         if isinstance(node, ast.Call):
             return isinstance(node.func, ast.Attribute) and node.func.attr == "get_device_module"
-        return getattr(node, "attr", getattr(node, "id", "")) == "accelerator"
+        return getattr(node, "attr", getattr(node, "id", "")) in ("accelerator", "module")
 
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "distributed").glob("*.py")]
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "distributed").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     return {node.attr for node in nodes if isinstance(node, ast.Attribute) and is_module(node.value)}
 
