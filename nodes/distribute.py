@@ -1,26 +1,25 @@
 """Distribute VAE: a core VAE in, a core VAE out, which decodes on a rank group."""
 
+from dataclasses import replace
+
 import comfy.sd
 from comfy_api.latest import io
 from torch import Tensor
 
-from .decoding import decode_inputs, decode_on_ranks, preload
+from .decoding import decode_inputs
 from .groups import GroupDescription
-from .sockets import CATEGORY
+from .on_ranks import DecodeOptions, decode_on_ranks, preload
+from .sockets import CATEGORY, searchable
 
 
 class DistributedVAE:
     """What a distributed VAE has of its own: `decode` and `decode_tiled` run on ranks. See `distributed`."""
 
-    group: GroupDescription | None
-    mode: str
-    tile_size: int
-    overlap: int
-    memory: float
+    options: DecodeOptions
 
     def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
         """[B, 32, t, H, W] -> [B, T, H', W', 3] in 0..1, as core's."""
-        return decode_on_ranks(samples_in, self, self.group, self.mode, self.tile_size, self.overlap, self.memory)
+        return decode_on_ranks(samples_in, self, self.options)
 
     def decode_tiled(
         self,
@@ -34,45 +33,51 @@ class DistributedVAE:
         """Tiled, whatever the node's mode. Tile and overlap are latent positions, as core's; time needs no tiles."""
         scale = self.spacial_compression_decode()
         sides = [side for side in (tile_x, tile_y) if side is not None]
-        tile_size = min(sides) * scale if sides else self.tile_size
-        shared = overlap * scale if overlap is not None else min(self.overlap, tile_size // 4 // scale * scale)
-        return decode_on_ranks(samples, self, self.group, "tiled", tile_size, shared, self.memory)
+        tile_size = min(sides) * scale if sides else self.options.tile_size
+        shared = overlap * scale if overlap is not None else min(self.options.overlap, tile_size // 4 // scale * scale)
+        return decode_on_ranks(samples, self, replace(self.options, mode="tiled", tile_size=tile_size, overlap=shared))
 
 
-def distributed(
-    vae: comfy.sd.VAE, group: GroupDescription | None, mode: str, tile_size: int, overlap: int, memory: float
-) -> comfy.sd.VAE:
+OWN = ("decode", "decode_tiled")
+
+
+def distributed(vae: comfy.sd.VAE, options: DecodeOptions) -> comfy.sd.VAE:
     """Another VAE's twin in everything but decoding, which runs on ranks.
 
     It is of the other's class and shares its attributes, so encoding, sizes, weights and memory management stay core's,
-    or another pack's, and the model is not put on the device for a decode that ranks do.
+    or another pack's, and the model is not put on the device for a decode that ranks do. A `decode` that somebody has
+    set on the VAE itself is left out: it would hide the one that runs on ranks.
     """
     kind = type(vae)
     if not issubclass(kind, DistributedVAE):
         kind = type("DistributedVAE", (DistributedVAE, kind), {})
     twin = object.__new__(kind)
-    twin.__dict__.update(vae.__dict__)
-    twin.group, twin.mode, twin.tile_size, twin.overlap, twin.memory = group, mode, tile_size, overlap, memory
+    twin.__dict__.update({name: value for name, value in vars(vae).items() if name not in OWN})
+    twin.options = options
     return twin
 
 
 class DistributeVAE(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="HV15DistributeVAE",
-            display_name="Distribute VAE",
-            category=CATEGORY,
-            description="Makes any node that decodes with this VAE decode on a group of ranks. Encoding stays as it "
-            "is. For more than one frame ComfyUI's own decoder differs slightly from the model's definition, which "
-            "ranks follow.",
-            inputs=[io.Vae.Input("vae", tooltip="HunyuanVideo-1.5's VAE, from any loader."), *decode_inputs()],
-            outputs=[io.Vae.Output(tooltip="The same VAE, decoding on ranks.")],
+        return searchable(
+            io.Schema(
+                node_id="HV15DistributeVAE",
+                display_name="Distribute VAE",
+                category=CATEGORY,
+                description="Makes any node that decodes with this VAE decode on a group of ranks. Encoding stays as "
+                "it is. For more than one frame ComfyUI's own decoder differs slightly from the model's definition, "
+                "which ranks follow.",
+                inputs=[io.Vae.Input("vae", tooltip="HunyuanVideo-1.5's VAE, from any loader."), *decode_inputs()],
+                outputs=[io.Vae.Output(tooltip="The same VAE, decoding on ranks.")],
+            ),
+            "vae decode",
+            "multi gpu",
+            "parallel",
         )
 
     @classmethod
-    def execute(
-        cls, vae: object, rank_group: GroupDescription | None = None, memory: float = 0.0, **how: object
-    ) -> io.NodeOutput:
+    def execute(cls, vae: object, rank_group: GroupDescription | None = None, **options: object) -> io.NodeOutput:
+        chosen = DecodeOptions(rank_group, **options)
         preload(vae, rank_group)
-        return io.NodeOutput(distributed(vae, rank_group, **how, memory=memory))
+        return io.NodeOutput(distributed(vae, chosen))

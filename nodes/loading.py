@@ -14,9 +14,10 @@ from comfy_api.latest import io
 
 from ..distributed.vae.checkpoint import open_checkpoint
 from . import sockets
+from .model_lists import diffusers_folders, model_folder
 from .sockets import CATEGORY
 from .tiny import TINY
-from .vae import DTYPES, diffusers_folders, load_vae, tiny_folder
+from .vae import DTYPES, load_vae
 
 PIPELINES = ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
@@ -199,16 +200,6 @@ def pipeline_dtype(choice: str) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float16
-
-
-def model_folder(name: str) -> Path:
-    """The folder of a pipeline in the node's list. Raises ValueError where there is none."""
-    if name in TINY:
-        return tiny_folder(name)
-    folder = next((folder for folder in diffusers_folders() if folder.name == name), None)
-    if folder is None:
-        raise ValueError(f"models/diffusers has no folder {name} with a model_index.json.")
-    return folder
 
 
 class LoadPipeline(io.ComfyNode):

@@ -21,3 +21,15 @@ class TextConditioning:
 
     positive: dict[str, Tensor]
     negative: dict[str, Tensor]
+
+
+def searchable(schema: io.Schema, *aliases: str) -> io.Schema:
+    """The schema with words by which the node search finds it. ComfyUI 0.3.75 takes them as an attribute only."""
+    schema.search_aliases = ["hunyuanvideo", "hunyuan video", "hv15", *aliases]
+    return schema
+
+
+def advanced(widget: io.WidgetInput) -> io.WidgetInput:
+    """The input, among the advanced ones where ComfyUI shows such. ComfyUI 0.3.75 takes this as an attribute only."""
+    widget.advanced = True
+    return widget

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,10 +112,10 @@ class Host:
             self.process.wait()
 
     def get(self, path: str) -> object:
-        return asyncio.run(_request("GET", self.url + path))
+        return _answer("GET", self.url + path)
 
     def post(self, path: str, body: object = None) -> object:
-        return asyncio.run(_request("POST", self.url + path, body))
+        return _answer("POST", self.url + path, body)
 
     def rank_pids(self) -> set[int]:
         """The processes of all ranks of all groups."""
@@ -204,6 +205,12 @@ async def _follow(stream: aiohttp.ClientWebSocketResponse, id: str, run: Run, fo
             type in ("execution_error", "execution_interrupted") or (type == "executing" and data["node"] is None)
         ):
             return
+
+
+def _answer(method: str, url: str, body: object = None) -> object:
+    """What the server answers. Runs on a thread of its own, so that a `follow` of `Host.run` may ask too."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, _request(method, url, body)).result()
 
 
 async def _request(method: str, url: str, body: object = None) -> object:

@@ -64,9 +64,9 @@ def test_a_saved_latent_is_decoded(host, prompt):
     assert host.run(small(prompt("decode_saved_latent"))).error is None
 
 
-def test_tiled_frames_are_the_same_for_one_two_and_three_ranks(host, prompt):
+def test_tiled_frames_are_the_same_for_one_and_two_ranks(host, prompt):
     results = []
-    for devices in ("cpu", "cpu,cpu", "cpu,cpu,cpu"):
+    for devices in ("cpu", "cpu,cpu"):
         graph = saved_frames(small(prompt("text_to_video"), mode="tiled", tile_size=48, overlap=16))
         graph["ranks"]["inputs"]["devices"] = devices
         results.append(host.pictures(host.run(graph)))
@@ -140,7 +140,7 @@ def test_sampling_and_decoding_report_progress(host, prompt):
     ("latent", "words"),
     [
         (torch.randn(1, 16, 2, 4, 4), "16 channels"),
-        (torch.randn(1, 32, 4, 4), "image model"),
+        (torch.randn(1, 32, 4, 4), "a video latent is"),
         (torch.full((1, 32, 2, 4, 4), float("nan")), "not finite"),
     ],
 )
@@ -192,13 +192,11 @@ def test_a_killed_rank_does_not_cost_the_prompt(host, prompt):
     graph["latent"]["inputs"]["latent"] = "middling.latent"
     expected = host.pictures(host.run(graph))
     graph["decode"]["inputs"]["tile_size"] = 144  # anything that makes ComfyUI run it again
-    killed, groups = [], {}
+    killed = []
 
     def follow(type, data):
-        if type == "hv15.group":
-            groups[data["id"]] = data
         if type == "progress" and data["node"] == "decode" and not killed:
-            busy = next(group for group in groups.values() if group["state"] == "busy")
+            busy = next(group for group in host.get("/hv15/groups") if group["state"] == "busy")
             killed.append(busy["ranks"][-1]["pid"])
             psutil.Process(killed[0]).kill()
 

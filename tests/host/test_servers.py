@@ -101,8 +101,11 @@ def test_a_rank_that_dies_twice_ends_the_prompt_in_words_and_the_next_one_works(
     killed: list[int] = []
 
     def follow(type: str, data: dict) -> None:
-        if type == "hv15.group" and data["state"] == "busy" and data["ranks"][1]["pid"] not in killed:
-            killed.append(data["ranks"][1]["pid"])
+        if type != "hv15.group" or data["state"] != "busy":
+            return
+        (group,) = [group for group in host.get("/hv15/groups") if group["id"] == data["id"]]
+        if group["state"] == "busy" and group["ranks"][1]["pid"] not in killed:
+            killed.append(group["ranks"][1]["pid"])
             psutil.Process(killed[-1]).kill()
 
     run = host.run(graph, follow)

@@ -2,58 +2,53 @@
 
 import copy
 import gc
-import importlib.util
+import importlib
 import math
 import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = (8, 16, 32, 64, 64)
 REFINER = "comfy.ldm.hunyuan_video.vae_refiner"
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    """The pack's `nodes.vae`, imported as ComfyUI imports it, in this process and on the CPU."""
-    from set_up import comfyui_path
+CONFIG = {"block_out_channels": list(WIDTHS), "in_channels": 3, "out_channels": 3, "num_res_blocks": 2}
+CONFIG |= {"ffactor_spatial": 16, "ffactor_temporal": 4, "z_channels": 32}
 
-    sys.path.append(str(comfyui_path()))
-    import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
-    comfy.cli_args.args.base_directory = str(tmp_path_factory.mktemp("base"))
-    spec = importlib.util.spec_from_file_location(
-        "hv15_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+def engine(**_):
+    """Core's own model class, at reduced width, in place of the one of full size that core's VAE makes."""
+    from comfy.ldm.models.autoencoder import AutoencodingEngine
+
+    return AutoencodingEngine(
+        regularizer_config={"target": "comfy.ldm.models.autoencoder.EmptyRegularizer"},
+        encoder_config={"target": f"{REFINER}.Encoder", "params": CONFIG},
+        decoder_config={"target": f"{REFINER}.Decoder", "params": CONFIG},
     )
-    sys.modules["hv15_pack"] = importlib.util.module_from_spec(spec)
-    return importlib.import_module("hv15_pack.nodes.vae")
 
 
 def core_model(pack):
-    """Core's own model with random weights."""
-    from comfy.ldm.models.autoencoder import AutoencodingEngine
-
-    config = {"block_out_channels": list(WIDTHS), "in_channels": 3, "out_channels": 3, "num_res_blocks": 2}
-    config |= {"ffactor_spatial": 16, "ffactor_temporal": 4, "z_channels": 32}
+    """Core's own model with random weights. What no layer uses is as core leaves it: memory that was never written."""
     torch.manual_seed(1)
-    model = AutoencodingEngine(
-        regularizer_config={"target": "comfy.ldm.models.autoencoder.EmptyRegularizer"},
-        encoder_config={"target": f"{REFINER}.Encoder", "params": config},
-        decoder_config={"target": f"{REFINER}.Decoder", "params": config},
-    ).eval()
+    model = engine().eval()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        if name.endswith("gamma"):
+        if "temb_proj" in name:
+            parameter.fill_(float("nan"))
+        elif name.endswith("gamma"):
             parameter.uniform_(0.5, 1.5)
         else:
             parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.02)
     return model
+
+
+def weights_of(model):
+    """What a checkpoint holds of core's model, which may have tensors that no layer uses."""
+    return {key: tensor for key, tensor in model.state_dict().items() if "temb_proj" not in key}
 
 
 @pytest.fixture
@@ -61,7 +56,7 @@ def core(pack, tmp_path):
     """Core's model, and a file of it as core saves one."""
     model = core_model(pack)
     path = tmp_path / "core.safetensors"
-    save_file(model.state_dict(), path)
+    save_file(weights_of(model), path)
     return SimpleNamespace(model=model, path=path)
 
 
@@ -144,7 +139,7 @@ def test_either_layout_becomes_the_vae_that_core_would_have_made(pack, core, tmp
     from distributed.vae.hunyuanvideo15.layout import to_diffusers
 
     renamed = tmp_path / "diffusers.safetensors"
-    save_file({to_diffusers(key): tensor for key, tensor in core.model.state_dict().items()}, renamed)
+    save_file({to_diffusers(key): tensor for key, tensor in weights_of(core.model).items()}, renamed)
     image = torch.rand(5, 48, 64, 3)
     with torch.inference_mode():
         # Core's encoder draws from the latent's distribution.
@@ -154,7 +149,8 @@ def test_either_layout_becomes_the_vae_that_core_would_have_made(pack, core, tmp
             vae = pack.load_vae(path, "float32")
             weights = vae.get_sd()
             assert weights.keys() == core.model.state_dict().keys()
-            assert all(torch.equal(weights[key], tensor) for key, tensor in core.model.state_dict().items())
+            assert all(torch.equal(weights[key], tensor) for key, tensor in weights_of(core.model).items())
+            assert all(tensor.isfinite().all() for tensor in weights.values())
             torch.manual_seed(5)
             assert torch.allclose(vae.encode(image), expected, atol=1e-5)
             assert vae.spacial_compression_decode() == 16 and vae.temporal_compression_decode() == 4
@@ -162,10 +158,106 @@ def test_either_layout_becomes_the_vae_that_core_would_have_made(pack, core, tmp
             assert torch.allclose(frames, to_frames(core.model.decode(latent(1))), atol=1e-5)
 
 
+@pytest.fixture
+def theirs(core, monkeypatch):
+    """The VAE that core's own class makes of the checkpoint."""
+    import comfy.sd
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.sd, "AutoencodingEngine", engine)
+        return comfy.sd.VAE(sd=weights_of(core.model), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@torch.inference_mode()  # as ComfyUI runs nodes
+def test_core_decodes_with_our_vae_to_the_numbers_of_its_own(pack, core, theirs, frames):
+    ours = pack.load_vae(core.path, "float32")
+    expected = theirs.decode(latent(frames))
+    assert expected.std() > 0.01 and expected.min() >= 0 and expected.max() <= 1
+    assert torch.equal(ours.decode(latent(frames)), expected)
+    tiles = {"tile_x": 2, "tile_y": 2, "overlap": 1}
+    assert torch.equal(ours.decode_tiled(latent(frames), **tiles), theirs.decode_tiled(latent(frames), **tiles))
+
+
+def test_core_encodes_with_our_vae_to_the_numbers_of_its_own(pack, core, theirs):
+    """Core's encoder draws from the latent's distribution."""
+    ours = pack.load_vae(core.path, "float32")
+    pixels = torch.rand(5, 50, 64, 3, generator=torch.Generator().manual_seed(2))  # core crops it to 48
+    results = []
+    for vae in (ours, theirs):
+        torch.manual_seed(7)
+        results.append(vae.encode(pixels))
+    assert results[0].shape == (1, 32, 2, 3, 4) and torch.equal(*results)
+
+
+def test_our_vae_has_every_attribute_of_core_s_with_the_same_value(pack, core, theirs):
+    ours, shape = pack.load_vae(core.path, "float32"), (1, 32, 3, 30, 52)
+    own = {"first_stage_model", "patcher"}
+    for name, expected in vars(theirs).items():
+        found = getattr(ours, name)
+        if name in ("memory_used_decode", "memory_used_encode"):
+            assert found(shape, torch.float16) == expected(shape, torch.float16), name
+        elif name in ("process_input", "process_output"):
+            values = torch.linspace(-2, 2, 9)
+            assert torch.equal(found(values.clone()), expected(values.clone())), name
+        elif name in ("upscale_ratio", "downscale_ratio"):
+            assert (found[0](9), found[1:]) == (expected[0](9), expected[1:]), name
+        elif name not in own:
+            assert found == expected, name
+    assert type(ours.patcher) is type(theirs.patcher)
+
+
+def test_what_core_s_constructor_sets_is_what_our_vae_has(pack, core, monkeypatch):
+    """As in later versions of core, whose output processor works in place."""
+    import comfy.sd
+
+    construct = comfy.sd.VAE.__init__
+
+    def later(self, *args, **options):
+        construct(self, *args, **options)
+        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+        self.memory_used_decode = lambda shape, dtype: 3600
+
+    monkeypatch.setattr(comfy.sd.VAE, "__init__", later)
+    vae = pack.load_vae(core.path, "float32")
+    pixels = torch.tensor([-3.0, 0.0, 1.0])
+    vae.process_output(pixels)
+    assert pixels.tolist() == [0.0, 0.5, 1.0] and vae.memory_used_decode((1,), torch.float32) == 3600
+
+
+def add_unused(model):
+    """Tensors that core's model has in some versions, that no checkpoint has, and that no layer uses."""
+    for part in (model.encoder, model.decoder):
+        part.mid.block_1.temb_proj = torch.nn.Linear(512, WIDTHS[-1])
+
+
+def test_core_s_model_may_hold_more_than_a_checkpoint(pack, core, monkeypatch):
+    construct = pack.MappedModel.__init__
+
+    def more(self, *args):
+        construct(self, *args)
+        add_unused(self)
+
+    monkeypatch.setattr(pack.MappedModel, "__init__", more)
+    vae = pack.load_vae(core.path, "float32")
+    weights = vae.get_sd()
+    assert not weights["decoder.mid.block_1.temb_proj.weight"].any()
+    assert all(torch.equal(weights[key], tensor) for key, tensor in weights_of(core.model).items())
+    assert torch.allclose(vae.decode(latent(1)), to_frames(core.model.decode(latent(1))), atol=1e-5)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(pack, core):
+    weights = weights_of(core.model)
+    for key in ("decoder.conv_out.conv.bias", "encoder.mid.attn_1.k.weight"):
+        save_file({name: tensor for name, tensor in weights.items() if name != key}, core.path)
+        with pytest.raises(ValueError, match="lacks"):
+            pack.load_vae(core.path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_vae_loads_in_the_dtype_that_was_asked_for(pack, core, tmp_path, dtype):
     path = tmp_path / "half.safetensors"
-    save_file({key: tensor.to(dtype) for key, tensor in core.model.state_dict().items()}, path)
+    save_file({key: tensor.to(dtype) for key, tensor in weights_of(core.model).items()}, path)
     for name, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         vae = pack.load_vae(path, name)
         assert {tensor.dtype for tensor in vae.get_sd().values()} == {wanted}
@@ -177,9 +269,51 @@ def test_a_file_on_disk_is_what_ranks_map(pack, core):
     assert pack.rank_source(copy.copy(vae)) == core.path
 
 
+def load_vae_patcher(path, metadata, device):
+    """Stands for core's function of this name, which older versions do not have."""
+
+
+def remembered(model, path):
+    """What core's VAELoader leaves where core remembers the file."""
+    vae = loaded_by_core(model)
+    vae.patcher.cached_patcher_init = (load_vae_patcher, (str(path), None, None))
+    return vae
+
+
+def test_the_file_that_core_s_loader_remembers_is_what_ranks_map(pack, core, tmp_path):
+    assert pack.rank_source(remembered(core.model, core.path)) == core.path
+    half = tmp_path / "half.safetensors"
+    save_file({key: tensor.half() for key, tensor in weights_of(core.model).items()}, half)
+    converted = copy.deepcopy(core.model).half().bfloat16()
+    assert pack.rank_source(remembered(converted, half)) == half
+
+
+def test_a_file_that_holds_other_weights_than_the_vae_is_not_trusted(pack, core):
+    changed = copy.deepcopy(core.model)
+    changed.decoder.mid.attn_1.q.weight *= 1.1
+    source = pack.rank_source(remembered(changed, core.path))
+    assert source != core.path
+    assert not torch.equal(ranks_decode(source, latent(3)), ranks_decode(core.path, latent(3)))
+    assert pack.rank_source(remembered(core.model, core.path.with_name("gone.safetensors"))).is_file()
+
+
+def test_core_can_load_our_vae_anew_for_another_device(pack, core):
+    import comfy.model_patcher
+
+    vae = pack.load_vae(core.path, "float32")
+    function, arguments = vae.patcher.cached_patcher_init
+    again = function(*arguments)
+    assert again.model is not vae.first_stage_model
+    if hasattr(comfy.model_patcher.ModelPatcher, "deepclone_multigpu"):
+        again = vae.patcher.deepclone_multigpu(new_load_device=torch.device("meta"))
+        assert again.load_device == torch.device("meta")
+    weights = again.model.state_dict()
+    assert all(torch.equal(weights[key], tensor) for key, tensor in vae.get_sd().items())
+
+
 def test_a_file_that_was_written_over_is_refused_and_loaded_anew(pack, core, monkeypatch):
     """Its pages are mapped: to read them could end the process, as it would where the file is shorter now."""
-    monkeypatch.setattr(pack, "vae_path", lambda name: core.path)
+    monkeypatch.setattr(pack.module, "vae_path", lambda name: core.path)
     before = pack.LoadVAE.fingerprint_inputs("a file", "auto")
     vae = pack.load_vae(core.path)
     assert pack.LoadVAE.fingerprint_inputs("a file", "auto") == before
@@ -187,7 +321,7 @@ def test_a_file_that_was_written_over_is_refused_and_loaded_anew(pack, core, mon
         file.truncate(core.path.stat().st_size // 2)
     with pytest.raises(ValueError, match="was written over while it was loaded"):
         pack.rank_source(vae)
-    save_file({key: tensor * 1.1 for key, tensor in core.model.state_dict().items()}, core.path)
+    save_file({key: tensor * 1.1 for key, tensor in weights_of(core.model).items()}, core.path)
     assert pack.LoadVAE.fingerprint_inputs("a file", "auto") != before
 
 
@@ -196,7 +330,7 @@ def test_a_file_that_changed_or_went_is_not_what_was_loaded(pack, core):
     before = ranks_decode(core.path, latent(1))
     # Replaced as downloads are: the old file's pages stay with those who mapped them.
     other = core.path.with_name("other.safetensors")
-    save_file({key: tensor * 1.1 for key, tensor in core.model.state_dict().items()}, other)
+    save_file({key: tensor * 1.1 for key, tensor in weights_of(core.model).items()}, other)
     os.replace(other, core.path)
     source = pack.rank_source(vae)
     assert source != core.path and torch.equal(ranks_decode(source, latent(1)), before)
@@ -264,7 +398,7 @@ def test_another_model_s_vae_is_refused_by_name(pack):
 
 
 def test_a_decoder_alone_is_no_vae_for_core(pack, core, tmp_path):
-    weights = {key: tensor for key, tensor in core.model.state_dict().items() if key.startswith("decoder.")}
+    weights = {key: tensor for key, tensor in weights_of(core.model).items() if key.startswith("decoder.")}
     save_file(weights, tmp_path / "decoder.safetensors")
     with pytest.raises(ValueError, match="decoder alone"):
         pack.load_vae(tmp_path / "decoder.safetensors")
@@ -275,8 +409,16 @@ def asked(pack, monkeypatch):
     """What the drop-in VAE asks of ranks, without any."""
     distribute = importlib.import_module("hv15_pack.nodes.distribute")
     calls = []
-    monkeypatch.setattr(distribute, "decode_on_ranks", lambda latent, vae, group, *how: calls.append(how))
-    return SimpleNamespace(calls=calls, distributed=distribute.distributed)
+    monkeypatch.setattr(
+        distribute,
+        "decode_on_ranks",
+        lambda latent, vae, options: calls.append((options.mode, options.tile_size, options.overlap, options.memory)),
+    )
+
+    def distributed(vae, *options):
+        return distribute.distributed(vae, distribute.DecodeOptions(*options))
+
+    return SimpleNamespace(calls=calls, distributed=distributed)
 
 
 def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked):
@@ -288,7 +430,7 @@ def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked)
     again = copy.copy(asked.distributed(twin, None, "tiled", 128, 32, 6))
     assert isinstance(again, comfy.sd.VAE) and again.patcher is vae.patcher
     assert again.get_sd().keys() == vae.get_sd().keys() and pack.rank_source(again) == core.path
-    assert type(copy.deepcopy(twin)) is type(twin) and copy.deepcopy(twin).group is None
+    assert type(copy.deepcopy(twin)) is type(twin) and copy.deepcopy(twin).options == twin.options
     twin.decode(latent(1))
     again.decode(latent(1), vae_options={})
     again.decode_tiled(latent(1))
@@ -303,6 +445,14 @@ def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked)
     assert vae.patcher not in loaded, "core's model was loaded for a decode that ranks do"
 
 
+def test_a_decode_that_was_set_on_the_vae_itself_does_not_hide_the_ranks(pack, core, asked):
+    vae = pack.load_vae(core.path, "float32")
+    vae.decode = vae.decode_tiled = lambda *_: "not on ranks"
+    twin = asked.distributed(vae, None, "seamless", 256, 64, 0)
+    assert twin.decode(latent(1)) is None and twin.decode_tiled(latent(1)) is None
+    assert len(asked.calls) == 2 and vae.decode() == "not on ranks"
+
+
 def test_what_another_pack_s_kind_of_vae_does_otherwise_the_drop_in_does_too(pack, core, asked):
     vae = pack.load_vae(core.path, "float32")
     odd = type("OddVAE", (type(vae),), {"encode": lambda self, pixels: "encoded oddly", "decode": lambda *_: "not so"})
@@ -313,90 +463,11 @@ def test_what_another_pack_s_kind_of_vae_does_otherwise_the_drop_in_does_too(pac
     assert asked.calls == [("seamless", 256, 64, 0)]
 
 
-@pytest.fixture
-def memory(pack, monkeypatch):
-    """The module, with no group in it but those of a test."""
-    import comfy.model_management
-
-    memory = importlib.import_module("hv15_pack.nodes.memory")
-    comfy.model_management.unload_all_models()
-    monkeypatch.setattr(memory, "_patchers", {})
-    yield memory
-    comfy.model_management.unload_all_models()
-
-
-class ReleasedGroup:
-    """Counts how often it is asked for its memory."""
-
-    def __init__(self, *devices: str, decoded: bool = True) -> None:
-        self.id, self.devices, self.decoded, self.released = ",".join(devices), devices, decoded, 0
-
-    def release(self) -> None:
-        self.released += 1
-
-
-def test_free_and_memory_pressure_release_the_ranks(memory):
-    import comfy.model_management
-
-    group = ReleasedGroup("cpu", "cpu")
-    memory.make_room(group)
-    memory.make_room(group)
-    assert not group.released
-    comfy.model_management.unload_all_models()
-    assert group.released == 1
-    comfy.model_management.unload_all_models()
-    assert group.released == 1
-    memory.make_room(group)
-    comfy.model_management.free_memory(1e15, comfy.model_management.get_torch_device())
-    assert group.released == 2
-
-
-def test_ranks_that_have_loaded_ahead_keep_it_until_everything_is_to_be_freed(memory):
-    import comfy.model_management
-
-    group = ReleasedGroup("cpu", decoded=False)
-    memory.enter(group)
-    memory.enter(group)
-    comfy.model_management.free_memory(1e15, comfy.model_management.get_torch_device())
-    assert not group.released
-    comfy.model_management.unload_all_models()
-    assert group.released == 1
-
-
-def test_groups_make_room_for_each_other_where_they_share_a_device_alone(memory, monkeypatch):
-    import comfy.model_management
-
-    freed = []
-    monkeypatch.setattr(
-        comfy.model_management, "free_memory", lambda size, device, keep=(): freed.append(str(device)) or []
-    )
-    here, there, both = ReleasedGroup("cuda:1"), ReleasedGroup("cuda:2"), ReleasedGroup("cuda:1", "cuda:3")
-    for group in (here, there, both):
-        memory.make_room(group)
-    assert (here.released, there.released, both.released) == (1, 0, 0)
-    assert [device for device in freed if device != "cpu"] == ["cuda:1", "cuda:2", "cuda:1", "cuda:3"]
-    monkeypatch.undo()
-    comfy.model_management.free_memory(1e15, comfy.model_management.get_torch_device())
-    assert (here.released, there.released, both.released) == (1, 0, 0), "they have nothing on the main device"
-
-
-def test_a_group_whose_options_change_stays_the_one_on_its_devices(pack, monkeypatch):
-    groups = importlib.import_module("hv15_pack.nodes.groups")
-    monkeypatch.setattr(groups, "_groups", {})
-    group = groups.live_group(groups.GroupDescription(devices="cpu,cpu"))
-    changed = groups.GroupDescription(devices="CPU, cpu", dtype="float16", keep_loaded="stop", stall_timeout=7)
-    assert groups.live_group(changed) is group and groups.all_groups() == [group]
-    assert (group.dtype, group.keep_loaded, group.stall_timeout) == ("float16", "stop", 7)
-    assert groups.live_group(groups.GroupDescription(devices="cpu")) is not group
-    with pytest.raises(ValueError, match="backend is 'nccl'"):
-        groups.live_group(groups.GroupDescription(devices="cpu,cpu", backend="nccl"))
-
-
 @pytest.mark.parametrize(
     ("samples", "words"),
     [
-        (torch.zeros(1, 32, 4, 4), "image model"),
-        (torch.zeros(32), "1 dimensions"),
+        (torch.zeros(1, 32, 4, 4), r"\[1, 32, 4, 4\]; a video latent is"),
+        (torch.zeros(32), r"\[32\]; a video latent is"),
         (torch.zeros(1, 16, 1, 2, 2), "16 channels"),
         (torch.full((1, 32, 1, 2, 2), float("inf")), "128 of the latent's 128 values are not finite"),
         (torch.zeros(1, 32, 1, 2, 2, dtype=torch.int64), "int64"),
@@ -405,9 +476,10 @@ def test_a_group_whose_options_change_stays_the_one_on_its_devices(pack, monkeyp
     ],
 )
 def test_a_bad_latent_is_refused_before_a_group_is_even_made(pack, core, samples, words):
-    decoding, groups = (importlib.import_module(f"hv15_pack.nodes.{name}") for name in ("decoding", "groups"))
+    on_ranks, groups = (importlib.import_module(f"hv15_pack.nodes.{name}") for name in ("on_ranks", "groups"))
+    options = on_ranks.DecodeOptions(None, "seamless", 256, 64)
     with pytest.raises(ValueError, match=words):
-        decoding.decode_on_ranks(samples, pack.load_vae(core.path), None, "seamless", 256, 64, 0)
+        on_ranks.decode_on_ranks(samples, pack.load_vae(core.path), options)
     assert groups.all_groups() == []
 
 

@@ -39,7 +39,7 @@ def pack(tmp_path_factory) -> SimpleNamespace:
         def part(of: str) -> ModuleType:
             return importlib.import_module(f"{name}.nodes.{of}")
 
-        return SimpleNamespace(**{of: part(of) for of in ("tiny", "vae", "loading", "text", "sampling")})
+        return SimpleNamespace(**{of: part(of) for of in ("tiny", "vae", "model_lists", "loading", "text", "sampling")})
     finally:
         sys.path.remove(path)
         sys.path.append(path)
@@ -48,7 +48,7 @@ def pack(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def tiny_folders(pack) -> dict[str, Path]:
     """The folders of the built-in models, by kind."""
-    return {kind: pack.vae.tiny_folder(name) for name, kind in pack.tiny.TINY.items()}
+    return {kind: pack.model_lists.tiny_folder(name) for name, kind in pack.tiny.TINY.items()}
 
 
 @pytest.fixture(scope="session")

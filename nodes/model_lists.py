@@ -1,0 +1,69 @@
+"""The models that the loaders offer by name, and where each one is stored."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+import folder_paths
+
+from .tiny import TINY, ensure_tiny
+
+log = logging.getLogger(__name__)
+
+
+def tiny_folder(name: str) -> Path:
+    """The folder of the built-in model of that name. The model is made on first use.
+
+    It is stored in ComfyUI's user folder, or in the temporary folder where that one cannot be written.
+    """
+    try:
+        return ensure_tiny(TINY[name], Path(folder_paths.get_user_directory()) / "hv15_tiny")
+    except OSError as error:
+        folder = Path(tempfile.gettempdir()) / "hv15_tiny"
+        log.warning("The user folder cannot be written (%s). The built-in model is stored in %s.", error, folder)
+        return ensure_tiny(TINY[name], folder)
+
+
+def vae_choices() -> list[str]:
+    """Names for the list: the built-in model, files in models/vae, folders in models/diffusers with a VAE."""
+    files = [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
+    return [next(iter(TINY)), *files, *vae_folders()]
+
+
+def vae_folders() -> dict[str, Path]:
+    """Folders of models/diffusers that are a VAE or, as pipelines do, have one, by their name in the list."""
+    found: dict[str, Path] = {}
+    for child in _diffusers_children():
+        for name, folder in ((f"{child.name}/vae", child / "vae"), (child.name, child)):
+            if any(folder.glob("diffusion_pytorch_model*.safetensors")):
+                found.setdefault(name, folder)
+    return found
+
+
+def vae_path(name: str) -> Path:
+    """The file or folder of the VAE of that name."""
+    if name in TINY:
+        return tiny_folder(name) / "vae"
+    if folder := vae_folders().get(name):
+        return folder
+    return Path(folder_paths.get_full_path_or_raise("vae", name))
+
+
+def diffusers_folders() -> list[Path]:
+    """Folders of models/diffusers that hold a pipeline."""
+    return [child for child in _diffusers_children() if (child / "model_index.json").is_file()]
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a pipeline in the node's list. Raises ValueError where there is none."""
+    if name in TINY:
+        return tiny_folder(name)
+    folder = next((folder for folder in diffusers_folders() if folder.name == name), None)
+    if folder is None:
+        raise ValueError(f"models/diffusers has no folder {name} with a model_index.json.")
+    return folder
+
+
+def _diffusers_children() -> list[Path]:
+    parents = [Path(parent) for parent in folder_paths.get_folder_paths("diffusers")]
+    return [child for parent in parents if parent.is_dir() for child in sorted(parent.iterdir())]

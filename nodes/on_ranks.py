@@ -1,0 +1,103 @@
+"""The one path on which any node of this pack decodes."""
+
+import math
+from dataclasses import dataclass
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..distributed import Cancelled
+from ..distributed.vae.job import DecodeRequest, check_latent, check_request
+from .groups import GroupDescription, end_neighbours, group_in_use
+from .memory import enter, make_room, memory_limit, sampling_devices
+from .progress import Progress
+from .sources import rank_source
+
+MEMORY_MOST = 4096
+"""GiB."""
+CHECKED_ROWS = 8
+"""Of so many rows of a frame, one is looked at for pixels that are not numbers. Such pixels spread in the decoder."""
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How to decode, as the nodes' inputs give it. Raises ValueError for what cannot be.
+
+    group: None for the default one. tile_size, overlap: pixels, in tiled mode. memory: GiB that each rank may use,
+    weights included; 0 for all free memory.
+    """
+
+    group: GroupDescription | None
+    mode: str
+    tile_size: int
+    overlap: int
+    memory: float = 0.0
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.memory, (int, float)) and not isinstance(self.memory, bool)
+        if not number or not math.isfinite(self.memory) or not 0 <= self.memory <= MEMORY_MOST:
+            raise ValueError(f"memory is {self.memory!r}; it must be a number of GiB from 0 to {MEMORY_MOST}.")
+        for name in ("tile_size", "overlap"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of pixels.")
+
+
+def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tensor:
+    """Decode a LATENT's samples, [B, 32, t, H, W] in VAE space, to frames [B, T, H', W', 3] in 0..1.
+
+    Shows progress, previews and messages on the node that runs, and ends with ComfyUI's own interruption when
+    interrupted. Raises ValueError for input that is not HunyuanVideo-1.5's, before anything is started or unloaded.
+    """
+    check_tensor(latent)
+    check_request(DecodeRequest(tuple(latent.shape), options.mode, options.tile_size, options.overlap), 1)
+    source = rank_source(check_vae(vae))
+    latent = latent.detach().to("cpu", torch.float32)  # fp8 can be converted, and nothing else
+    check_latent(latent, vae.latent_channels)
+    progress = Progress()
+    with group_in_use(options.group) as group:
+        group.start()
+        end_neighbours(group)
+        make_room(group)
+        try:
+            frames = group.decode(
+                latent,
+                source,
+                options.mode,
+                tile_size=options.tile_size,
+                overlap=options.overlap,
+                memory=memory_limit(group, int(options.memory * 2**30) or None),
+                progress=progress.update,
+                cancelled=comfy.model_management.processing_interrupted,
+                frames_started=progress.watch,
+                notice=progress.tell,
+            )
+        except Cancelled:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            raise comfy.model_management.InterruptProcessingException() from None
+    if not frames[:, :, ::CHECKED_ROWS].sum().isfinite():
+        progress.tell(f"Some pixels are not numbers. {group.dtype} may be too narrow for this latent: try float32.")
+    return frames
+
+
+def preload(vae: object, description: GroupDescription | None) -> None:
+    """Have the ranks load the VAE in the background. Raises ValueError for one that is not HunyuanVideo-1.5's."""
+    source = rank_source(check_vae(vae))
+    with group_in_use(description) as group:
+        enter(group)
+        group.preload(source, sampling_devices(group))
+
+
+def check_tensor(latent: object) -> None:
+    """Raise ValueError for samples that are not one tensor of floating point numbers."""
+    if not isinstance(latent, Tensor) or latent.is_nested or not latent.is_floating_point():
+        kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
+        raise ValueError(f"The latent holds {kind}; it must be one tensor of floating point numbers.")
+
+
+def check_vae(vae: object) -> object:
+    """Raise ValueError for what is plainly not a VAE; the weights themselves are checked key by key later."""
+    if vae is None or getattr(vae, "first_stage_model", None) is None:
+        raise ValueError("The VAE input holds no VAE. Does the checkpoint that it comes from have one?")
+    return vae

@@ -1,0 +1,78 @@
+"""Rank Group: starts the processes on which the other nodes of the pack work."""
+
+from comfy_api.latest import io
+
+from ..distributed.group import KEEP
+from ..distributed.ranks.devices import COLLECTIVES
+from ..distributed.vae.job import DTYPES
+from . import sockets
+from .groups import TIMEOUT_LEAST, TIMEOUT_MOST, GroupDescription, live_group
+from .sockets import CATEGORY, advanced, searchable
+
+
+class RankGroupNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return searchable(
+            io.Schema(
+                node_id="HV15RankGroup",
+                display_name="Rank Group",
+                category=CATEGORY,
+                description="Starts one process for each device, in the background, and keeps them between prompts. "
+                "Place it early: processes and weights come up while the sampler works.",
+                inputs=[
+                    io.String.Input(
+                        "devices",
+                        default="auto",
+                        tooltip="auto (every local accelerator, else two CPU ranks), or a list: cuda:0,cuda:1 or "
+                        "npu:0-3 or cpu,cpu.",
+                    ),
+                    advanced(
+                        io.Combo.Input(
+                            "backend",
+                            options=["auto", *COLLECTIVES.values()],
+                            tooltip="Communication backend. auto: NCCL on CUDA, HCCL on Ascend, Gloo on CPU.",
+                        )
+                    ),
+                    io.Combo.Input(
+                        "dtype",
+                        options=["auto", *sorted(DTYPES)],
+                        tooltip="Compute dtype of the ranks. auto: bfloat16 on accelerators, float32 on the CPU.",
+                    ),
+                    io.Combo.Input(
+                        "keep_loaded",
+                        options=list(KEEP),
+                        tooltip="After a decode: keep the weights on the devices, release them, or stop the processes.",
+                    ),
+                    advanced(
+                        io.Int.Input(
+                            "start_timeout",
+                            default=180,
+                            min=TIMEOUT_LEAST,
+                            max=TIMEOUT_MOST,
+                            tooltip="Seconds within which the processes must start.",
+                        )
+                    ),
+                    advanced(
+                        io.Int.Input(
+                            "stall_timeout",
+                            default=120,
+                            min=TIMEOUT_LEAST,
+                            max=TIMEOUT_MOST,
+                            tooltip="Seconds without progress after which a process counts as hung and is replaced.",
+                        )
+                    ),
+                ],
+                outputs=[sockets.RankGroup.Output(display_name="rank_group", tooltip="For the decode nodes.")],
+            ),
+            "multi gpu",
+            "parallel",
+            "distributed",
+            "devices",
+        )
+
+    @classmethod
+    def execute(cls, **options: object) -> io.NodeOutput:
+        description = GroupDescription(**options)
+        live_group(description).start()
+        return io.NodeOutput(description)
