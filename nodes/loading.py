@@ -1,7 +1,6 @@
 """Loading a diffusers pipeline, and moving its parts under ComfyUI's memory management."""
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -13,18 +12,12 @@ import torch
 from comfy_api.latest import io
 
 from ..distributed.vae.checkpoint import open_checkpoint
-from . import sockets
+from . import libraries, sockets
 from .model_lists import diffusers_folders, model_folder
-from .sockets import CATEGORY
+from .pipeline_folder import PIPELINES, check_folder
+from .sockets import CATEGORY, advanced, searchable
 from .tiny import TINY
 from .vae import DTYPES, load_vae
-
-PIPELINES = ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-"""The parts with weights that both pipelines have."""
-
-CLASSES = {"transformer": "HunyuanVideo15Transformer3DModel", "vae": "AutoencoderKLHunyuanVideo15"}
-"""Classes without which a pipeline of that name is not one."""
 
 OFFLOADS = ("model", "none", "group")
 
@@ -134,62 +127,20 @@ def _unload(patchers: list[comfy.model_patcher.ModelPatcher]) -> None:
 
 def load_pipeline(folder: Path, dtype: torch.dtype, offload: str) -> LoadedPipeline:
     """Load a diffusers folder. Raises ValueError that names the file that is missing or the class that is wrong."""
-    import diffusers
-
     name = check_folder(folder)
+    diffusers = libraries.diffusers()
     parts = {}
     if name == PIPELINES[0]:  # from text alone, only the VAE's description is used: spare its weights the memory
         with torch.device("meta"):
             parts["vae"] = diffusers.AutoencoderKLHunyuanVideo15.from_config(
                 diffusers.AutoencoderKLHunyuanVideo15.load_config(folder / "vae")
             )
-    pipeline = getattr(diffusers, name).from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+    options = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    pipeline = getattr(diffusers, name).from_pretrained(folder, **options, **parts)
     if name == PIPELINES[1]:
         pipeline.vae.decoder = None  # an image is only encoded; videos are decoded by other nodes
     pipeline.set_progress_bar_config(disable=True)
     return LoadedPipeline(pipeline, offload)
-
-
-def check_folder(folder: Path) -> str:
-    """The class of the pipeline in the folder. Raises ValueError unless it is a complete HunyuanVideo-1.5 pipeline."""
-    parts = _read_json(folder, "model_index.json")
-    name = parts.get("_class_name")
-    if name not in PIPELINES:
-        raise ValueError(f"{folder.name} holds a {name}; this node loads {' and '.join(PIPELINES)}.")
-    missing = [part for part in PARTS if part not in parts]
-    if missing:
-        raise ValueError(f"{folder.name}/model_index.json has no {missing[0]}; a {name} has one.")
-    for part, value in parts.items():
-        if part.startswith("_") or not isinstance(value, list) or value[0] is None:
-            continue
-        if value[1] != CLASSES.get(part, value[1]):
-            raise ValueError(f"{folder.name}: its {part} is a {value[1]}; a {name} has a {CLASSES[part]}.")
-        if not (folder / part).is_dir():
-            raise ValueError(f"{folder.name} has no folder {part}, where its {value[1]} belongs.")
-        if part in PARTS or part == "image_encoder":
-            _check_weights(folder, part)
-    return name
-
-
-def _check_weights(folder: Path, part: str) -> None:
-    """Refuse a part without its config or with weights that are not all there."""
-    _read_json(folder, f"{part}/config.json")
-    indexes = [path.name for path in (folder / part).glob("*.safetensors.index.json")]
-    for index in indexes:
-        for shard in sorted(set(_read_json(folder, f"{part}/{index}")["weight_map"].values())):
-            if not (folder / part / shard).is_file():
-                raise ValueError(f"{folder.name}/{part} has no {shard}, which {index} names.")
-    if not indexes and not list((folder / part).glob("*.safetensors")):
-        raise ValueError(f"{folder.name}/{part} has no *.safetensors.")
-
-
-def _read_json(folder: Path, name: str) -> dict:
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder.name} has no {name}; a HunyuanVideo-1.5 folder for diffusers has one.") from None
-    except ValueError as error:
-        raise ValueError(f"{folder.name}/{name} cannot be read as JSON ({error}); download it again.") from None
 
 
 def pipeline_dtype(choice: str) -> torch.dtype:
@@ -205,35 +156,41 @@ def pipeline_dtype(choice: str) -> torch.dtype:
 class LoadPipeline(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="HV15LoadPipeline",
-            display_name="Load HunyuanVideo-1.5",
-            category=CATEGORY,
-            description="Loads a HunyuanVideo-1.5 pipeline in diffusers format from models/diffusers, or a tiny one "
-            "with random weights that needs no download.",
-            inputs=[
-                io.Combo.Input(
-                    "model",
-                    options=[*TINY, *(folder.name for folder in diffusers_folders())],
-                    tooltip="A folder of models/diffusers, such as HunyuanVideo-1.5-480p_t2v.",
-                ),
-                io.Combo.Input(
-                    "dtype",
-                    options=["auto", *DTYPES],
-                    tooltip="Precision of all parts. auto: bfloat16, or float32 without an accelerator.",
-                ),
-                io.Combo.Input(
-                    "offload",
-                    options=list(OFFLOADS),
-                    tooltip="model: a part is on the device while it works. none: all parts stay there. group: the "
-                    "transformer streams through it layer by layer, for little memory. Without an accelerator nothing "
-                    "moves.",
-                ),
-            ],
-            outputs=[
-                sockets.Pipeline.Output(display_name="pipeline", tooltip="For the text encoder and the sampler."),
-                io.Vae.Output(display_name="vae", tooltip="The pipeline's VAE, for any node that takes one."),
-            ],
+        return searchable(
+            io.Schema(
+                node_id="HV15LoadPipeline",
+                display_name="Load HunyuanVideo-1.5",
+                category=CATEGORY,
+                description="Loads a HunyuanVideo-1.5 pipeline in diffusers format from models/diffusers, or a tiny "
+                "one with random weights that needs no download.",
+                inputs=[
+                    io.Combo.Input(
+                        "model",
+                        options=[*TINY, *(folder.name for folder in diffusers_folders())],
+                        tooltip="A folder of models/diffusers, such as HunyuanVideo-1.5-480p_t2v.",
+                    ),
+                    io.Combo.Input(
+                        "dtype",
+                        options=["auto", *DTYPES],
+                        tooltip="Precision of all parts. auto: bfloat16 on accelerators, float32 on the CPU.",
+                    ),
+                    advanced(
+                        io.Combo.Input(
+                            "offload",
+                            options=list(OFFLOADS),
+                            tooltip="model: each component is on the GPU only while it runs. none: everything stays on "
+                            "the GPU. group: the transformer is streamed layer by layer (least memory). No effect on "
+                            "the CPU.",
+                        )
+                    ),
+                ],
+                outputs=[
+                    sockets.Pipeline.Output(display_name="pipeline", tooltip="For the text encoder and the sampler."),
+                    io.Vae.Output(display_name="vae", tooltip="The pipeline's VAE, for any node that takes one."),
+                ],
+            ),
+            "diffusers",
+            "model loader",
         )
 
     @classmethod

@@ -1,11 +1,11 @@
 """The models that the loaders offer by name, and where each one is stored."""
 
 import logging
-import tempfile
 from pathlib import Path
 
 import folder_paths
 
+from .libraries import explained
 from .tiny import TINY, ensure_tiny
 
 log = logging.getLogger(__name__)
@@ -16,12 +16,13 @@ def tiny_folder(name: str) -> Path:
 
     It is stored in ComfyUI's user folder, or in the temporary folder where that one cannot be written.
     """
-    try:
-        return ensure_tiny(TINY[name], Path(folder_paths.get_user_directory()) / "hv15_tiny")
-    except OSError as error:
-        folder = Path(tempfile.gettempdir()) / "hv15_tiny"
-        log.warning("The user folder cannot be written (%s). The built-in model is stored in %s.", error, folder)
-        return ensure_tiny(TINY[name], folder)
+    with explained():
+        try:
+            return ensure_tiny(TINY[name], Path(folder_paths.get_user_directory()) / "hv15_tiny")
+        except OSError as error:
+            folder = Path(folder_paths.get_temp_directory()) / "hv15_tiny"
+            log.warning("The user folder cannot be written (%s). The built-in model is stored in %s.", error, folder)
+            return ensure_tiny(TINY[name], folder)
 
 
 def vae_choices() -> list[str]:

@@ -13,8 +13,6 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy_api.latest import io
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -23,26 +21,6 @@ from ..distributed.vae.tiling import SPATIAL
 from . import sockets
 from .loading import LoadedPipeline
 from .sockets import CATEGORY, TextConditioning
-
-
-class ReportingScheduler(FlowMatchEulerDiscreteScheduler):
-    """Tells `on_step` at each step what the model now believes the end to be; what that raises ends the sampling."""
-
-    on_step: Callable[[Tensor], None]
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: object) -> tuple:
-        result = super().step(model_output, timestep, sample, **options)
-        self.on_step(sample - self.sigmas[self.step_index - 1].to(sample) * model_output)
-        return result
-
-
-class FixedSizeProcessor(HunyuanVideo15ImageProcessor):
-    """Takes the size that the node was given where the pipeline would choose one by the image's proportions."""
-
-    size: tuple[int, int]
-
-    def calculate_default_height_width(self, height: int, width: int, target_size: int) -> tuple[int, int]:
-        return self.size
 
 
 def check_size(width: int, height: int, frames: int) -> None:
@@ -86,6 +64,8 @@ def sample(
     They are those of the diffusers pipeline with output_type "latent", divided by the scaling factor. start_image is
     an IMAGE, of which the first picture counts. Raises ValueError for sizes and images that the model cannot take.
     """
+    from .pipeline_parts import FixedSizeProcessor, ReportingScheduler  # diffusers, which other nodes do without
+
     check_size(width, height, frames)
     if loaded.takes_image and start_image is None:
         raise ValueError("This checkpoint is for image-to-video: connect start_image, or load a text-to-video one.")

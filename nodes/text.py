@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from . import sockets
 from .loading import LoadedPipeline
-from .sockets import CATEGORY, TextConditioning
+from .sockets import CATEGORY, TextConditioning, searchable
 
 NAMES = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
 
@@ -28,18 +28,22 @@ def encode(loaded: LoadedPipeline, positive: str, negative: str) -> TextConditio
 class TextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="HV15TextEncode",
-            display_name="HunyuanVideo-1.5 Text Encode",
-            category=CATEGORY,
-            description="Encodes a prompt and a negative prompt with Qwen2.5-VL, and text in quotation marks with "
-            "ByT5, so that it can appear in the picture.",
-            inputs=[
-                sockets.Pipeline.Input("pipeline", tooltip="From Load HunyuanVideo-1.5."),
-                io.String.Input("positive", multiline=True, dynamic_prompts=True, tooltip="What to show."),
-                io.String.Input("negative", multiline=True, dynamic_prompts=True, tooltip="What to avoid."),
-            ],
-            outputs=[sockets.Conditioning.Output(display_name="conditioning", tooltip="For the sampler.")],
+        return searchable(
+            io.Schema(
+                node_id="HV15TextEncode",
+                display_name="HunyuanVideo-1.5 Text Encode",
+                category=CATEGORY,
+                description="Encodes a prompt and a negative prompt with Qwen2.5-VL, and text in quotation marks with "
+                "ByT5, so that it can appear in the picture.",
+                inputs=[
+                    sockets.Pipeline.Input("pipeline", tooltip="From Load HunyuanVideo-1.5."),
+                    io.String.Input("positive", multiline=True, dynamic_prompts=True, tooltip="What to show."),
+                    io.String.Input("negative", multiline=True, dynamic_prompts=True, tooltip="What to avoid."),
+                ],
+                outputs=[sockets.Conditioning.Output(display_name="conditioning", tooltip="For the sampler.")],
+            ),
+            "prompt",
+            "text encoder",
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,14 @@ def shard(folder: Path) -> None:
     [
         (lambda f: (f / "model_index.json").unlink(), "Model has no model_index.json"),
         (lambda f: (f / "model_index.json").write_text("{"), "model_index.json cannot be read"),
-        (lambda f: edit(f / "model_index.json", _class_name="WanPipeline"), "holds a WanPipeline"),
+        (lambda f: edit(f / "model_index.json", _class_name="WanPipeline"), "holds 'WanPipeline'"),
         (
             lambda f: edit(f / "model_index.json", vae=["diffusers", "AutoencoderKLWan"]),
-            "its vae is a AutoencoderKLWan",
+            "its vae is AutoencoderKLWan",
         ),
         (lambda f: shutil.rmtree(f / "text_encoder"), "no folder text_encoder, where its Qwen2_5_VLTextModel"),
         (lambda f: (f / "vae" / "config.json").unlink(), "no vae/config.json"),
-        (lambda f: (f / "text_encoder_2" / "model.safetensors").unlink(), "text_encoder_2 has no *.safetensors"),
+        (lambda f: (f / "text_encoder_2" / "model.safetensors").unlink(), "text_encoder_2 has no model.safetensors"),
         (shard, "transformer has no part-2-of-2.safetensors"),
     ],
 )
@@ -48,6 +49,115 @@ def test_a_folder_that_is_not_whole_is_named_for_what_it_lacks(pack, folder, dam
     with pytest.raises(ValueError) as refusal:
         pack.loading.load_pipeline(folder, torch.float32, "none")
     assert words in str(refusal.value)
+
+
+EVIL = """
+import os, pathlib
+pathlib.Path(os.environ["HV15_EVIL"]).touch()
+from diffusers import *
+from transformers import *
+"""
+
+
+@pytest.fixture
+def evil(folder, tmp_path, monkeypatch) -> Path:
+    """A file that exists once code of the folder has run."""
+    ran = tmp_path / "code of the folder has run"
+    monkeypatch.setenv("HV15_EVIL", str(ran))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evil_module.py").write_text(EVIL)
+    return ran
+
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler", "guider")
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("library", ["evil", "evil_module", "diffusers"])
+def test_no_code_of_a_folder_runs(pack, folder, evil, part, library):
+    """diffusers may import a module of that name, or run a file of that name beside the weights."""
+    kind = json.loads((folder / "model_index.json").read_text())[part][1]
+    edit(folder / "model_index.json", **{part: [library, kind]})
+    if library != "evil_module":
+        (folder / part / f"{library}.py").write_text(EVIL)
+    with pytest.raises(ValueError, match=r"holds code|only classes of diffusers and transformers"):
+        pack.loading.load_pipeline(folder, torch.float32, "none")
+    assert not evil.exists()
+
+
+def test_a_folder_s_own_code_would_be_noticed(folder, evil):
+    """What the test above looks for does happen when a module that a folder names is imported."""
+    import importlib
+
+    importlib.import_module("evil_module")
+    assert evil.exists()
+
+
+def pickled(path: Path) -> None:
+    """Weights that run code where they are read with pickle."""
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (eval, ("open(__import__('os').environ['HV15_EVIL'], 'w')",))
+
+    torch.save(Evil(), path)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("transformer", "diffusion_pytorch_model"), ("text_encoder", "model"), ("text_encoder_2", "model")],
+)
+def test_weights_that_are_not_safetensors_are_not_read_whatever_lies_beside_them(pack, folder, evil, part, name):
+    weights = folder / part / f"{name}.safetensors"
+    weights.rename(weights.with_name("decoy.safetensors"))
+    pickled(weights.with_name("pytorch_model.bin" if name == "model" else f"{name}.bin"))
+    with pytest.raises(ValueError, match=f"{part} has no {name}.safetensors"):
+        pack.loading.load_pipeline(folder, torch.float32, "none")
+    names = {"weight_map": {"a": "decoy.safetensors", "b": "../../somewhere.bin"}}
+    weights.with_name(f"{name}.safetensors.index.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match=r"only \*\.safetensors are read"):
+        pack.loading.load_pipeline(folder, torch.float32, "none")
+    assert not evil.exists()
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model_index.json", DEEP, "cannot be read as JSON"),
+        ("model_index.json", "[1]", "holds no JSON object"),
+        ("transformer/config.json", DEEP, "cannot be read as JSON"),
+        ("transformer/config.json", "[]", "holds no JSON object"),
+        ("transformer/config.json", b"\xff\xfe", "cannot be read as JSON"),
+        ("model_index.json", {"vae": "diffusers"}, "where a library and a class belong"),
+        ("model_index.json", {"vae": [["diffusers"], {}]}, "where a library and a class belong"),
+        ("model_index.json", {"vae": [None, None]}, "has no vae"),
+        ("model_index.json", {"_class_name": ["evil", "HunyuanVideo15Pipeline"]}, "this node loads"),
+        ("model_index.json", {"text_encoder": ["transformers", "AutoModel"]}, "only classes of"),
+        ("model_index.json", {"../vae": ["diffusers", "X"]}, "a part of the name"),
+        ("transformer/config.json", {"num_layers": 10_000_000}, "asks for 10000000 layers"),
+        ("transformer/config.json", {"num_refiner_layers": 10_000_000}, "asks for 10000000 layers"),
+        ("vae/config.json", {"layers_per_block": 10_000_000}, "asks for 10000000 layers"),
+        ("vae/config.json", {"block_out_channels": [1] * 2000}, "asks for 2000 layers"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10_000_000}, "asks for 10000000 layers"),
+        ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "names code to run"),
+        ("text_encoder/config.json", {"attn_implementation": "someone/kernel"}, "names code to run"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "asks for 1000000000000 steps"),
+        ("model_index.json", {"vae": ["\u001b[31m" * 1000, "X"]}, "only classes of"),
+    ],
+)
+def test_a_folder_that_no_pipeline_of_the_model_has_is_refused_in_words_at_once(pack, folder, file, content, words):
+    if isinstance(content, dict):
+        edit(folder / file, **content)
+    else:
+        (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    began = time.monotonic()
+    with pytest.raises(ValueError) as refusal:
+        pack.loading.load_pipeline(folder, torch.float32, "none")
+    assert words in str(refusal.value) and str(refusal.value).isprintable() and len(str(refusal.value)) < 500
+    assert time.monotonic() - began < 5
 
 
 def test_folders_of_models_diffusers_are_listed_and_loaded(pack, tiny_folders, monkeypatch, tmp_path):
