@@ -54,8 +54,6 @@ def test_a_folder_that_is_not_whole_is_named_for_what_it_lacks(pack, folder, dam
 EVIL = """
 import os, pathlib
 pathlib.Path(os.environ["HV15_EVIL"]).touch()
-from diffusers import *
-from transformers import *
 """
 
 
