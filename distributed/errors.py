@@ -8,6 +8,7 @@ Exception
     CheckpointError   a file or state dict that is not a checkpoint this package can use.
   Cancelled           the caller asked for the job to end. Not a failure.
   OutOfMemory         one rank has too little memory. Raised on ranks; the controller retries or raises JobError.
+  NotLoaded           a rank lacks what the job builds on. Raised on ranks; the controller loads it and retries.
 """
 
 
@@ -28,11 +29,29 @@ class Cancelled(Exception):
 
 
 class OutOfMemory(Exception):
-    """A rank has too little memory: `needed` and `free` are bytes, `where` names the device and what others hold.
+    """A rank has too little memory: `needed` and `free` are bytes, `held` says what others hold of the device's.
 
-    least: even the smallest plan needs that much. on_all_ranks: every rank raises it at the same place.
+    smallest_plan: even the plan that takes the least memory needs that much. on_all_ranks: every rank raises this at
+    the same place.
     """
 
-    def __init__(self, needed: int, free: int, where: str, *, least: bool, on_all_ranks: bool) -> None:
-        super().__init__(f"The decode needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB can be used{where}.")
-        self.needed, self.free, self.least, self.on_all_ranks = needed, free, least, on_all_ranks
+    def __init__(
+        self,
+        needed: int,
+        free: int,
+        device: object,
+        held: str = "",
+        *,
+        noun: str,
+        smallest_plan: bool,
+        on_all_ranks: bool,
+    ) -> None:
+        super().__init__(
+            f"Not enough memory on {device}: the {noun} needs {needed / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} GiB is available{held and f' ({held})'}."
+        )
+        self.needed, self.free, self.smallest_plan, self.on_all_ranks = needed, free, smallest_plan, on_all_ranks
+
+
+class NotLoaded(Exception):
+    """A rank lacks something that the job builds on, such as weights after a restart: the message names it."""

@@ -3,45 +3,41 @@
     with RankGroup(devices=["cuda:0", "cuda:1"]) as group:
         frames = group.decode(latent, vae="path/to/vae", mode="seamless")
 
-The group starts in the background, keeps its processes and weights between decodes, and replaces processes that die
-or hang, at once: a decode in hand is run once more on the new ones. Bad input is refused before the ranks hear of it.
-All methods may be called from any thread; decodes queue.
+The group starts in the background, keeps its processes and weights between jobs, and replaces processes that die or
+hang at once: the job in hand is retried on the new ones. Bad input is refused before the ranks hear of it. All methods
+may be called from any thread; jobs queue.
 """
 
 import contextlib
 import itertools
 import logging
 import math
-import operator
+import numbers
 import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from .errors import Cancelled, GroupError, JobError
+from .errors import Cancelled, GroupError, JobError, NotLoaded
+from .jobs import Job, Load, TensorSpec
 from .ranks import devices as device_module
-from .ranks.buffers import FramePool, place_of
+from .ranks import protocol
+from .ranks.buffers import SharedBuffers, SharedTensor
+from .ranks.exchange import POLL_SECONDS, Caller, MemoryShortage, exchange
 from .ranks.logs import default_folder
-from .ranks.processes import RankRecord, Ranks
-from .ranks.protocol import BYTES_LIMIT
-from .ranks.states import State, follow
-from .vae.checkpoint import Checkpoint, open_checkpoint
-from .vae.handover import SharedWeights, fingerprint
-from .vae.job import DTYPES, DecodeRequest, check_latent, check_request
+from .ranks.processes import RankProcesses
+from .ranks.states import RankState, State
+from .ranks.status import RankStatus
+from .ranks.supervisor import Supervisor
+from .vae.job import DTYPES, DecodeJob, WeightSource
 
 log = logging.getLogger(__name__)
 
 KEEP = ("keep", "release", "stop")
-GRACE_SECONDS = 3
-"""How long the other ranks have to answer after one of them failed; then they hang in wait for it."""
 RELEASE_SECONDS = 15
-TELL_SECONDS = 0.5
-"""How often progress, which changes all the time, is told as a change of the group."""
 MEMORY_TRIES = 4
 
 
@@ -73,24 +69,20 @@ class RankGroup:
         self.id = secrets.token_hex(4)
         self.on_change = on_change or (lambda: None)
         self._worker, self._logs = worker, Path(logs).absolute() if logs else default_folder()
-        self._state = State.STOPPED
-        self._lock = threading.RLock()
-        self._decoding = threading.Lock()
-        self._ranks: Ranks | None = None
-        self._error: str | None = None
-        self._starting: threading.Thread | None = None
-        self._cancel = threading.Event()
-        self._jobs = itertools.count(1)
-        self._pool = FramePool()
-        self._handed: SharedWeights | None = None
-        self._loaded: tuple[Ranks, str, str] | None = None
-        """The ranks that hold a checkpoint, or have read ahead in it, its identity and the dtype."""
-        self._unwanted = threading.Event()
-        """Set while somebody waits for the ranks to give their memory back: what loads ahead for later ends."""
+        self._supervisor = Supervisor(self._launch, lambda: self.start_timeout, lambda: self.on_change())
+        self._turns = threading.Lock()
+        """Held by the call whose job the ranks do."""
+        self._callers: set[Caller] = set()
+        """The calls that wait for the ranks or use them."""
+        self._job_in_hand: str | None = None
+        self._numbers = itertools.count(1)
+        self._buffers = SharedBuffers()
+        self._weights: WeightSource | None = None
+        """The last weights that were handed over in memory."""
+        self._yield_memory = threading.Event()
+        """Set while somebody waits for the ranks to give their memory back: loading ahead ends."""
         self.decoded = False
-        """Whether ranks may have what a decode leaves on their devices; else they have loaded ahead, or nothing."""
-        self._spare = True
-        """Whether ranks that break while idle are replaced with nobody asking: once, until they have done a job."""
+        """Whether ranks may hold what a job leaves on their devices; else they have loaded ahead, or nothing."""
 
     def __enter__(self) -> "RankGroup":
         self.start(wait=True)
@@ -107,16 +99,19 @@ class RankGroup:
         start_timeout: float = 180,
         stall_timeout: float = 120,
     ) -> None:
-        """Set the options that a living group may change; a decode in hand keeps the dtype that it began with.
+        """Set the options that a living group may change; a job in hand keeps the dtype that it began with.
 
         dtype: what ranks compute in, "auto" for what suits their devices. keep_loaded: what happens after a decode:
         "keep" weights on the devices, "release" them, or "stop" the processes. start_timeout: seconds for the ranks to
-        come up. stall_timeout: seconds without any progress after which a rank counts as hung. Raises ValueError.
+        come up. stall_timeout: seconds without any progress after which a rank counts as hung. Raises ValueError, and
+        then changes nothing.
         """
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}.")
         if keep_loaded not in KEEP:
             raise ValueError(f"keep_loaded is {keep_loaded!r}; it must be one of {', '.join(KEEP)}.")
+        check_seconds("start_timeout", start_timeout)
+        check_seconds("stall_timeout", stall_timeout)
         self.dtype = device_module.automatic_dtype(self.devices) if dtype == "auto" else dtype
         self.keep_loaded = keep_loaded
         self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
@@ -126,23 +121,15 @@ class RankGroup:
 
         Raises GroupError, with `wait`, where they do not come up.
         """
-        with self._lock:
-            if self._state in (State.STOPPED, State.FAILED):
-                self._spare = True
-                self._begin(State.STARTING)
-            thread = self._starting
+        self._supervisor.start()
         if wait:
-            if thread:
-                thread.join()
-            with self._lock:
-                if self._state in (State.FAILED, State.STOPPED):
-                    raise GroupError(self._error or "The rank group was stopped while it started.")
+            self._supervisor.wait_started()
 
     def preload(self, vae: str | Path | Mapping[str, Tensor], shared: Collection[str] = ()) -> None:
-        """Have the ranks come up and load this checkpoint, in the background, for the decode that is to come.
+        """Bring the ranks up and load this checkpoint, in the background, for the decode that is to come.
 
-        On the devices in `shared` it is only read into the host's memory: theirs is wanted for other things until
-        then. What goes wrong here the decode will tell.
+        On the devices in `shared` it is only read into the host's memory, because other work needs theirs until then.
+        Errors are reported by the next decode.
         """
         self.start()
         threading.Thread(target=self._preload, args=(vae, shared), name="hv15-preload", daemon=True).start()
@@ -165,348 +152,217 @@ class RankGroup:
         """Decode `latent`, [B, C, t, h, w] in VAE space, to frames [B, 4t-3, 16h, 16w, 3], float32 in 0..1 on the CPU.
 
         vae: a checkpoint's path (either layout, file or diffusers folder) or a state dict. tile_size and overlap, in
-        pixels, count in "tiled" mode. memory: bytes that each rank may use. progress(done, total) and cancelled() are
-        called on this thread, several times a second; frames_started gets the frames before they are filled,
-        notice a sentence for the user where the decode is run again. timeout: seconds for the whole decode.
-
-        Raises JobError for input that cannot be decoded and memory that does not suffice, GroupError where the group
-        broke twice, Cancelled after `cancel`, TimeoutError.
+        pixels, apply to "tiled" mode. memory: bytes that each rank may use. frames_started gets the frames before they
+        are filled. For the other arguments and the errors see `run`.
         """
-        checkpoint, path, _held = self._resolve(vae)
-        job = self._job(latent, checkpoint, mode, tile_size, overlap, memory)
-        latent = latent.detach().to("cpu", torch.float32).contiguous()
-        watch = _Watch(progress, cancelled, notice, None if timeout is None else time.monotonic() + timeout)
-        with self._turn(watch):
+        try:
+            job = DecodeJob.make(
+                latent,
+                self._find_weights(vae),
+                mode,
+                tile_size=tile_size,
+                overlap=overlap,
+                memory=memory,
+                dtype=self.dtype,
+                world_size=len(self.devices),
+            )
+        except (ValueError, OSError, MemoryError) as error:
+            raise JobError(str(error)) from error
+        started = frames_started and (lambda outputs: frames_started(outputs["frames"]))
+        outputs = self.run(job, progress=progress, timeout=timeout, cancelled=cancelled, started=started, notice=notice)
+        return outputs["frames"]
+
+    def run(
+        self,
+        job: Job,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        started: Callable[[dict[str, Tensor]], None] | None = None,
+        notice: Callable[[str], None] | None = None,
+        timeout: float | None = None,
+    ) -> dict[str, Tensor]:
+        """Run a job on the ranks, after those that came before, and return its outputs.
+
+        progress(done, total) and cancelled() are called on this thread, several times a second; started gets the
+        outputs before they are filled, notice a sentence for the user when the job is retried. timeout: seconds for
+        the whole call.
+
+        Raises JobError for a job that cannot be done and memory that does not suffice, GroupError where the group
+        broke twice, Cancelled after `cancel` and `stop`, TimeoutError, ValueError for a timeout that is none.
+        """
+        if timeout is not None:
+            check_seconds("timeout", timeout)
+        limit = None if timeout is None else time.monotonic() + timeout
+        with self._turn(Caller(job.noun, progress, cancelled, notice, limit)) as caller:
+            inputs, _held = self._share(job.inputs)
+            outputs, filled = self._lend(job.outputs)
+            if started:
+                started(filled)
             try:
-                frames, place = self._pool.allocate(job.frames_shape)
-            except OSError as error:
-                size = 4 * math.prod(job.frames_shape) / 2**30
-                raise JobError(f"There is no room for the frames, {size:.2f} GiB of shared memory: {error}.") from error
-            except MemoryError as error:
-                raise JobError(f"Not enough memory for the frames: {error} Decode fewer frames at a time.") from error
-            if frames_started:
-                frames_started(frames)
-            try:
-                self._decode(job, latent, checkpoint, path, place, watch)
+                self._run_with_retries(job, inputs, outputs, caller)
             finally:
-                self._after()
-            return frames
+                if job.last:
+                    self._after()
+            return filled
 
     def cancel(self) -> None:
-        """End the decode in hand: it raises Cancelled within a chunk, and the ranks stay warm."""
-        self._cancel.set()
+        """End the job in hand and those that wait: they raise Cancelled within a step. The ranks stay warm."""
+        for caller in list(self._callers):
+            caller.stopped = True
 
     def release(self) -> None:
-        """Give back device memory, and frame buffers that nobody holds; keep processes.
+        """Give back device memory, and buffers that nobody holds; keep processes.
 
-        Waits for a decode in hand, so none of its callbacks may call this; loading ahead is ended.
+        Waits for a job in hand, so none of its callbacks may call this; loading ahead is ended.
         """
-        self._unwanted.set()
-        with self._decoding:
-            self._unwanted.clear()
+        self._yield_memory.set()
+        with self._turns:
+            self._yield_memory.clear()
             self._release()
 
     def stop(self) -> None:
-        """End the processes. The next call that needs them starts them again."""
-        self.cancel()
-        with self._lock:
-            ranks, self._ranks = self._ranks, None
-            self._move(State.STOPPED)
-            self._handed, self.decoded = None, False
-            starting = self._starting
-        if ranks:
-            ranks.end()
-        if starting and starting is not threading.current_thread():
-            starting.join()  # what it has begun it also ends
-        self._pool.trim()
+        """End the processes, and every job with Cancelled. The next call that needs them starts them again."""
+        with self._supervisor.lock:
+            self.cancel()
+            self._weights, self.decoded = None, False
+        self._supervisor.stop()
+        self._buffers.trim()
 
     def status(self) -> dict:
-        """What `GET /hv15/groups` lists: id, state, error, and of each rank its rank, pid, device, state, progress."""
-        with self._lock:
-            records = self._ranks.records if self._ranks else ()
-            known = {record.rank: record for record in records}
-            absent = "starting" if self._state in (State.STARTING, State.RECOVERING) else "stopped"
+        """Return what `GET /hv15/groups` lists: id, state, error, dtype, kind of the job in hand, and the ranks.
+
+        Of each rank: rank, pid, device, state, done and total.
+        """
+        with self._supervisor.lock:
+            state, ranks = self._supervisor.state, self._supervisor.ranks
+            absent = RankState.STARTING if state in (State.STARTING, State.RECOVERING) else RankState.STOPPED
+            records = [RankStatus(rank, device, state=absent) for rank, device in enumerate(self.devices)]
             return {
                 "id": self.id,
-                "state": self._state.value,
-                "error": self._error,
+                "state": state.value,
+                "error": self._supervisor.error,
                 "dtype": self.dtype,
+                "job": self._job_in_hand if state is State.BUSY else None,
                 "ranks": [
                     {
-                        "rank": rank,
-                        "pid": known[rank].pid if rank in known else None,
-                        "device": device,
-                        "state": known[rank].state if rank in known else absent,
-                        "done": known[rank].done if rank in known else 0,
-                        "total": known[rank].total if rank in known else 0,
+                        "rank": record.rank,
+                        "pid": record.pid,
+                        "device": record.device,
+                        "state": record.state.value,
+                        "done": record.done,
+                        "total": record.total,
                     }
-                    for rank, device in enumerate(self.devices)
+                    for record in (ranks.records if ranks else records)
                 ],
             }
 
-    def _move(self, state: State, error: str | None = None) -> None:
-        with self._lock:
-            self._state = follow(self._state, state)
-            self._error = error
-        self._tell()
+    def _launch(self, on_change: Callable[[], None]) -> RankProcesses:
+        return RankProcesses(
+            self.devices, self.backend, self._worker, self._logs, lambda: self.stall_timeout, on_change
+        )
 
-    def _tell(self) -> None:
-        """Tell whoever listens that the status has changed."""
-        try:
-            self.on_change()
-        except Exception:
-            log.exception("What a rank group tells its changes to failed.")
-
-    def _begin(self, state: State) -> None:
-        """Replace the ranks, if there are any, by new ones, in the background. The lock is held."""
-        old, self._ranks = self._ranks, None
-        self._starting = threading.Thread(target=self._bring_up, args=(old,), name="hv15-start", daemon=True)
-        self._move(state)
-        try:
-            self._starting.start()
-        except RuntimeError as error:  # there can be no more threads
-            self._starting = None
-            if old:
-                old.end()
-            self._fail(f"The rank group cannot be started: {error}.")
-
-    def _bring_up(self, old: Ranks | None) -> None:
-        if old:
-            old.end()
-        with self._lock:
-            if not self._wanted():
-                return
-        try:
-            ranks = Ranks(
-                self.devices,
-                self.backend,
-                self._worker,
-                self._logs,
-                lambda: self.stall_timeout,
-                lambda: self._changed(ranks),
-            )
-        except Exception as error:
-            words = error.strerror if isinstance(error, OSError) else error
-            self._settle(None, f"The rank group cannot be started: {words}.\n{error!r}")
-            return
-        with self._lock:
-            if self._wanted():
-                self._ranks = ranks
-        if self._ranks is ranks and ranks.wait_ready(self.start_timeout):
-            self._settle(ranks, None)
-        else:
-            ranks.end()
-            self._settle(None, f"The rank group did not start: {ranks.broken}")
-
-    def _wanted(self) -> bool:
-        """Whether what this thread starts is still waited for. The lock is held."""
-        starting = self._state in (State.STARTING, State.RECOVERING)
-        return starting and self._starting is threading.current_thread()
-
-    def _settle(self, ranks: Ranks | None, error: str | None) -> None:
-        with self._lock:
-            if self._wanted():
-                self._ranks = ranks
-                self._move(State.FAILED if error else State.READY, error)
-        if ranks:
-            self._changed(ranks)  # they may have broken just now
-
-    def _changed(self, ranks: Ranks) -> None:
-        """Ranks changed, in some thread. Idle ones that broke are replaced, once, until a decode has shown them fit."""
-        with self._lock:
-            if ranks.broken and self._ranks is ranks and self._state is State.READY:
-                if self._spare:
-                    self._spare = False
-                    self._begin(State.RECOVERING)
-                else:
-                    self._fail(ranks.broken)
-        self._tell()
-
-    def _fail(self, error: str) -> None:
-        """Give up until somebody asks again. The lock is held."""
-        ranks, self._ranks = self._ranks, None
-        self._move(State.FAILED, error)
-        if ranks:
-            threading.Thread(target=ranks.end, name="hv15-end", daemon=True).start()
-
-    def _resolve(self, vae: str | Path | Mapping[str, Tensor]) -> tuple[Checkpoint, Path, SharedWeights | None]:
-        """The checkpoint, the file or folder that ranks map, and what keeps it there.
-
-        Weights in memory are written once. The decodes in hand and in the queue may each have weights of their own.
-        """
-        try:
-            if isinstance(vae, str | Path):
-                path = Path(vae).absolute()  # ranks have another working directory
-                return open_checkpoint(path), path, None
-            mark = fingerprint(vae)
-            with self._lock:
-                handed = self._handed
-            if handed is None or handed.mark != mark:
-                handed = SharedWeights(vae, mark)
-                with self._lock:
-                    self._handed = handed
-            return open_checkpoint(handed.path), handed.path, handed
-        except (ValueError, OSError, MemoryError) as error:
-            raise JobError(str(error)) from error
-
-    def _job(
-        self, latent: Tensor, checkpoint: Checkpoint, mode: str, tile_size: int, overlap: int, memory: int | None
-    ) -> DecodeRequest:
-        try:
-            pixels = _whole("tile_size", tile_size), _whole("overlap", overlap)
-            budget = None if memory is None else _whole("memory", memory)
-            job = DecodeRequest(tuple(latent.shape), mode, *pixels, self.dtype, budget)
-            check_request(job, len(self.devices))
-            check_latent(latent, checkpoint.latent_channels)
-        except ValueError as error:
-            raise JobError(str(error)) from error
-        if latent.numel() * 4 > BYTES_LIMIT:
-            raise JobError(
-                f"The latent has shape {list(latent.shape)}, {latent.numel() * 4 / 2**30:.1f} GiB; "
-                f"{BYTES_LIMIT / 2**30:g} GiB is the most. Decode it in parts."
-            )
-        return job
+    def _find_weights(self, vae: str | Path | Mapping[str, Tensor]) -> WeightSource:
+        """Check the VAE. Weights in memory are written once, and kept for the next call."""
+        with self._supervisor.lock:
+            before = self._weights
+        source = WeightSource.find(vae, before)
+        if source.shared:
+            with self._supervisor.lock:
+                self._weights = source
+        return source
 
     @contextlib.contextmanager
-    def _turn(self, watch: "_Watch") -> Iterator[None]:
-        """Wait for the decodes that came before."""
-        while not self._decoding.acquire(timeout=0.1):
-            watch.check()
+    def _turn(self, caller: Caller) -> Iterator[Caller]:
+        """Wait for the jobs that came before."""
+        self._callers.add(caller)
         try:
-            self._cancel.clear()
-            yield
+            while not self._turns.acquire(timeout=POLL_SECONDS):
+                caller.check()
+            try:
+                yield caller
+            finally:
+                self._turns.release()
         finally:
-            self._decoding.release()
+            self._callers.discard(caller)
 
-    def _decode(
-        self, job: DecodeRequest, latent: Tensor, checkpoint: Checkpoint, path: Path, place: str, watch: "_Watch"
+    def _share(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, SharedTensor], dict[str, Tensor]]:
+        """Copy inputs to shared memory, which is theirs for as long as the tensors that are returned live."""
+        places, copies = self._lend({name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        for name, tensor in tensors.items():
+            copies[name].copy_(tensor)
+        return places, copies
+
+    def _lend(self, specs: Mapping[str, TensorSpec]) -> tuple[dict[str, SharedTensor], dict[str, Tensor]]:
+        places, tensors = {}, {}
+        for name, (shape, dtype) in specs.items():
+            size = math.prod(shape) * dtype.itemsize / 2**30
+            try:
+                tensors[name], places[name] = self._buffers.allocate(shape, dtype)
+            except OSError as error:
+                raise JobError(
+                    f"Could not allocate {size:.2f} GiB of shared memory for the {name}: {error}."
+                ) from error
+            except MemoryError as error:
+                raise JobError(f"Not enough memory for the {name}: {error} Use a smaller or shorter video.") from error
+        return places, tensors
+
+    def _run_with_retries(
+        self, job: Job, inputs: dict[str, SharedTensor], outputs: dict[str, SharedTensor], caller: Caller
     ) -> None:
-        """Run the job: again with less memory while a rank lacks it, and once on a new group if this one breaks."""
-        restarted = False
+        """Run the job: again with less memory while ranks run out of it, and once on a new group if this one breaks."""
+        restarted = loaded = False
         tries, usable = 1, 0
-        raw = memoryview(latent.numpy()).cast("B")
+        loads: list[Load] = []
         while True:
             try:
-                self.start()
-                ranks = self._take(watch)
+                self._supervisor.start(caller.check_stopped)
                 self.decoded = True
-                self._run(ranks, watch, "job", raw, job=asdict(job), checkpoint=place_of(path), frames=place)
-                self._loaded = ranks, checkpoint.identity, job.dtype
+                while loads:
+                    self._load(loads[0], caller)
+                    del loads[0]
+                message = protocol.Run(next(self._numbers), job.kind, dict(job.fields), inputs, outputs)
+                self._send(message, RankState.BUSY, caller)
                 return
             except GroupError as error:
                 if restarted:
-                    with self._lock:
-                        if self._state is State.RECOVERING:
-                            self._fail(str(error))
+                    self._supervisor.give_up(str(error))
                     raise
-                restarted = True
-                watch.tell(f"{_first_line(error)} The rank group is restarted and the decode run again.")
-            except _Memory as lack:
+                restarted, loaded = True, False
+                caller.report(f"{_first_line(error)} Restarting the rank group and retrying the {job.noun}.")
+            except NotLoaded as error:
+                if loaded:
+                    raise JobError(str(error)) from None
+                loaded, loads = True, list(job.loads)
+            except MemoryShortage as shortage:
                 tries += 1
-                if tries > MEMORY_TRIES or (lack.least and lack.needed > usable):
-                    raise JobError(str(lack)) from None
-                if lack.least:  # three quarters are too little, but there is more
-                    job = replace(job, memory=lack.needed)
+                if tries > MEMORY_TRIES or (shortage.smallest_plan and shortage.needed > usable):
+                    raise JobError(str(shortage)) from None
+                if shortage.smallest_plan:  # three quarters are too little, but there is more
+                    job = job.limited(shortage.needed)
                     continue
-                usable = min(lack.free, job.memory or lack.free)
-                job = replace(job, memory=min(lack.needed * 3 // 4, lack.free * 9 // 10))
-                watch.tell(f"{lack} It is run again in {job.memory / 2**30:.2f} GiB.")
+                usable = min(shortage.free, job.memory or shortage.free)
+                job = job.limited(min(shortage.needed * 3 // 4, shortage.free * 9 // 10))
+                caller.report(f"{shortage} Retrying with a limit of {job.memory / 2**30:.2f} GiB.")
 
-    def _take(self, watch: "_Watch") -> Ranks:
-        """The ranks, once they are up, and busy from now on. Raises GroupError where they do not come up, Cancelled."""
-        while True:
-            with self._lock:
-                if self._state is State.READY and not self._ranks.broken:
-                    self._move(State.BUSY)
-                    return self._ranks
-                if self._state is State.STOPPED:
-                    raise Cancelled
-                if self._state is State.FAILED:
-                    raise GroupError(self._error)
-                starting = self._starting
-            starting.join(0.1)
-            self._check(watch)
+    def _load(self, load: Load, caller: Caller) -> None:
+        """Have the ranks load something. Raises what `_send` does."""
+        inputs, _held = self._share(load.inputs)
+        message = protocol.Load(next(self._numbers), load.kind, dict(load.fields), inputs)
+        self._send(message, RankState.LOADING, caller)
+
+    def _send(self, message: protocol.Load | protocol.Run, state: RankState, caller: Caller) -> None:
+        """Send the ranks a job and wait until they have done it. Raises what `exchange` does."""
+        self._job_in_hand = message.kind
+        exchange(self._supervisor, message, state, caller)
 
     def _preload(self, vae: str | Path | Mapping[str, Tensor], shared: Collection[str]) -> None:
-        watch = _Watch(cancelled=self._unwanted.is_set)
         try:
-            checkpoint, path, _held = self._resolve(vae)
-            with self._turn(watch):
-                dtype = self.dtype
-                if self._loaded != (self._ranks, checkpoint.identity, dtype):
-                    ranks = self._take(watch)
-                    self._run(ranks, watch, "load", checkpoint=place_of(path), dtype=dtype, shared=list(shared))
-                    self._loaded = ranks, checkpoint.identity, dtype
-        except (Cancelled, JobError, GroupError, _Memory) as error:
+            source = self._find_weights(vae)
+            with self._turn(Caller("preload", cancelled=self._yield_memory.is_set)) as caller:
+                self._load(source.load(self.dtype, shared), caller)
+        except (ValueError, OSError, MemoryError, Cancelled, JobError, GroupError, MemoryShortage, NotLoaded) as error:
             log.debug("Preloading ended early: %s", error)
-
-    def _run(self, ranks: Ranks, watch: "_Watch", type: str, raw: memoryview | None = None, **fields: object) -> None:
-        """Have the ranks do a job. Raises GroupError, JobError, _Memory, Cancelled, or what a callback raised."""
-        try:
-            self._attend(ranks, watch, type, raw, fields)
-        except BaseException:
-            with self._lock:
-                if self._ranks is ranks and self._state is State.BUSY:
-                    self._begin(State.RECOVERING)  # how much of the job they have heard nobody knows
-            raise
-        self._spare = True
-
-    def _attend(self, ranks: Ranks, watch: "_Watch", type: str, raw: memoryview | None, fields: dict) -> None:
-        id = next(self._jobs)
-        ranks.begin(id)
-        ranks.send(type, raw, id=id, **fields)
-        stop, grace = None, None
-        told, told_at = 0, time.monotonic()
-        answers: list[dict | None] = [None]
-        done = total = 0
-        while True:
-            try:
-                with ranks.changed:
-                    ranks.changed.wait(0.1)
-                    answers = [record.answer for record in ranks.records]
-                    done, total = sum(r.done for r in ranks.records), sum(r.total for r in ranks.records)
-                if done != told and time.monotonic() - told_at > TELL_SECONDS:
-                    told, told_at = done, time.monotonic()
-                    self._tell()
-                if stop is None:
-                    self._check(watch)
-                    watch.progress(done, total)
-            except (Exception, KeyboardInterrupt) as error:  # the caller's callbacks may raise an interruption
-                if stop is None:
-                    ranks.send("cancel", id=id)
-                stop = error
-            if all(answers):
-                break
-            if self._ranks is not ranks:
-                ranks.ended.wait()  # until then they may write to the frames
-                raise Cancelled
-            if ranks.broken:
-                break
-            if any(answer and answer["type"] == "failed" for answer in answers):
-                grace = grace or time.monotonic() + GRACE_SECONDS
-                if time.monotonic() > grace:
-                    break
-        failed = [record for record in ranks.records if record.answer and record.answer["type"] == "failed"]
-        apart = any(record.answer["apart"] for record in failed)
-        with self._lock:
-            if self._ranks is ranks:
-                if ranks.broken or apart or not all(answers):
-                    # Some ranks wait for one that has left the decode: they cannot be brought together again.
-                    self._begin(State.RECOVERING)
-                else:
-                    self._move(State.READY)
-        if stop:
-            raise stop
-        if ranks.broken:
-            raise GroupError(ranks.broken)
-        if failed:
-            raise _failure(failed)
-        watch.progress(total, total)
-
-    def _check(self, watch: "_Watch") -> None:
-        if self._cancel.is_set():
-            raise Cancelled
-        watch.check()
 
     def _after(self) -> None:
         if self.keep_loaded == "release":
@@ -515,72 +371,19 @@ class RankGroup:
             self.stop()
 
     def _release(self) -> None:
-        with self._lock:
-            ranks = self._ranks if self._state is State.READY else None
+        with self._supervisor.lock:
+            ranks = self._supervisor.ranks if self._supervisor.state is State.READY else None
         if ranks:
             ranks.release(RELEASE_SECONDS)
-        self._loaded, self.decoded = None, False
-        self._pool.trim()
-
-
-class _Memory(Exception):
-    """Ranks lack memory: `needed` and `free` are bytes. `least`: in no other way would they need less."""
-
-    def __init__(self, words: str, needed: int, free: int, least: bool) -> None:
-        super().__init__(words)
-        self.needed, self.free, self.least = needed, free, least
-
-
-def _failure(failed: list[RankRecord]) -> Exception:
-    """What to raise for the ranks that failed. Those that were only told to end by another count last."""
-    told = [record for record in failed if record.answer["kind"] != "cancelled"]
-    if not told:
-        return Cancelled()
-    lacking = [record for record in told if record.answer["kind"] == "memory"]
-    if lacking:
-        tightest = min(lacking, key=lambda record: record.answer["free"])
-        answer = tightest.answer
-        return _Memory(_words(tightest), answer["needed"], answer["free"], answer["least"])
-    return JobError(_words(told[0]))
-
-
-def _words(record: RankRecord) -> str:
-    return f"{str(record).capitalize()}: {record.answer['message']}"
-
-
-def _whole(name: str, value: object) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number.") from None
+        self.decoded = False
+        self._buffers.trim()
 
 
 def _first_line(error: Exception) -> str:
     return str(error).split("\n")[0]
 
 
-class _Watch:
-    """The caller's side of a decode in hand."""
-
-    def __init__(
-        self,
-        progress: Callable[[int, int], None] | None = None,
-        cancelled: Callable[[], bool] | None = None,
-        notice: Callable[[str], None] | None = None,
-        limit: float | None = None,
-    ) -> None:
-        self.progress = progress or (lambda done, total: None)
-        self.cancelled = cancelled or (lambda: False)
-        self.notice = notice or (lambda words: None)
-        self.limit = limit
-
-    def check(self) -> None:
-        """Raise Cancelled or TimeoutError where that is due."""
-        if self.cancelled():
-            raise Cancelled
-        if self.limit is not None and time.monotonic() > self.limit:
-            raise TimeoutError("The decode took longer than its timeout; it was cancelled.")
-
-    def tell(self, words: str) -> None:
-        log.warning("%s", words)
-        self.notice(words)
+def check_seconds(name: str, value: object) -> None:
+    """Raise ValueError for what is no positive, finite number of seconds."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}; it must be a positive number of seconds.")

@@ -10,7 +10,8 @@ const TEXTS = {
     stop: "Stop",
     gone: "The server did not answer",
     states: {
-      starting: "starting", ready: "ready", busy: "busy", releasing: "releasing", recovering: "recovering",
+      starting: "starting", ready: "ready", loading: "loading", busy: "busy", releasing: "releasing",
+      recovering: "recovering",
       failed: "failed", stopped: "stopped",
     },
   },
@@ -21,14 +22,15 @@ const TEXTS = {
     stop: "停止",
     gone: "服务器没有响应",
     states: {
-      starting: "启动中", ready: "就绪", busy: "解码中", releasing: "释放中", recovering: "恢复中",
+      starting: "启动中", ready: "就绪", loading: "加载中", busy: "运行中", releasing: "释放中", recovering: "恢复中",
       failed: "失败", stopped: "已停止",
     },
   },
 };
 
 const COLORS = {
-  starting: "#8a6500", ready: "#2c7a45", busy: "#2563b0", releasing: "#8a6500", recovering: "#8a6500", failed: "#b13232",
+  starting: "#8a6500", ready: "#2c7a45", loading: "#2563b0", busy: "#2563b0", releasing: "#8a6500",
+  recovering: "#8a6500", failed: "#b13232",
 };
 
 export function textsFor(locale) {

@@ -1,12 +1,12 @@
-"""Memory that the controller shares with its ranks: frames that they write, weights that they read.
+"""Memory that the controller shares with its ranks: inputs and weights that they read, outputs that they write.
 
 On Linux a buffer is a memfd, which no size of /dev/shm or of /tmp limits and nobody else can name. A rank asks the
 controller for it at a socket (`Offers`) and gets its descriptor. The controller's /proc entry would be simpler, but may
 not be read where the interpreter has capabilities, or the process is not dumpable. Elsewhere a buffer is a private
 temporary file. Buffers are sealed: no rank can cut one short, which would kill the controller with a bus error.
 
-Frames are handed out as a tensor without a copy. When the tensor and all views of it are gone the buffer returns to its
-pool, its pages already there for the next decode, or is freed where the pool was trimmed.
+Outputs are handed out as a tensor without a copy. When the tensor and all views of it are gone the buffer returns to
+its pool, its pages already there for the next job, or is freed where the pool was trimmed.
 """
 
 import contextlib
@@ -34,7 +34,16 @@ except ImportError:  # Windows
     fcntl = None
 
 KEPT = 2
-"""Free buffers that a pool keeps for the next decodes."""
+"""Large buffers that are kept for the next jobs."""
+SMALL = 2**26
+"""Bytes up to which a buffer counts as small. KEPT_SMALL of those are kept."""
+KEPT_SMALL = 16
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
+}
+DIMENSIONS = 8
+PLACE_LENGTH = 4096
 ASK_SECONDS = 5
 LINUX = sys.platform == "linux"
 _MEMFD = "memfd:"
@@ -176,9 +185,32 @@ class SharedMemory:
         os.close(self.descriptor)
 
 
+@dataclass(frozen=True)
+class SharedTensor:
+    """What a rank needs to open a shared tensor. JSON-able."""
+
+    place: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def from_json(cls, value: object) -> "SharedTensor":
+        """Read what became of one in JSON. Raises ValueError for anything else."""
+        if not isinstance(value, dict) or value.keys() != {"place", "dtype", "shape"}:
+            raise ValueError(f"{str(value)[:80]!r} is no shared tensor")
+        place, dtype, shape = value["place"], value["dtype"], value["shape"]
+        if type(place) is not str or len(place) > PLACE_LENGTH or type(dtype) is not str or dtype not in DTYPES:
+            raise ValueError(f"{str(value)[:80]!r} is no shared tensor")
+        if type(shape) is not list or len(shape) > DIMENSIONS:
+            raise ValueError(f"{str(shape)[:80]} is no shape of a shared tensor")
+        if not all(type(size) is int and 0 <= size < 2**53 for size in shape):
+            raise ValueError(f"{str(shape)[:80]} is no shape of a shared tensor")
+        return cls(place, dtype, tuple(shape))
+
+
 @dataclass
-class FramePool:
-    """Shared buffers for frames, reused."""
+class SharedBuffers:
+    """Shared memory for tensors, reused."""
 
     _free: list[SharedMemory] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -189,12 +221,14 @@ class FramePool:
         """How many buffers will return to the pool."""
         return len(self._lent)
 
-    def allocate(self, shape: tuple[int, ...]) -> tuple[Tensor, str]:
-        """A float32 tensor of this shape, and the place by which a rank opens its memory (see `open_frames`).
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, SharedTensor]:
+        """Return a tensor, with whatever its memory held before, and what ranks open it by (see `open_tensor`).
 
         Raises MemoryError, with the numbers, where there is not so much memory, and OSError.
         """
-        size = torch.Size(shape).numel() * 4
+        name, size = str(dtype).removeprefix("torch."), torch.Size(shape).numel() * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype), SharedTensor("", name, tuple(shape))
         with self._lock:
             fitting = [buffer for buffer in self._free if size <= buffer.size <= 2 * size]
             buffer = min(fitting, key=lambda b: b.size, default=None)
@@ -211,7 +245,7 @@ class FramePool:
         with self._lock:
             self._lent.add(buffer)
         weakref.finalize(mapping, self._give_back, buffer)
-        return torch.frombuffer(mapping, dtype=torch.float32, count=size // 4).view(shape), buffer.place
+        return _view(mapping, dtype, shape), SharedTensor(buffer.place, name, tuple(shape))
 
     def trim(self) -> None:
         """Free what is not lent now, and what is lent as soon as it comes back."""
@@ -240,19 +274,29 @@ class FramePool:
                 return
             self._lent.remove(buffer)
             self._free.append(buffer)
-            while len(self._free) > KEPT:
-                self._free.pop(0).close()
+            for small, kept in ((True, KEPT_SMALL), (False, KEPT)):
+                alike = [free for free in self._free if (free.size <= SMALL) == small]
+                for free in alike[: max(0, len(alike) - kept)]:
+                    self._free.remove(free)
+                    free.close()
 
 
-def open_frames(place: str, shape: tuple[int, ...]) -> Tensor:
-    """A rank's view of a buffer: float32, shared with the controller and all other ranks."""
-    count = torch.Size(shape).numel()
-    descriptor = open_shared(place)
+def open_tensor(shared: SharedTensor) -> Tensor:
+    """Return a rank's view of a tensor. Raises OSError where it is gone, ValueError where its memory is too short."""
+    dtype = DTYPES[shared.dtype]
+    size = torch.Size(shared.shape).numel() * dtype.itemsize
+    if not size:
+        return torch.empty(shared.shape, dtype=dtype)
+    descriptor = open_shared(shared.place)
     try:
-        mapping = mmap.mmap(descriptor, count * 4)
+        mapping = mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)
-    return torch.frombuffer(mapping, dtype=torch.float32, count=count).view(shape)
+    return _view(mapping, dtype, shared.shape)
+
+
+def _view(mapping: mmap.mmap, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(mapping, dtype=dtype, count=torch.Size(shape).numel()).view(shape)
 
 
 def place_of(path: Path) -> str:

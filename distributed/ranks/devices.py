@@ -74,12 +74,12 @@ class Device:
         return free + self.module.memory_reserved(self.torch) - self.module.memory_allocated(self.torch)
 
     def held_by_others(self) -> str:
-        """Who has the rest of its memory, as the end of a sentence; empty for the CPU."""
+        """What other processes hold of its memory, for an error; empty for the CPU."""
         if self.is_host:
             return ""
         free, total = self.module.mem_get_info(self.torch)
         others = max(0, total - free - self.module.memory_reserved(self.torch))
-        return f"; other processes hold {others / 2**30:.2f} of the {total / 2**30:.2f} GiB of {self.torch}"
+        return f"other processes hold {others / 2**30:.2f} of {total / 2**30:.2f} GiB"
 
     def reserve(self, needed: int) -> None:
         """Have torch's allocator hold `needed` bytes in all, for what comes next. Raises torch.OutOfMemoryError."""

@@ -1,9 +1,9 @@
 """One set of running rank processes: started by torchrun (`torchrun`), joined over the control connections, ended for
 certain.
 
-A `Ranks` lives from one start to one end and is never repaired: when anything about it is in doubt it is `broken`,
-with the reason, and `RankGroup` replaces it. A thread of its own looks for signs of death and of standstill, whatever
-else waits for what.
+A `RankProcesses` lives from one start to one end and is never repaired: when anything about it is in doubt it is
+`broken`, with the reason, and the `Supervisor` replaces it. A thread of its own looks for signs of death and of
+standstill, whatever else waits for what.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -24,8 +23,11 @@ import psutil
 from . import devices as device_module
 from .environment import RankEnvironment, compiler_cache, inherited_environment, python_command, search_path
 from .exits import describe_exit, read_exit
+from .listener import Listener
 from .logs import LAUNCHER_LOG, new_folder, open_launcher_log
-from .protocol import BROKEN, Channel, Door
+from .protocol import BROKEN, Channel, Hello, Message, Release, Stop, encode
+from .states import RankState
+from .status import RankStatus
 
 log = logging.getLogger(__name__)
 
@@ -37,29 +39,8 @@ END_SECONDS = 1
 LOG_LINES = 8
 
 
-@dataclass
-class RankRecord:
-    """What the controller knows of one rank."""
-
-    rank: int
-    device: str
-    pid: int | None = None
-    state: str = "starting"
-    done: int = 0
-    total: int = 0
-    moved: int = -1
-    moved_at: float = field(default_factory=time.monotonic)
-    heard_at: float = field(default_factory=time.monotonic)
-    channel: Channel | None = None
-    answer: dict | None = None
-    """The rank's answer to the job in hand."""
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.device})"
-
-
-class Ranks:
-    """Rank processes for `devices`, one each. `changed` is notified, and `on_change` called, when a record changes.
+class RankProcesses:
+    """Rank processes for `devices`, one each. `changed` is notified, and `on_change` called, when a status changes.
 
     stall_seconds tells how long a rank may have a job and not move. Logs go to a new folder in `logs`, or, where there
     can be none, to the group's private folder. Only the process that made it can end it: a child that it forks has a
@@ -75,13 +56,11 @@ class Ranks:
         stall_seconds: Callable[[], float],
         on_change: Callable[[], None],
     ) -> None:
-        self.records = [RankRecord(rank, device) for rank, device in enumerate(devices)]
+        self.records = [RankStatus(rank, device) for rank, device in enumerate(devices)]
         self.changed = threading.Condition()
         self.broken: str | None = None
         self.ended = threading.Event()
         """Set when no process is left."""
-        self.job = 0
-        """Number of the job in hand."""
         self._family: set[psutil.Process] = set()
         """What the launcher has started. It may be dead, and its children nobody's, when they are to be ended."""
         self._stall_seconds = stall_seconds
@@ -100,12 +79,12 @@ class Ranks:
             (self.folder / "rendezvous").touch(0o600)
             with open(os.open(self.folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(key)
-            self._door = Door(key, self._serve)
-            undo.callback(self._door.close)
+            self.listener = Listener(key, self._serve)
+            undo.callback(self.listener.close)
             start = RankEnvironment(
                 folder=self.folder,
                 logs=self.logs,
-                control=self._door.address,
+                control=self.listener.address,
                 controller=self._owner,
                 devices=tuple(devices),
                 backend=backend,
@@ -132,22 +111,26 @@ class Ranks:
     def wait_ready(self, seconds: float, what: str = "come up") -> bool:
         """Wait until every rank can take a job. False when the ranks broke or ended; too long a wait breaks them."""
         limit = time.monotonic() + seconds
+        late = self._not_ready()
         with self.changed:
-            while not self.broken and not all(record.state == "ready" for record in self.records):
+            while not self.broken and (late := self._not_ready()) and time.monotonic() < limit:
                 if self._ending.is_set():
                     return False
-                if time.monotonic() > limit:
-                    late = [str(record) for record in self.records if record.state != "ready"]
-                    self.give_up(f"{', '.join(late)} did not {what} within {seconds:g} seconds")
                 self.changed.wait(0.2)
-            return not self.broken
+        if late and not self.broken:
+            self.give_up(f"{', '.join(map(str, late))} did not {what} within {seconds:g} seconds")
+        return not self.broken
 
-    def send(self, type: str, raw: memoryview | None = None, **fields) -> None:
-        """Send every rank the same message."""
+    def _not_ready(self) -> list[RankStatus]:
+        return [record for record in self.records if record.state is not RankState.READY]
+
+    def send(self, message: Message) -> None:
+        """Send every rank the same message. Raises ValueError, before it is sent, for one that cannot travel."""
+        frame = encode(message)
         for record in self.records:
             try:
                 if record.channel:
-                    record.channel.send(type, raw, **fields)
+                    record.channel.send_frame(frame)
             except BROKEN as error:
                 self.give_up(f"{record} cannot be reached ({error})", record)
 
@@ -155,26 +138,25 @@ class Ranks:
         """Have the ranks, which are ready, give their memory back; return when they have, or break after `seconds`."""
         with self.changed:
             for record in self.records:
-                record.state = "releasing"
-        self.send("release")
+                record.move(RankState.RELEASING)
+        self._on_change()
+        self.send(Release())
         self.wait_ready(seconds, "release its memory")
 
-    def begin(self, job: int) -> None:
+    def begin(self, job: int, state: RankState) -> None:
         """From now on answers and progress are those of this job."""
         with self.changed:
-            self.job, now = job, time.monotonic()
             for record in self.records:
-                record.answer, record.state, record.moved_at = None, "busy", now
-                record.done = record.total = 0
-        self._on_change()
+                if record.state is not RankState.FAILED:  # it broke just now
+                    record.begin(job, state)
 
-    def give_up(self, reason: str, record: RankRecord | None = None) -> None:
+    def give_up(self, reason: str, record: RankStatus | None = None) -> None:
         """The ranks are `broken`, for this reason. Whoever waits for them, or sends to them, is woken."""
         with self.changed:
             if self.broken or self._ending.is_set():
                 return
             if record:
-                record.state = "failed"
+                record.move(RankState.FAILED)
             name = f"rank-{record.rank}.log" if record else LAUNCHER_LOG
             tail = "\n".join(_last_lines(self.logs / name))
             self.broken = f"{reason}.\nIts log, {self.logs / name}, ends:\n{tail}"
@@ -196,11 +178,13 @@ class Ranks:
             self.ended.wait()
             return
         if not self.broken:
-            self.send("stop")
-        self._door.close()
+            self.send(Stop())
+        self.listener.close()
         self._remember_family()
         patience = 0.2 if self.broken else 3
-        _, left = psutil.wait_procs(self._family, timeout=patience)
+        with self.changed:
+            family = list(self._family)
+        _, left = psutil.wait_procs(family, timeout=patience)
         for process in left:
             with contextlib.suppress(psutil.Error):  # it left between the two lines
                 process.kill()
@@ -218,12 +202,14 @@ class Ranks:
 
     def _remember_family(self) -> None:
         with contextlib.suppress(psutil.Error):  # the launcher has ended
-            self._family.update(psutil.Process(self.launcher.pid).children(recursive=True))
+            children = psutil.Process(self.launcher.pid).children(recursive=True)
+            with self.changed:
+                self._family.update(children)
 
     def _close_channels(self) -> None:
         for record in self.records:
             if record.channel:
-                record.channel.close()
+                record.channel.shut()
 
     def _watch(self) -> None:
         """Look for signs of death, and of ranks that live but do not move, until the end."""
@@ -239,7 +225,7 @@ class Ranks:
             self._check(now)
 
     def _check(self, now: float) -> None:
-        if any(record.state == "starting" for record in self.records):
+        if any(record.state is RankState.STARTING for record in self.records):
             self._remember_family()
         if self.launcher.poll() is not None:
             if self.launcher.returncode >= 0:  # it went because a rank died, whose end tells more, in a moment
@@ -247,54 +233,61 @@ class Ranks:
             self.give_up(f"the launcher {describe_exit(self.launcher.returncode)}")
         for record in self.records:
             if record.channel and now - record.heard_at > BEATS_MISSED_SECONDS:
-                self.give_up(f"{record} has not been heard of for {now - record.heard_at:.0f} seconds", record)
-        busy = [record for record in self.records if record.state == "busy"]
+                self.give_up(f"{record} has not responded for {now - record.heard_at:.0f} seconds", record)
+        busy = [record for record in self.records if record.state.has_job]
         # While one moves the others may have nothing to do but wait for it. The one that hangs stood still first.
         if busy and all(now - record.moved_at > self._stall_seconds() for record in busy):
             record = min(busy, key=lambda record: record.moved_at)
             self.give_up(f"{record} made no progress for {now - record.moved_at:.0f} seconds", record)
 
     def _serve(self, channel: Channel) -> None:
-        """One rank's messages, for as long as its channel lives."""
-        record = None
+        """Hear one rank for as long as its channel lives."""
         try:
-            message, _ = channel.receive()
-            record = self.records[message["rank"]]
-            with self.changed:
-                record.pid, record.channel = int(message["pid"]), channel
-                record.heard_at = time.monotonic()
-                with contextlib.suppress(psutil.Error):  # it has ended again
-                    self._family.add(psutil.Process(record.pid))
+            record = self._introduce(channel.receive(), channel)
+        except BROKEN as error:
+            log.warning("Rejected a connection that is no rank of this group: %s.", error)
+            return
+        try:
             while True:
-                self._hear(record, message)
-                message, _ = channel.receive()
-        except (*BROKEN, KeyError, IndexError, TypeError):
-            if record and not self._ending.is_set() and not self.broken:
-                self.give_up(f"{record}, pid {record.pid}, {self._end_of(record)}", record)
+                self._hear(record, channel.receive())
+        except (EOFError, OSError):
+            self.give_up(f"{record}, pid {record.pid}, {self._end_of(record)}", record)
+        except ValueError as error:
+            self.give_up(f"{record}, pid {record.pid}, sent a message that is not understood ({error})", record)
 
-    def _hear(self, record: RankRecord, message: dict) -> None:
+    def _introduce(self, message: Message, channel: Channel) -> RankStatus:
+        """Return the rank that says hello on a new channel. Raises ValueError for one that was not started here.
+
+        A process id that a rank gives ends up among those that are killed in the end, so it has to be the launcher's
+        descendant.
+        """
+        if not isinstance(message, Hello) or message.rank >= len(self.records):
+            raise ValueError(f"it begins with {str(message)[:200]}")
+        record = self.records[message.rank]
+        self._remember_family()
         with self.changed:
-            record.heard_at = time.monotonic()
+            if message.pid not in {process.pid for process in self._family}:
+                raise ValueError(f"process {message.pid} was not started by this group's launcher")
+            known = [other for other in self.records if other.channel]
+            if record in known or message.pid in [other.pid for other in known] or message.device != record.device:
+                raise ValueError(f"{message} does not fit {record}")
+            record.pid, record.channel, record.heard_at = message.pid, channel, time.monotonic()
+        return record
+
+    def _hear(self, record: RankStatus, message: Message) -> None:
+        with self.changed:
+            if self.broken:
+                return
             before = record.state
-            match message["type"]:
-                case "ready" | "released":
-                    record.state = "ready"
-                case "beat":
-                    if message["id"] == self.job:  # else a late word of the job before
-                        record.done, record.total = message["done"], message["total"]
-                    if message["moved"] != record.moved:
-                        record.moved, record.moved_at = message["moved"], record.heard_at
-                case "done" | "failed":
-                    if message["id"] == self.job:
-                        record.answer, record.state = message, "ready"
+            record.hear(message)
             self.changed.notify_all()
-        if record.state != before:
+        if record.state is not before and not before.has_job:  # the end of a job changes the state of the group
             self._on_change()
 
-    def _end_of(self, record: RankRecord) -> str:
+    def _end_of(self, record: RankStatus) -> str:
         """How a rank ended. The launcher is its parent and knows; it writes it down, a moment later."""
         limit = time.monotonic() + END_SECONDS
-        while time.monotonic() < limit:
+        while time.monotonic() < limit and not self._ending.is_set() and not self.broken:
             if (exit_code := read_exit(self.folder, record.rank)) is not None:
                 return describe_exit(exit_code)
             time.sleep(0.05)

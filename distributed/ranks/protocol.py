@@ -1,149 +1,280 @@
-"""The control connection between the controller and each rank: both ends.
+"""The control connection between the controller and each rank: every message on it, and a channel for them.
 
-Over loopback TCP, with `multiprocessing.connection` for framing and for the mutual HMAC challenge on a key that only
-the group's folder holds; its pickling half is not used. A message is one frame of JSON, {"type": ..., fields}, and,
-where "bytes" says so, a second frame of raw bytes.
+A frame is four bytes with the length of what follows, and a JSON object {"type": name, field: value, ...}. Tensors
+travel through shared buffers (`buffers`), never on the connection. Each message is a frozen dataclass below; what
+arrives is checked field by field against it.
 
-    controller -> rank   job {id, job, checkpoint, frames} + latent, load {id, checkpoint, dtype, shared},
-                         cancel {id}, release, stop
-    rank -> controller   hello {rank, pid, device}, ready, beat {id, done, total, moved}, done {id},
-                         failed {id, kind, ...}, released
-
-Any doubt about the channel ends it: a rank whose channel ends exits, a controller whose rank's channel ends knows
-that the rank is gone. A job that failed says so on a channel that lives on.
+Any doubt about a channel ends it: a rank whose channel ends exits, and a controller whose rank's channel ends replaces
+the group. A job that failed is no such doubt; it is reported on a channel that lives on. `listener` has the handshake.
 """
 
 import contextlib
 import json
-import logging
+import math
 import os
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
-log = logging.getLogger(__name__)
+from .buffers import SharedTensor
 
-HEADER_LIMIT = 64 * 1024
-BYTES_LIMIT = 4 * 2**30
-HANDSHAKE_SECONDS = 10
 SEND_SECONDS = 10
 """How long a peer may take nothing of what is sent to it before its channel counts as broken."""
-BROKEN = (EOFError, OSError, ValueError, AuthenticationError)
+BROKEN = (EOFError, OSError, ValueError)
 """What a channel raises when it is no longer to be trusted."""
+MESSAGE_LENGTH = 4000
+"""Characters of an error that a rank reports."""
+MOST = 2**53
+"""JSON numbers above this are not whole numbers everywhere."""
+
+
+def _cut(value: Any) -> str:
+    return repr(str(value)[:80])
+
+
+def _whole(least: int = 0, most: int = MOST) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{_cut(value)} is no whole number from {least} to {most}")
+        return value
+
+    return check
+
+
+def _text(longest: int, *allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if type(value) is not str or len(value) > longest or (allowed and value not in allowed):
+            raise ValueError(f"{_cut(value)} is no text of at most {longest} characters{allowed or ''}")
+        return value
+
+    return check
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{_cut(value)} is neither true nor false")
+    return value
+
+
+def _object(value: Any) -> dict:
+    if type(value) is not dict:
+        raise ValueError(f"{_cut(value)} is no object")
+    return value
+
+
+def _tensors(value: Any) -> dict[str, SharedTensor]:
+    return {name: SharedTensor.from_json(place) for name, place in _object(value).items()}
+
+
+Whole = Annotated[int, _whole()]
+Flag = Annotated[bool, _flag]
+Kind = Annotated[str, _text(64)]
+Fields = Annotated[dict, _object]
+Tensors = Annotated[dict[str, SharedTensor], _tensors]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Have the task of this kind load something for the runs to come."""
+
+    id: Whole
+    kind: Kind
+    fields: Fields
+    inputs: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run a job: read the inputs, fill the outputs."""
+
+    id: Whole
+    kind: Kind
+    fields: Fields
+    inputs: Tensors = field(default_factory=dict)
+    outputs: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """End a job early, at the next place where all ranks agree on it."""
+
+    id: Whole
+
+
+@dataclass(frozen=True)
+class Release:
+    """Give back all device memory."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the process."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message of a rank."""
+
+    rank: Whole
+    pid: Annotated[int, _whole(1)]
+    device: Annotated[str, _text(64)]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The rank has come up and takes jobs."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """The device memory was given back."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Sent twice a second. `moved` grows with every sign of progress in job `id`."""
+
+    id: Whole
+    done: Whole
+    total: Whole
+    moved: Whole
+
+
+@dataclass(frozen=True)
+class Done:
+    """The job is done on this rank. All of its work is."""
+
+    id: Whole
+    done: Whole
+    total: Whole
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job failed on this rank, which lives on. The numbers belong to the reason "memory", in bytes.
+
+    peers_waiting: other ranks may wait for this one inside the job, and can only be ended.
+    """
+
+    id: Whole
+    reason: Annotated[str, _text(16, "error", "memory", "not loaded", "cancelled")]
+    message: Annotated[str, _text(MESSAGE_LENGTH)] = ""
+    peers_waiting: Flag = False
+    needed: Whole = 0
+    free: Whole = 0
+    smallest_plan: Flag = False
+
+
+Message = Load | Run | Cancel | Release | Stop | Hello | Ready | Released | Beat | Done | Failed
+
+
+class Direction(NamedTuple):
+    """The messages that travel one way, and the most bytes that one of them may have."""
+
+    messages: tuple[type, ...]
+    limit: int
+
+
+TO_RANK = Direction((Load, Run, Cancel, Release, Stop), 2**20)
+TO_CONTROLLER = Direction((Hello, Ready, Released, Beat, Done, Failed), 2**16)
+
+_CHECKS = {
+    message: {name: hint.__metadata__[0] for name, hint in get_type_hints(message, include_extras=True).items()}
+    for message in TO_RANK.messages + TO_CONTROLLER.messages
+}
+
+
+def encode(message: Message) -> bytes:
+    """Return a message's JSON. Raises ValueError for what JSON cannot hold, and for a message that is too long."""
+    limit = next(way.limit for way in (TO_RANK, TO_CONTROLLER) if type(message) in way.messages)
+    try:
+        frame = json.dumps({"type": type(message).__name__, **asdict(message)}, allow_nan=False).encode()
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"not a message: {error}") from error
+    if len(frame) > limit:
+        raise ValueError(f"{type(message).__name__} has {len(frame)} bytes; {limit} is the most")
+    return frame
+
+
+def decode(frame: bytes, direction: Direction) -> Message:
+    """Return the message in a frame. Raises ValueError for everything that is not one of the direction's messages."""
+    try:
+        value = _object(json.loads(frame, parse_constant=_finite, parse_float=_finite))
+    except RecursionError:
+        raise ValueError("not a message: it is nested too deeply") from None
+    name = value.pop("type", None)
+    for message in direction.messages:
+        if message.__name__ == name:
+            break
+    else:
+        raise ValueError(f"unknown message {_cut(name)}")
+    checks = _CHECKS[message]
+    if value.keys() != checks.keys():
+        raise ValueError(f"{name} has the fields {sorted(checks)}, not {_cut(sorted(value))}")
+    fields = {}
+    for key, check in checks.items():
+        try:
+            fields[key] = check(value[key])
+        except ValueError as error:
+            raise ValueError(f"{name}.{key}: {error}") from None
+    return message(**fields)
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"not a message: {digits[:80]} is not finite")
+    return number
 
 
 class Channel:
     """One end of an authenticated control connection. Sending is safe from several threads; one thread receives."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, receives: Direction) -> None:
+        self._connection, self._receives = connection, receives
+        self._reader = connection.makefile("rb")
         self._sending = threading.Lock()
-        with _socket_of(connection) as handle:
-            limit = SEND_SECONDS * 1000 if os.name == "nt" else struct.pack("ll", SEND_SECONDS, 0)
-            handle.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        limit = SEND_SECONDS * 1000 if os.name == "nt" else struct.pack("ll", SEND_SECONDS, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
-    def send(self, type: str, raw: bytes | memoryview | None = None, **fields) -> None:
+    def send(self, message: Message) -> None:
         """Send a message. Raises one of BROKEN where the other end takes nothing for SEND_SECONDS."""
-        header = json.dumps({"type": type, "bytes": raw is not None, **fields}).encode()
+        self.send_frame(encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send a message that was encoded before."""
         if not self._sending.acquire(timeout=SEND_SECONDS):
-            raise TimeoutError("an earlier message is still under way")
+            raise TimeoutError("an earlier message is still in flight")
         try:
-            self._connection.send_bytes(header)
-            if raw is not None:
-                self._connection.send_bytes(raw)
-        except TypeError as error:  # another thread closed it in mid-send, and took the handle away
-            raise OSError("the connection was closed") from error
+            self._connection.sendall(struct.pack("!I", len(frame)) + frame)
         finally:
             self._sending.release()
 
-    def receive(self) -> tuple[dict, bytes | None]:
-        """The next message and its raw bytes. Raises one of BROKEN when there is none to come."""
-        message = json.loads(self._connection.recv_bytes(HEADER_LIMIT))
-        if not isinstance(message, dict) or not isinstance(message.get("type"), str):
-            raise ValueError("not a message")
-        return message, self._connection.recv_bytes(BYTES_LIMIT) if message.get("bytes") else None
+    def receive(self) -> Message:
+        """Return the next message. Raises one of BROKEN when there is none to come, or one that is not understood."""
+        (length,) = struct.unpack("!I", self._read(4))
+        if length > self._receives.limit:
+            raise ValueError(f"a message of {length} bytes; {self._receives.limit} is the most")
+        return decode(self._read(length), self._receives)
+
+    def shut(self) -> None:
+        """End the connection, waking whoever receives or sends on it. Any thread may call this."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the connection, waking whoever receives on it."""
-        _shut(self._connection)
+        """End the connection and free its descriptor. For the thread that receives."""
+        self.shut()
+        with self._sending:  # a send on a descriptor that is free again could reach another connection
+            self._reader.close()
+            self._connection.close()
 
-
-def _socket_of(connection: Connection) -> socket.socket:
-    """Another handle on a connection's socket."""
-    return socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM)
-
-
-def _shut(connection: Connection) -> None:
-    with contextlib.suppress(OSError), _socket_of(connection) as handle:
-        handle.shutdown(socket.SHUT_RDWR)
-
-
-def connect(address: tuple[str, int], key: bytes) -> Channel:
-    """A rank's end. Raises AuthenticationError where the other side does not know the key either."""
-    return Channel(Client(address, authkey=key))
-
-
-class Door:
-    """The controller's listening end, on loopback. Each caller that knows the key goes to `admit`, in its own thread.
-
-    Strangers are turned away: the first is logged. Nobody can hold the door: every handshake has its own thread and
-    ten seconds.
-    """
-
-    def __init__(self, key: bytes, admit: Callable[[Channel], None]) -> None:
-        self._key, self._admit = key, admit
-        self._listener = Listener(("127.0.0.1", 0), backlog=64)
-        self._warned = False
-        self._closed = False
-        self.address: tuple[str, int] = self._listener.address
-        self._thread = threading.Thread(target=self._accept, name="hv15-door", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Listen no more. Channels that were admitted live on."""
-        self._closed = True
-        for _ in range(20):
-            with contextlib.suppress(OSError):  # a thread blocked in accept wakes only for a caller
-                socket.create_connection(self.address, timeout=1).close()
-            self._thread.join(0.1)
-            if not self._thread.is_alive():
-                break
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection = self._listener.accept()
-            except OSError:  # the caller is gone again, or this process has no descriptor left
-                if self._closed:
-                    return
-                time.sleep(0.1)
-                continue
-            if self._closed:
-                connection.close()
-                return
-            threading.Thread(target=self._welcome, args=(connection,), name="hv15-rank", daemon=True).start()
-
-    def _welcome(self, connection: Connection) -> None:
-        limit = threading.Timer(HANDSHAKE_SECONDS, _shut, (connection,))
-        limit.daemon = True
-        limit.start()
-        try:
-            deliver_challenge(connection, self._key)
-            answer_challenge(connection, self._key)
-        except BROKEN as error:
-            connection.close()
-            if not self._warned:
-                self._warned = True
-                log.warning("Turned away a stranger at the control port %d (%s).", self.address[1], error)
-            return
-        finally:
-            limit.cancel()
-        try:
-            self._admit(Channel(connection))
-        finally:
-            connection.close()
+    def _read(self, count: int) -> bytes:
+        read = self._reader.read(count)
+        if len(read) < count:
+            raise EOFError("the connection was closed")
+        return read

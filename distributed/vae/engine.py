@@ -20,7 +20,7 @@ from ..ranks.collective import Watch, agree, first_ranks
 from ..ranks.devices import Device
 from .halo import Mesh
 from .hunyuanvideo15.decoder import Tail, Trunk, Weights, split
-from .job import DecodeRequest, check_request, frame_count
+from .job import NOUN, DecodeRequest, check_request, frame_count
 from .output import PixelWriter
 from .plan import WORKSPACE, Plan, choose_plan
 from .regions import Region, blocks, divide, hull, whole
@@ -63,7 +63,9 @@ class Engine:
         self._empty_cache()
         meta = torch.device("meta")
         needed = Weights({name: tensor.to(meta) for name, tensor in tensors.items()}, meta, self.dtype).nbytes
-        raise self._out_of_memory(needed + WORKSPACE, Device(self.device).free_bytes(), least=True, on_all_ranks=True)
+        raise self._out_of_memory(
+            needed + WORKSPACE, Device(self.device).free_bytes(), smallest_plan=True, on_all_ranks=True
+        )
 
     def release(self) -> None:
         """Give back what the engine holds on the device. It cannot be used again."""
@@ -113,7 +115,7 @@ class Engine:
             self.weights, part, picture, request.latent_shape[2], divided, free - held, undivided=undivided
         )
         if plan is None:
-            raise self._out_of_memory(needed + held, free, least=True, on_all_ranks=True)
+            raise self._out_of_memory(needed + held, free, smallest_plan=True, on_all_ranks=True)
         self._reserve(needed + held)
         return plan
 
@@ -135,8 +137,13 @@ class Engine:
         if agree(lacking):
             raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
 
-    def _out_of_memory(self, needed: int, free: int, least: bool = False, on_all_ranks: bool = False) -> OutOfMemory:
-        return OutOfMemory(needed, free, Device(self.device).held_by_others(), least=least, on_all_ranks=on_all_ranks)
+    def _out_of_memory(
+        self, needed: int, free: int, smallest_plan: bool = False, on_all_ranks: bool = False
+    ) -> OutOfMemory:
+        held = Device(self.device).held_by_others()
+        return OutOfMemory(
+            needed, free, self.device, held, noun=NOUN, smallest_plan=smallest_plan, on_all_ranks=on_all_ranks
+        )
 
     def _seamless(self, request: DecodeRequest, video: Tensor, frames: Tensor, watch: Watch) -> None:
         height, width = video.shape[1:3]

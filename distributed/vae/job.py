@@ -1,11 +1,22 @@
 """What the controller knows of a decode: the request, its checks and the number of frames. Imports no compute."""
 
-from dataclasses import dataclass
+import operator
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..jobs import Load, TensorSpec
+from ..ranks.buffers import place_of
+from .checkpoint import Checkpoint, open_checkpoint
+from .handover import SharedWeights, fingerprint
 from .tiling import SPATIAL, check_tile
+
+KIND = NOUN = "decode"
+"""How the group's status shows this kind of job, and what messages call it."""
 
 TEMPORAL = 4
 """Frames of a latent frame, but for the first, which is one frame."""
@@ -28,6 +39,11 @@ class DecodeRequest:
     overlap: int = 64
     dtype: str = "float32"
     memory: int | None = None
+
+    @classmethod
+    def from_json(cls, value: Mapping) -> "DecodeRequest":
+        """Return the request that became this in JSON."""
+        return cls(**{**value, "latent_shape": tuple(value["latent_shape"])})
 
     @property
     def frames_shape(self) -> tuple[int, int, int, int, int]:
@@ -71,4 +87,101 @@ def check_latent(latent: Tensor, channels: int) -> None:
         raise ValueError(f"The latent holds {latent.dtype}; it must hold floating point numbers.")
     bad = latent.numel() - int(torch.isfinite(latent.float()).sum())  # 8 bit floats cannot be asked
     if bad:
-        raise ValueError(f"{bad} of the latent's {latent.numel()} values are not finite; the sampler went astray.")
+        raise ValueError(
+            f"{bad} of {latent.numel()} latent values are NaN or infinite. Check the sampler's settings and dtype."
+        )
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A VAE that was recognised and checked, and the file or folder from which ranks load it."""
+
+    path: Path
+    checkpoint: Checkpoint
+    shared: SharedWeights | None = None
+    """Keeps weights in memory at their path."""
+
+    @classmethod
+    def find(
+        cls, vae: str | os.PathLike | Mapping[str, Tensor], before: "WeightSource | None" = None
+    ) -> "WeightSource":
+        """Check a checkpoint's path, or share a state dict's weights. `before` is returned if it has the same ones.
+
+        Raises ValueError, OSError where there is nothing, MemoryError where there is no memory to share them.
+        """
+        if isinstance(vae, str | os.PathLike):
+            path = Path(vae).absolute()  # ranks have another working directory
+            return cls(path, open_checkpoint(path))
+        mark = fingerprint(vae)
+        if before and before.shared and before.shared.mark == mark:
+            return before
+        shared = SharedWeights(vae, mark)
+        return cls(shared.path, open_checkpoint(shared.path), shared)
+
+    def load(self, dtype: str, host_only: Collection[str]) -> Load:
+        """Return what has ranks load this; on the devices in `host_only` only into the host's memory."""
+        return Load(KIND, {"checkpoint": place_of(self.path), "dtype": dtype, "host_only": list(host_only)})
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeJob:
+    """A decode of `latent` to the output "frames", checked. A `Job`; make it with `DecodeJob.make`."""
+
+    request: DecodeRequest
+    source: WeightSource
+    latent: Tensor
+    kind: str = KIND
+    noun: str = NOUN
+    loads: tuple[Load, ...] = ()
+    last: bool = True
+
+    @classmethod
+    def make(
+        cls,
+        latent: Tensor,
+        source: WeightSource,
+        mode: str = "seamless",
+        *,
+        tile_size: int = 256,
+        overlap: int = 64,
+        memory: int | None = None,
+        dtype: str = "float32",
+        world_size: int = 1,
+    ) -> "DecodeJob":
+        """Check everything about a decode. Raises ValueError for the person at the graph.
+
+        latent is [B, C, t, h, w] in VAE space; tile_size and overlap are pixels; memory is a limit per rank in bytes.
+        """
+        pixels = _whole("tile_size", tile_size), _whole("overlap", overlap)
+        limit = None if memory is None else _whole("memory", memory)
+        request = DecodeRequest(tuple(latent.shape), mode, *pixels, dtype, limit)
+        check_request(request, world_size)
+        check_latent(latent, source.checkpoint.latent_channels)
+        return cls(request, source, latent.detach().to("cpu", torch.float32))
+
+    @property
+    def memory(self) -> int | None:
+        return self.request.memory
+
+    @property
+    def fields(self) -> dict:
+        request = asdict(self.request)
+        return {"checkpoint": place_of(self.source.path), "dtype": self.request.dtype, "request": request}
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {"latent": self.latent}
+
+    @property
+    def outputs(self) -> dict[str, TensorSpec]:
+        return {"frames": TensorSpec(self.request.frames_shape)}
+
+    def limited(self, memory: int) -> "DecodeJob":
+        return replace(self, request=replace(self.request, memory=memory))
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number.") from None

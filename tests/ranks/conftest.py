@@ -10,6 +10,7 @@ from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed import RankGroup
 
 CPU = torch.device("cpu")
+ECHO = "tests.ranks.misbehaving"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -57,3 +58,19 @@ def pair(vae):
     """Two ranks, warm, for all tests of a module."""
     with RankGroup(devices=["cpu", "cpu"]) as group:
         yield group
+
+
+@pytest.fixture(scope="module")
+def echoes(tmp_path_factory):
+    """Two ranks that run `Echo` jobs, and misbehave when told to, for all tests of a module."""
+    logs = tmp_path_factory.mktemp("logs")
+    with RankGroup(["cpu", "cpu"], worker=ECHO, logs=logs, stall_timeout=5) as group:
+        yield group
+
+
+@pytest.fixture
+def once(tmp_path) -> Path:
+    """A file for faults that are done once."""
+    path = tmp_path / "once"
+    path.touch()
+    return path

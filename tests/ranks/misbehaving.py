@@ -1,76 +1,224 @@
-"""A rank's process that misbehaves: it does what the file named by HV15_TEST_DEED says, WHAT RANK, while it is there.
+"""An echo task for tests of supervision, which needs no VAE, and ranks that misbehave when told to.
 
-late        never comes up
-chatter     writes two megabytes to its standard output
-refuse      cannot open the checkpoint
-raise       raises in the middle of a decode, alone
-memory      runs out of memory in the middle of a decode, alone
-load        runs out of memory while it loads the weights
+`Echo` is the job: y = x + 1, a part on each rank, in `steps` steps of `seconds` each. One rank does its `fault` in
+the first step:
+
+raise       raises alone
 hang        never reaches the next collective, but lives and sends its beats
-exit        exits in the middle of a decode, with code 7
-With "once" behind it the file is taken away before the deed is done.
+exit        exits with code 7
+chatter     writes two megabytes to its standard output
+short       ends before its work is done
+send        sends the controller a frame of its own
+long        announces a message of four gigabytes
+refuse      raises while it loads, before the job
+With `once`, a file, the fault is done only while the file is there, and takes it away.
+
+Decodes take their fault from the file that HV15_TEST_FAULT names, "WHAT RANK" or "WHAT RANK once": `memory` runs out of
+memory in the middle of a decode, alone; `load` while it loads the weights. With "late RANK" the rank never comes up.
 """
 
 import os
+import struct
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from distributed import worker
-from distributed.vae import engine
-from distributed.vae.engine import Engine
+from distributed.errors import Cancelled, NotLoaded, OutOfMemory
+from distributed.jobs import Load, TensorSpec
+from distributed.ranks import rank as rank_module
+from distributed.ranks.collective import agree
 
-DEED = Path(os.environ["HV15_TEST_DEED"])
+GIB = 2**30
+CHANNELS = []
+"""This rank's channel."""
 
 
-def due(*deeds: str) -> str | None:
-    """Which of these deeds this rank is to do now."""
+@dataclass(frozen=True, eq=False)
+class Echo:
+    """The controller's side. `needs` names what ranks must have been loaded with; its value is added to y.
+
+    fits_in: bytes; with no memory limit, or a higher one, ranks run out of memory. wants: bytes of the device for full
+    speed.
+    """
+
+    x: Tensor
+    steps: int = 1
+    seconds: float = 0
+    fault: str | None = None
+    rank: int = 1
+    once: Path | None = None
+    frame: str = ""
+    needs: str | None = None
+    loads: tuple[Load, ...] = ()
+    fits_in: int | None = None
+    smallest_plan: bool = False
+    wants: int = 0
+    memory: int | None = None
+    kind: str = "echo"
+    noun: str = "echo"
+    last: bool = True
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def fields(self) -> dict:
+        names = ("steps", "seconds", "fault", "rank", "frame", "needs", "fits_in", "smallest_plan", "wants", "memory")
+        return {name: getattr(self, name) for name in names} | {"once": self.once and str(self.once)} | self.extra
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        return {"x": self.x}
+
+    @property
+    def outputs(self) -> dict[str, TensorSpec]:
+        return {"y": TensorSpec(tuple(self.x.shape), self.x.dtype)}
+
+    def limited(self, memory: int) -> "Echo":
+        return replace(self, memory=memory)
+
+
+def keep(name: str, value: float) -> Load:
+    """Have ranks keep a number under a name."""
+    return Load("echo", {"keep": name}, {"value": torch.tensor([value])})
+
+
+class EchoTask:
+    """A rank's side."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.kept: dict[str, float] = {}
+        self.released = 0
+
+    def load(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: object) -> None:
+        if "keep" in fields:
+            self.kept[fields["keep"]] = float(tensors["value"])
+            return
+        if self._due(fields, "refuse"):
+            raise ValueError("a job that is not to be run")
+        if fields["needs"] and fields["needs"] not in self.kept:
+            raise NotLoaded(f"{fields['needs']} was not loaded")
+
+    def run(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: object) -> None:
+        x, y = (tensors[name][self.rank :: self.world_size] for name in ("x", "y"))
+        for step in range(fields["steps"]):
+            if agree(watch.cancelled()):
+                raise Cancelled
+            time.sleep(fields["seconds"])
+            if step == 0:
+                self._check_memory(fields)
+                if self._misbehave(fields, watch):
+                    return
+            rows = slice(step * len(x) // fields["steps"], (step + 1) * len(x) // fields["steps"])
+            y[rows] = x[rows] + 1 + self.kept.get(fields["needs"], 0)
+            watch.progress(step + 1, fields["steps"])
+        if "released" in fields:
+            y[:] = self.released
+
+    def fits(self, fields: Mapping, free: int) -> bool:
+        return fields.get("wants", 0) <= free
+
+    def release(self) -> None:
+        self.kept.clear()
+        self.released += 1
+
+    def _check_memory(self, fields: Mapping) -> None:
+        limit, fits_in = fields["memory"], fields["fits_in"]
+        if fits_in is not None and (limit is None or limit > fits_in):
+            raise OutOfMemory(
+                limit or 8 * GIB,
+                4 * GIB,
+                self.device,
+                noun="echo",
+                smallest_plan=fields["smallest_plan"],
+                on_all_ranks=True,
+            )
+
+    def _due(self, fields: Mapping, *faults: str) -> bool:
+        if fields["fault"] not in faults or fields["rank"] != self.rank:
+            return False
+        if fields["once"] is None:
+            return True
+        there = os.path.exists(fields["once"])
+        if there:
+            os.unlink(fields["once"])
+        return there
+
+    def _misbehave(self, fields: Mapping, watch: object) -> bool:
+        """Do what is due. Returns whether the task is to end at once."""
+        if not self._due(fields, "raise", "hang", "exit", "chatter", "short", "send", "long"):
+            return False
+        match fields["fault"]:
+            case "raise":
+                raise RuntimeError(f"a fault of rank {self.rank}")
+            case "hang":
+                time.sleep(1000)
+            case "exit":
+                print("last words of a rank", flush=True)
+                os._exit(7)
+            case "chatter":
+                print("chatter\n" * 2**18, flush=True)
+            case "short":
+                watch.progress(1, 2)
+                return True
+            case "send":
+                frame = fields["frame"].replace("ID", str(watch.state[0])).encode()
+                CHANNELS[0].send_frame(frame)
+                time.sleep(1000)
+            case "long":
+                CHANNELS[0]._connection.sendall(struct.pack("!I", 2**32 - 1))
+                time.sleep(1000)
+        return False
+
+
+def decode_fault(*faults: str) -> bool:
+    """Whether this rank is to do one of these faults of a decode now."""
+    file = Path(os.environ["HV15_TEST_FAULT"])
     try:
-        deed, rank, *once = DEED.read_text().split()
+        fault, rank, *once = file.read_text().split()
     except OSError:
-        return None
-    if deed not in deeds or rank != os.environ["RANK"]:
-        return None
-    if once:
-        DEED.unlink()
-    return deed
+        return False
+    due = fault in faults and rank == os.environ["RANK"]
+    if due and once:
+        file.unlink()
+    return due
 
 
-write, open_checkpoint, weights = Engine._write, worker.open_checkpoint, engine.Weights
+def main() -> None:
+    """Live as a rank that may misbehave."""
+    from distributed.vae import engine
+    from distributed.vae.engine import Engine
+    from distributed.vae.task import DecodeTask
 
+    connect, write, weights = rank_module.connect, Engine._write, engine.Weights
 
-def misbehave(self: Engine, *args: object) -> None:
-    match due("raise", "memory", "hang", "exit", "chatter"):
-        case "raise":
-            raise RuntimeError("a deed of rank " + os.environ["RANK"])
-        case "memory":
-            raise torch.OutOfMemoryError("a deed")
-        case "hang":
+    def connect_and_keep(*args: object) -> object:
+        CHANNELS.append(connect(*args))
+        return CHANNELS[0]
+
+    def write_or_fail(self: Engine, *args: object) -> None:
+        if decode_fault("memory"):
+            raise torch.OutOfMemoryError("a fault")
+        write(self, *args)
+
+    def load_or_fail(tensors: dict, device: torch.device, dtype: torch.dtype) -> engine.Weights:
+        if device.type != "meta" and decode_fault("load"):
+            raise torch.OutOfMemoryError("a fault")
+        return weights(tensors, device, dtype)
+
+    rank_module.connect = connect_and_keep
+    if "HV15_TEST_FAULT" in os.environ:
+        Engine._write, engine.Weights = write_or_fail, load_or_fail
+        if decode_fault("late"):
             time.sleep(1000)
-        case "exit":
-            print("last words of a rank", flush=True)
-            os._exit(7)
-        case "chatter":
-            print("chatter\n" * 2**18, flush=True)
-    write(self, *args)
+    rank_module.main({"echo": EchoTask, "other": EchoTask, "decode": DecodeTask})
 
-
-def refuse(path: str) -> object:
-    if due("refuse"):
-        raise ValueError("a checkpoint that is not to be opened")
-    return open_checkpoint(path)
-
-
-def load(tensors: dict, device: torch.device, dtype: torch.dtype) -> engine.Weights:
-    if device.type != "meta" and due("load"):
-        raise torch.OutOfMemoryError("a deed")
-    return weights(tensors, device, dtype)
-
-
-Engine._write, worker.open_checkpoint, engine.Weights = misbehave, refuse, load
 
 if __name__ == "__main__":
-    if due("late"):
-        time.sleep(1000)
-    worker.main()
+    main()

@@ -7,7 +7,7 @@ from distributed import RankGroup
 
 
 def during(group: RankGroup, act) -> threading.Thread:
-    """Call `act` once the decode in hand has shown progress."""
+    """Call `act` once the job in hand has shown progress."""
 
     def wait() -> None:
         limit = time.monotonic() + 60
@@ -30,3 +30,8 @@ def until(condition, seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def pids(group: RankGroup) -> list[int]:
+    """Process ids of the ranks."""
+    return [rank["pid"] for rank in group.status()["ranks"]]

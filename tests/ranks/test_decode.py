@@ -184,7 +184,7 @@ def test_what_the_ranks_hold_is_known_after_a_decode_with_another_checkpoint(pai
 def test_release_ends_what_is_loaded_ahead(vae):
     with RankGroup(["cpu"]) as group:
         group.start(wait=True)
-        with group._decoding:  # so that the preload waits for its turn
+        with group._turns:  # so that the preload waits for its turn
             group.preload(vae)
             releasing = threading.Thread(target=group.release)
             releasing.start()
@@ -218,9 +218,9 @@ def test_a_device_that_is_shared_is_left_alone_until_the_decode(vae):
 def test_a_state_dict_is_handed_over_once(pair, vae, weights):
     z = random_latent(1, 32, 2, 2, 3)
     assert torch.equal(pair.decode(z, weights), pair.decode(z, vae))
-    handed = pair._handed.path
+    handed = pair._weights.path
     pair.decode(z, dict(weights))
-    assert pair._handed.path == handed and handed.stat().st_mode & 0o077 == 0
+    assert pair._weights.path == handed and handed.stat().st_mode & 0o077 == 0
 
 
 def test_another_vae_takes_the_place_of_the_one_before(pair, vae, weights, tmp_path):
@@ -252,10 +252,10 @@ def test_frames_are_shared_memory_that_is_reused_once_nobody_holds_it(pair, vae)
     expected = view.clone()
     other = pair.decode(random_latent(1, 32, 2, 2, 3, seed=9), vae)
     assert other.data_ptr() != place and torch.equal(view, expected)
-    assert pair._pool.lent == 2
+    assert pair._buffers.lent == 2
     del frames, view, other
     gc.collect()
-    assert pair._pool.lent == 0
+    assert pair._buffers.lent == 0
     pair.release()
     assert torch.equal(pair.decode(z, vae)[0, 1:], expected)
 
@@ -273,7 +273,7 @@ def test_progress_is_told_and_ends_at_the_end(pair, vae):
     [
         (torch.zeros(1, 16, 2, 2, 2), {}, "16 channels and the VAE decodes 32"),
         (torch.zeros(1, 32, 2, 2), {}, "shape"),
-        (torch.full((1, 32, 1, 1, 1), float("inf")), {}, "32 of the latent's 32 values are not finite"),
+        (torch.full((1, 32, 1, 1, 1), float("inf")), {}, "32 of 32 latent values are NaN or infinite"),
         (torch.zeros(1, 32, 1, 1, 1, dtype=torch.int32), {}, "int32"),
         (torch.zeros(1, 32, 1, 1, 1), {"mode": "quick"}, "mode is 'quick'"),
         (torch.zeros(1, 32, 1, 1, 1), {"mode": "tiled", "tile_size": 100}, "tile_size is 100"),

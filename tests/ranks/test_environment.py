@@ -126,7 +126,7 @@ def test_settings_for_other_launchers_reach_no_rank_and_open_no_port(vae, tmp_pa
         monkeypatch.setenv(name, value)
     with RankGroup("cpu,cpu", start_timeout=60) as group:
         assert group.decode(random_latent(1, 32, 1, 1, 2), vae).isfinite().all()
-        processes = [psutil.Process(group._ranks.launcher.pid)]
+        processes = [psutil.Process(group._supervisor.ranks.launcher.pid)]
         processes += [psutil.Process(rank["pid"]) for rank in group.status()["ranks"]]
         for process in processes:
             assert {c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"} <= {"127.0.0.1"}

@@ -50,7 +50,7 @@ def test_a_card_that_another_process_fills_is_shared_as_far_as_it_goes(full):
             with Hog(gib):
                 check(group.decode(latent, full))
         group.release()
-        with Hog(2), pytest.raises(JobError, match=r"needs .* GiB can be used; other processes hold \d\d"):
+        with Hog(2), pytest.raises(JobError, match=r"needs .* GiB is available \(other processes hold \d\d"):
             group.decode(latent, full)
         assert torch.equal(group.decode(latent, full), expected)
         assert [rank["pid"] for rank in group.status()["ranks"]] == pids
@@ -59,6 +59,6 @@ def test_a_card_that_another_process_fills_is_shared_as_far_as_it_goes(full):
 def test_memory_that_goes_while_the_weights_are_loaded_is_told_with_the_numbers(full):
     with RankGroup("cuda:0") as group, Hog(1):
         pids = [rank["pid"] for rank in group.status()["ranks"]]
-        with pytest.raises(JobError, match=r"needs .* GiB can be used; other processes hold \d\d"):
+        with pytest.raises(JobError, match=r"needs .* GiB is available \(other processes hold \d\d"):
             group.decode(random_latent(1, 32, 1, 4, 4), full)
         assert [rank["pid"] for rank in group.status()["ranks"]] == pids

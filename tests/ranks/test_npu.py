@@ -112,7 +112,7 @@ def test_a_group_that_finds_no_ports_for_hccl_leaves_nothing_behind(tmp_path, mo
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = threading.active_count()
     with pytest.raises(OSError, match="none left"):
-        launch.Ranks(["cpu"], "auto", "distributed.worker", tmp_path / "logs", 10, lambda: None)
+        launch.RankProcesses(["cpu"], "auto", "distributed.worker", tmp_path / "logs", 10, lambda: None)
     assert not list(tmp_path.iterdir()) and threading.active_count() == before
 
 

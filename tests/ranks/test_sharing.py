@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed.ranks.buffers import FramePool
+from distributed.ranks.buffers import SharedBuffers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a buffer is a file")
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_other_accounts_get_no_buffer_even_with_its_name():
     if os.geteuid() != 0:
         pytest.skip("needs root to become another account")
-    frames, place = FramePool().allocate((1, 1, 16, 16, 3))
+    frames, shared = SharedBuffers().allocate((1, 1, 16, 16, 3))
     code = "import sys; from distributed.ranks.buffers import open_shared; open_shared(sys.argv[1]); print('got it')"
 
     def ask(*prefix: str) -> subprocess.CompletedProcess:
         path = os.pathsep.join([str(ROOT), *sys.path])
-        command = [*prefix, sys.executable, "-c", code, place]
+        command = [*prefix, sys.executable, "-c", code, shared.place]
         return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
 
     assert ask().stdout == "got it\n"

@@ -34,7 +34,7 @@ def chance() -> random.Random:
 
 def family(group: RankGroup) -> list[psutil.Process]:
     """The launcher and the ranks, as far as they are there."""
-    ranks = group._ranks
+    ranks = group._supervisor.ranks
     if ranks is None:
         return []
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distributed.ranks import buffers, memory
-from distributed.ranks.buffers import FramePool, SharedMemory, open_frames, open_shared
+from distributed.ranks.buffers import SharedBuffers, SharedMemory, open_shared, open_tensor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a buffer is a file")
 SHAPE = (1, 5, 16, 32, 3)
@@ -19,7 +19,7 @@ SHAPE = (1, 5, 16, 32, 3)
 
 @pytest.fixture
 def pool():
-    pool = FramePool()
+    pool = SharedBuffers()
     yield pool
     gc.collect()
     pool.trim()
@@ -27,7 +27,7 @@ def pool():
 
 def test_what_a_rank_writes_the_controller_reads(pool):
     frames, place = pool.allocate(SHAPE)
-    open_frames(place, SHAPE).fill_(0.5)
+    open_tensor(place).fill_(0.5)
     assert (frames == 0.5).all() and frames.shape == SHAPE
 
 
@@ -49,16 +49,16 @@ def test_a_buffer_is_used_again_once_nobody_holds_it(pool):
 def test_what_is_lent_while_the_pool_is_trimmed_is_freed_when_it_comes_back(pool):
     frames, place = pool.allocate(SHAPE)
     pool.trim()
-    assert open_frames(place, SHAPE).sum() == 0
+    assert open_tensor(place).sum() == 0
     del frames
     gc.collect()
     with pytest.raises(OSError):
-        open_frames(place, SHAPE)
+        open_tensor(place)
 
 
 def test_nobody_can_cut_a_buffer_short_or_seal_it_further(pool):
     frames, place = pool.allocate(SHAPE)
-    descriptor = open_shared(place)
+    descriptor = open_shared(place.place)
     try:
         for size in (0, frames.nbytes * 2):
             with pytest.raises(PermissionError):
@@ -108,20 +108,20 @@ def test_free_buffers_make_room_for_larger_frames(pool, monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * size, available=left))
     assert pool.allocate((1, 9, *SHAPE[2:]))[0].nbytes < 2 * size
     with pytest.raises(OSError):
-        open_shared(place)
+        open_shared(place.place)
 
 
 def test_only_those_who_know_a_buffers_name_get_it(pool):
     _, place = pool.allocate(SHAPE)
-    os.close(open_shared(place))
+    os.close(open_shared(place.place))
     with pytest.raises(FileNotFoundError, match="no longer shares"):
-        open_shared(f"{place[:-1]}{'0' if place[-1] != '0' else '1'}")
+        open_shared(f"{place.place[:-1]}{'0' if place.place[-1] != '0' else '1'}")
 
 
 def test_nothing_listens_when_nothing_is_offered():
     gc.collect()
     before = {thread.name for thread in threading.enumerate()}
-    pool = FramePool()
+    pool = SharedBuffers()
     frames, _ = pool.allocate(SHAPE)
     assert "hv15-offers" in {thread.name for thread in threading.enumerate()}
     del frames
@@ -141,6 +141,6 @@ def test_a_forked_child_that_ends_leaves_its_parents_buffers_alone(pool):
         pool.trim()
         os._exit(0)
     os.waitpid(child, 0)
-    open_frames(place, SHAPE).fill_(0.25)
+    open_tensor(place).fill_(0.25)
     assert (frames == 0.25).all()
     assert torch.is_tensor(frames)

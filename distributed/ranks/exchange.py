@@ -1,0 +1,149 @@
+"""One job with the ranks: send it, wait for the answers, judge them."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from ..errors import Cancelled, GroupError, JobError, NotLoaded
+from .processes import RankProcesses
+from .protocol import Cancel, Failed, Load, Run, encode
+from .states import RankState
+from .status import RankStatus
+from .supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 3
+"""How long the other ranks have to answer after one of them failed; after that they are hanging."""
+NOTIFY_SECONDS = 0.5
+"""How often progress, which changes all the time, is reported as a change of the group."""
+POLL_SECONDS = 0.1
+"""How often a caller's callbacks are called while nothing happens."""
+
+
+class MemoryShortage(Exception):
+    """Ranks ran out of memory: `needed` and `free` are bytes. smallest_plan: no other plan needs less."""
+
+    def __init__(self, answer: Failed) -> None:
+        super().__init__(answer.message)
+        self.needed, self.free, self.smallest_plan = answer.needed, answer.free, answer.smallest_plan
+
+
+class Caller:
+    """One call that waits for the ranks: its callbacks, its time limit, and whether `cancel` or `stop` ended it."""
+
+    def __init__(
+        self,
+        noun: str,
+        progress: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        notice: Callable[[str], None] | None = None,
+        limit: float | None = None,
+    ) -> None:
+        self.noun, self.limit = noun, limit
+        self.progress = progress or (lambda done, total: None)
+        self.cancelled = cancelled or (lambda: False)
+        self.notice = notice or (lambda message: None)
+        self.stopped = False
+
+    def check_stopped(self) -> None:
+        """Raise Cancelled after `cancel` or `stop`."""
+        if self.stopped:
+            raise Cancelled
+
+    def check(self) -> None:
+        """Raise Cancelled or TimeoutError where that is due."""
+        self.check_stopped()
+        if self.cancelled():
+            raise Cancelled
+        if self.limit is not None and time.monotonic() > self.limit:
+            raise TimeoutError(f"The {self.noun} took longer than its timeout; it was cancelled.")
+
+    def report(self, message: str) -> None:
+        """Tell the user."""
+        log.warning("%s", message)
+        self.notice(message)
+
+
+def exchange(supervisor: Supervisor, message: Load | Run, state: RankState, caller: Caller) -> None:
+    """Send the ranks a job, which puts them in `state`, and return when all have done it.
+
+    Raises GroupError, JobError, MemoryShortage, NotLoaded, Cancelled, TimeoutError, or what a callback raised.
+    """
+    try:
+        encode(message)
+    except ValueError as error:
+        raise JobError(f"The {caller.noun} cannot be sent to the ranks: {error}.") from error
+    ranks = supervisor.take(message.id, state, caller.check)
+    usable = False  # an interruption leaves unknown how much of the job the ranks have heard
+    try:
+        ranks.send(message)
+        stop = _await_answers(supervisor, ranks, message.id, caller)
+        usable = _all_answered(ranks) and not any(record.answer.peers_waiting for record in _failures(ranks))
+    finally:
+        supervisor.give_back(ranks, usable)
+    if stop:
+        raise stop
+    _judge(ranks)
+    supervisor.confirm()
+    total = sum(record.total for record in ranks.records)
+    caller.progress(total, total)
+
+
+def _await_answers(supervisor: Supervisor, ranks: RankProcesses, id: int, caller: Caller) -> BaseException | None:
+    """Wait until the ranks have answered, or never will. Return what ended the job before, such as a cancel."""
+    stop, grace = None, None
+    reported, reported_at = 0, time.monotonic()
+
+    def settled() -> bool:
+        return bool(ranks.broken) or _all_answered(ranks)
+
+    while True:
+        try:
+            with ranks.changed:
+                ranks.changed.wait_for(settled, POLL_SECONDS)
+                done, total = sum(r.done for r in ranks.records), sum(r.total for r in ranks.records)
+            if supervisor.ranks is not ranks:
+                ranks.ended.wait()  # until then they may write to the outputs
+                return Cancelled()
+            if settled():
+                return stop
+            if done != reported and time.monotonic() - reported_at > NOTIFY_SECONDS:
+                reported, reported_at = done, time.monotonic()
+                supervisor.notify()
+            if stop is None:
+                caller.check()
+                caller.progress(done, total)
+        except (Exception, KeyboardInterrupt) as error:  # the caller's callbacks may raise an interruption
+            if stop is None:
+                ranks.send(Cancel(id))
+            stop = error
+        if _failures(ranks):
+            grace = grace or time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > grace:
+                return stop
+
+
+def _all_answered(ranks: RankProcesses) -> bool:
+    return all(record.answer for record in ranks.records)
+
+
+def _failures(ranks: RankProcesses) -> list[RankStatus]:
+    return [record for record in ranks.records if isinstance(record.answer, Failed)]
+
+
+def _judge(ranks: RankProcesses) -> None:
+    """Raise what the ranks' answers amount to, unless the job is done on all of them."""
+    if ranks.broken:
+        raise GroupError(ranks.broken)
+    failed = _failures(ranks)
+    # A rank whose peer failed ends with "cancelled"; the peer's own answer says more.
+    causes = [record for record in failed if record.answer.reason != "cancelled"]
+    shortages = [record.answer for record in causes if record.answer.reason == "memory"]
+    if shortages:
+        raise MemoryShortage(min(shortages, key=lambda answer: answer.free))
+    if causes:
+        message = f"{str(causes[0]).capitalize()}: {causes[0].answer.message}"
+        raise NotLoaded(message) if causes[0].answer.reason == "not loaded" else JobError(message)
+    if failed:
+        raise Cancelled

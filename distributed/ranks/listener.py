@@ -1,0 +1,202 @@
+"""How a rank and its controller meet: a listening socket on loopback, and proof on both sides of the group's key.
+
+    controller -> rank   32 random bytes
+    rank -> controller   32 random bytes, and HMAC-SHA256(key, "rank" + both)
+    controller -> rank   HMAC-SHA256(key, "controller" + both)
+
+The key is in the group's folder, which its owner alone can read. Other accounts of the machine can connect; one thread
+serves all of them, and HANDSHAKES of them at a time. When there are more, the oldest are closed, so that they cannot
+take this process's descriptors; a rank that is closed with them tries again.
+"""
+
+import contextlib
+import hmac
+import logging
+import random
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .protocol import TO_CONTROLLER, TO_RANK, Channel
+
+log = logging.getLogger(__name__)
+
+HANDSHAKES = 32
+HANDSHAKE_SECONDS = 10
+CONNECT_SECONDS = 60
+"""How long a rank tries again when its handshake is cut short."""
+REST_SECONDS = 0.1
+NONCE = DIGEST = 32
+
+
+def _proof(key: bytes, who: bytes, challenge: bytes, answer: bytes) -> bytes:
+    return hmac.digest(key, who + challenge + answer, "sha256")
+
+
+def connect(address: tuple[str, int], key: bytes) -> Channel:
+    """Return a rank's end. Raises OSError or EOFError where nobody listens, ValueError for a listener without the key.
+
+    A handshake that is cut short is tried again for CONNECT_SECONDS.
+    """
+    limit = time.monotonic() + CONNECT_SECONDS
+    while True:
+        connection = socket.create_connection(address, timeout=HANDSHAKE_SECONDS)
+        try:
+            shake_hands(connection, key)
+            return Channel(connection, TO_RANK)
+        except (EOFError, ConnectionError):
+            connection.close()
+            if time.monotonic() > limit:
+                raise
+            time.sleep(random.uniform(0, REST_SECONDS))
+        except BaseException:
+            connection.close()
+            raise
+
+
+def shake_hands(connection: socket.socket, key: bytes) -> None:
+    """A rank's half of the handshake. Raises OSError, EOFError, and ValueError for a listener without the key."""
+    challenge = _receive(connection, NONCE)
+    answer = secrets.token_bytes(NONCE)
+    connection.sendall(answer + _proof(key, b"rank", challenge, answer))
+    if not hmac.compare_digest(_receive(connection, DIGEST), _proof(key, b"controller", challenge, answer)):
+        raise ValueError("the listener does not know the group's key")
+
+
+def _receive(connection: socket.socket, count: int) -> bytes:
+    received = b""
+    while len(received) < count:
+        part = connection.recv(count - len(received))
+        if not part:
+            raise EOFError("the handshake was cut short")
+        received += part
+    return received
+
+
+@dataclass(eq=False)
+class _Handshake:
+    connection: socket.socket
+    challenge: bytes
+    limit: float
+    received: bytearray = field(default_factory=bytearray)
+
+
+class Listener:
+    """The controller's end. Each caller that knows the key gets a channel, which `admit` serves in its own thread.
+
+    The first caller without the key is logged.
+    """
+
+    def __init__(self, key: bytes, admit: Callable[[Channel], None]) -> None:
+        self._key, self._admit = key, admit
+        self._pending: dict[_Handshake, None] = {}
+        """Oldest first."""
+        self._warned = False
+        with contextlib.ExitStack() as undo:
+            self._socket = undo.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
+            self._socket.setblocking(False)
+            self.address: tuple[str, int] = self._socket.getsockname()
+            self._closing, woken = (undo.enter_context(end) for end in socket.socketpair())
+            self._selector = undo.enter_context(selectors.DefaultSelector())
+            self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
+            self._selector.register(woken, selectors.EVENT_READ, None)
+            self._thread = threading.Thread(target=self._serve, args=(woken,), name="hv15-listen", daemon=True)
+            self._thread.start()
+            undo.pop_all()
+
+    def close(self) -> None:
+        """Listen no more, and return when the thread has ended. Channels that were admitted live on."""
+        self._closing.close()
+        self._thread.join()
+
+    def _serve(self, woken: socket.socket) -> None:
+        with self._socket, woken, self._selector:
+            while True:
+                try:
+                    for ready, _ in self._selector.select(REST_SECONDS if self._pending else None):
+                        if ready.fileobj is woken:
+                            for handshake in list(self._pending):
+                                self._end(handshake)
+                            return
+                        ready.data()
+                    for handshake in [h for h in self._pending if h.limit < time.monotonic()]:
+                        self._reject(handshake, "it said nothing")
+                except Exception:  # whatever it is: as long as this thread lives, ranks can come up
+                    log.exception("The control port met an error.")
+                    time.sleep(REST_SECONDS)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionError):  # the caller is gone again
+            return
+        except OSError:  # this process has no descriptor left
+            if self._pending:
+                self._reject(next(iter(self._pending)), "there is no descriptor left")
+            else:
+                time.sleep(REST_SECONDS)
+            return
+        handshake = _Handshake(connection, secrets.token_bytes(NONCE), time.monotonic() + HANDSHAKE_SECONDS)
+        self._pending[handshake] = None
+        try:
+            connection.setblocking(False)
+            self._selector.register(connection, selectors.EVENT_READ, lambda: self._advance(handshake))
+            connection.send(handshake.challenge)
+        except OSError as error:
+            self._reject(handshake, error)
+        if len(self._pending) > HANDSHAKES:
+            self._reject(next(iter(self._pending)), "there are too many at a time")
+
+    def _advance(self, handshake: _Handshake) -> None:
+        if handshake not in self._pending:  # rejected for another, after `select` had returned both
+            return
+        try:
+            part = handshake.connection.recv(NONCE + DIGEST - len(handshake.received))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._reject(handshake, error)
+            return
+        handshake.received += part
+        answer, proof = bytes(handshake.received[:NONCE]), bytes(handshake.received[NONCE:])
+        if not part:
+            self._reject(handshake, "it hung up")
+        elif len(proof) == DIGEST:
+            if hmac.compare_digest(proof, _proof(self._key, b"rank", handshake.challenge, answer)):
+                self._welcome(handshake, answer)
+            else:
+                self._reject(handshake, "it does not know the group's key")
+
+    def _welcome(self, handshake: _Handshake, answer: bytes) -> None:
+        self._end(handshake, keep=True)
+        connection = handshake.connection
+        try:
+            connection.send(_proof(self._key, b"controller", handshake.challenge, answer))
+            channel = Channel(connection, TO_CONTROLLER)
+            threading.Thread(target=self._talk, args=(channel,), name="hv15-rank", daemon=True).start()
+        except (OSError, RuntimeError) as error:  # it has hung up, or there can be no more threads
+            connection.close()
+            log.warning("A rank could not be admitted: %s.", error)
+
+    def _talk(self, channel: Channel) -> None:
+        try:
+            self._admit(channel)
+        finally:
+            channel.close()
+
+    def _reject(self, handshake: _Handshake, reason: object) -> None:
+        self._end(handshake)
+        if not self._warned:
+            self._warned = True
+            log.warning("Rejected an unauthenticated connection on control port %d (%s).", self.address[1], reason)
+
+    def _end(self, handshake: _Handshake, keep: bool = False) -> None:
+        del self._pending[handshake]
+        with contextlib.suppress(KeyError, ValueError):  # it was not registered yet
+            self._selector.unregister(handshake.connection)
+        if not keep:
+            handshake.connection.close()

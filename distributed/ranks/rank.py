@@ -1,0 +1,293 @@
+"""One rank's process: connect, come up, run jobs, report. It knows no kind of job but by its `Task`.
+
+The main thread runs tasks. A second one listens to the controller and a third sends a sign of life twice a second, so
+a cancel is heard in the middle of a job, and a job that makes no progress is noticed. When the controller goes away, by
+whatever end, the process leaves at once.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import queue
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import NoReturn, Protocol
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import Cancelled, NotLoaded, OutOfMemory
+from . import devices
+from .buffers import open_tensor
+from .collective import Watch, agree, all_or_none
+from .environment import RankEnvironment
+from .listener import connect
+from .output_file import OutputFile
+from .protocol import (
+    BROKEN,
+    MESSAGE_LENGTH,
+    Beat,
+    Cancel,
+    Channel,
+    Done,
+    Failed,
+    Hello,
+    Load,
+    Message,
+    Ready,
+    Release,
+    Released,
+    Run,
+    Stop,
+)
+
+log = logging.getLogger("hv15")
+BEAT_SECONDS = 0.5
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+
+
+class Task(Protocol):
+    """One kind of work on this rank. A rank keeps one task for each kind that it was asked for.
+
+    `fields` is what the job tells the task, `tensors` are the job's inputs and outputs by name, in shared memory.
+    """
+
+    def load(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
+        """Load what the fields name, unless it is loaded. Called ahead of time, and before each `run` with its fields.
+
+        It contains no collective. Where it raises on one rank, the job ends on all of them. Raises NotLoaded where a
+        run builds on something that only another load can bring.
+        """
+
+    def run(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
+        """Do this rank's part of a job and fill its part of the outputs. All ranks call it with the same fields.
+
+        All that it reports as total is done when it returns. Raises Cancelled on all ranks at once.
+        """
+
+    def fits(self, fields: Mapping, free: int) -> bool:
+        """Return whether the job runs at full speed with `free` bytes of the device beside what this task holds."""
+
+    def release(self) -> None:
+        """Give the device memory back."""
+
+
+class JobWatch:
+    """What is known of the job in hand: written by the task, read by the beat."""
+
+    def __init__(self) -> None:
+        self.state = (0, 0, 0)
+        """Id, done and total: one value, so that a beat never pairs a job with the progress of another."""
+        self.moved = 0
+        """Grows with every sign of progress; a controller that sees no change for long knows that the rank hangs."""
+        self._cancelled: set[int] = set()
+
+    def begin(self, id: int) -> None:
+        self.state = (id, 0, 0)
+        self.moved += 1
+
+    def progress(self, done: int, total: int) -> None:
+        self.state = (self.state[0], done, total)
+        self.moved += 1
+
+    def cancel(self, id: int) -> None:
+        self._cancelled.add(id)
+
+    def cancelled(self) -> bool:
+        self.moved += 1  # a task asks between its steps, which may be long before the first result
+        return self.state[0] in self._cancelled
+
+
+class Rank:
+    """This process, seen from the inside. `tasks` makes the task of each kind, given the device."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        started: RankEnvironment,
+        tasks: Mapping[str, Callable[[torch.device], Task]],
+        output: OutputFile,
+    ) -> None:
+        self.channel, self.started, self.output = channel, started, output
+        self.makers, self.tasks = tasks, dict[str, Task]()
+        self.world_size = len(started.devices)
+        self.watch = JobWatch()
+        self.todo: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.peers_waiting = False
+        """Whether a failure now would leave the other ranks waiting for this one."""
+
+    def run(self) -> None:
+        """Come up, then do what is asked until told to stop."""
+        self.channel.send(Hello(self.started.rank, os.getpid(), self.started.device))
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        self.device = devices.activate(self.started.device)
+        self._join()
+        self.channel.send(Ready())
+        while True:
+            match self.todo.get():
+                case Load() as message:
+                    self._answer(message, self._load)
+                case Run() as message:
+                    self._answer(message, self._run)
+                case Release():
+                    self._release()
+                    self.channel.send(Released())
+                case Stop():
+                    break
+        self._release()
+
+    def _join(self) -> None:
+        """Meet the other ranks."""
+        device = devices.Device(self.device)
+        if self.world_size == 1:
+            return
+        dist.init_process_group(
+            device.collective_backend(self.started.backend),
+            store=dist.FileStore(str(self.started.folder / "store"), self.world_size),
+            rank=self.started.rank,
+            world_size=self.world_size,
+            device_id=device.process_group_device,
+            timeout=datetime.timedelta(days=1),  # hangs are noticed by their lack of progress, not by a fixed time
+        )
+        dist.all_reduce(torch.zeros(1))
+        if not device.is_host:
+            dist.all_reduce(torch.zeros(1, device=self.device))
+
+    def _answer(self, message: Load | Run, act: Callable[[Load | Run], None]) -> None:
+        self.watch.begin(message.id)
+        self.peers_waiting = False
+        try:
+            act(message)
+            id, done, total = self.watch.state
+            if done != total:
+                raise RuntimeError(f"The task ended after {done} of {total} steps.")
+        except Cancelled:
+            self.peers_waiting = False  # ranks agree on it
+            self._fail(message, "cancelled")
+        except OutOfMemory as error:
+            self.peers_waiting &= not error.on_all_ranks
+            numbers = {"needed": error.needed, "free": error.free, "smallest_plan": error.smallest_plan}
+            self._fail(message, "memory", str(error), **numbers)
+        except NotLoaded as error:
+            self._fail(message, "not loaded", str(error))
+        except Exception as error:
+            log.error("The job failed:\n%s", traceback.format_exc())
+            self._fail(message, "error", f"{type(error).__name__}: {error}")
+        else:
+            self.channel.send(Done(id, done, total))
+        finally:
+            self.watch.moved += 1
+
+    def _fail(self, message: Load | Run, reason: str, text: str = "", **numbers: int) -> None:
+        self.channel.send(Failed(message.id, reason, text[:MESSAGE_LENGTH], self.peers_waiting, **numbers))
+
+    def _load(self, message: Load) -> None:
+        self._prepare(message, message.inputs)
+
+    def _run(self, message: Run) -> None:
+        task, tensors = self._prepare(message, {**message.inputs, **message.outputs})
+        self.peers_waiting = self.world_size > 1
+        task.run(message.fields, tensors, self.watch)
+
+    def _prepare(self, message: Load | Run, shared: Mapping) -> tuple[Task, dict[str, Tensor]]:
+        """Open the tensors and load, on all ranks or on none."""
+        if message.kind not in self.makers:
+            raise ValueError(f"There is no task of the kind {message.kind!r}.")
+        if message.kind not in self.tasks:
+            self.tasks[message.kind] = self.makers[message.kind](self.device)
+        task = self.tasks[message.kind]
+        self._make_room(task, message.fields)
+
+        def load() -> dict[str, Tensor]:
+            tensors = {name: open_tensor(place) for name, place in shared.items()}
+            task.load(message.fields, tensors, self.watch)
+            return tensors
+
+        return task, all_or_none(load)
+
+    def _make_room(self, task: Task, fields: Mapping) -> None:
+        """Have the idle tasks leave the device where this one would not run at full speed beside them."""
+        idle = [other for other in self.tasks.values() if other is not task]
+        if not idle:
+            return
+        free = devices.Device(self.device).free_bytes(self.world_size)
+        if agree(not all_or_none(lambda: task.fits(fields, free))):
+            for other in idle:
+                other.release()
+
+    def _release(self) -> None:
+        for task in self.tasks.values():
+            task.release()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                message = self.channel.receive()
+                if isinstance(message, Cancel):
+                    self.watch.cancel(message.id)
+                else:
+                    self.todo.put(message)
+                if isinstance(message, Stop):
+                    return
+        except BROKEN as error:
+            # The controller is gone, or has given this rank up. Whatever the main thread does, nobody waits for it.
+            leave_orphaned(error)
+
+    def _beat(self) -> None:
+        try:
+            controller = psutil.Process(self.started.controller)
+        except psutil.NoSuchProcess as error:
+            leave_orphaned(error)
+        own, computed = psutil.Process(), 0.0
+        while True:
+            if not controller.is_running():  # a child that it forked may hold the connection open
+                leave_orphaned(ProcessLookupError("the controller has ended"))
+            before, computed = computed, own.cpu_times().user
+            if self.started.device == "cpu" and computed - before > BEAT_SECONDS / 4:
+                # A convolution may take minutes here. (A thread that waits for a GPU would look the same.)
+                self.watch.moved += 1
+            try:
+                self.channel.send(Beat(*self.watch.state, self.watch.moved))
+            except BROKEN:
+                return  # `_listen` sees to it
+            self.output.rotate()
+            time.sleep(BEAT_SECONDS)
+
+
+def leave_orphaned(error: Exception) -> NoReturn:
+    """End this process when its controller has ended, and with it what the controller can no longer clean up."""
+    log.error("The rank leaves: its connection ended (%s: %s).", type(error).__name__, error)
+    started = RankEnvironment.from_env()
+    shutil.rmtree(started.folder, ignore_errors=True)
+    if os.getppid() == started.launcher:  # it may be stopped, and then would stay for ever
+        with contextlib.suppress(OSError):
+            os.kill(started.launcher, KILL)
+    os._exit(1)
+
+
+def main(tasks: Mapping[str, Callable[[torch.device], Task]]) -> NoReturn:
+    """Live as a rank that runs these kinds of tasks."""
+    started = RankEnvironment.from_env()
+    output = OutputFile(started.logs / f"rank-{started.rank}.log")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        channel = connect(started.control, (started.folder / "key").read_bytes())
+    except BROKEN as error:
+        leave_orphaned(error)
+    try:
+        Rank(channel, started, tasks, output).run()
+    except BaseException:
+        log.critical("The rank ends:\n%s", traceback.format_exc())
+        sys.stderr.flush()
+        os._exit(1)
+    # Destroying process groups can wait for peers that are gone already; there is nothing left to save.
+    os._exit(0)

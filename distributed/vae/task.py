@@ -1,0 +1,85 @@
+"""What a rank does of a decode."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..ops import kernels
+from ..ranks.buffers import local_path
+from ..ranks.collective import Watch
+from .checkpoint import Checkpoint, decoder_tensors, open_checkpoint
+from .engine import Engine
+from .job import DecodeRequest
+from .plan import choose_plan
+from .regions import divide
+
+READ_BYTES = 2**24
+UNLIMITED = 2**62
+
+
+class DecodeTask:
+    """The decoder of one checkpoint on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.engine: Engine | None = None
+        self.loaded: tuple[str, str] | None = None
+        """Identity and dtype of the checkpoint that the engine has."""
+        self.read: tuple[str, str] | None = None
+        """The same of the one that was read into the host's memory last."""
+
+    def load(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
+        """Load the checkpoint; on the devices in `host_only` only read it, and compile what decoding it will need."""
+        checkpoint = open_checkpoint(local_path(fields["checkpoint"]))
+        wanted = checkpoint.identity, fields["dtype"]
+        if self.loaded == wanted:
+            return
+        if "host_only" not in fields:  # a run
+            self._load(checkpoint, wanted, watch)
+            return
+        if str(self.device) not in fields["host_only"]:
+            self._load(checkpoint, wanted, watch)
+        elif self.read != wanted:
+            _read(checkpoint, watch)
+            self.read = wanted
+        widths = tuple(reversed(checkpoint.block_out_channels))
+        kernels.warm_up(checkpoint.latent_channels, widths, self.device, getattr(torch, fields["dtype"]))
+
+    def run(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
+        """Decode this rank's part of the tensor "latent" into "frames"."""
+        request = DecodeRequest.from_json(fields["request"])
+        self.engine.decode(request, tensors["latent"], tensors["frames"], watch)
+
+    def fits(self, fields: Mapping, free: int) -> bool:
+        """Return whether an undivided decode fits, or what is loaded ahead. Unknown before the weights are there."""
+        if str(self.device) in fields.get("host_only", ()):
+            return True
+        if self.engine is None or "request" not in fields:
+            return self.engine is not None
+        request, weights = DecodeRequest.from_json(fields["request"]), self.engine.weights
+        _, _, time, *picture = request.latent_shape
+        division = divide(*picture, self.engine.world_size)
+        part = division.largest.height, division.largest.width
+        _, needed = choose_plan(weights, part, tuple(picture), time, division.size > 1, UNLIMITED, undivided=True)
+        return min(needed, request.memory or needed) <= free + weights.nbytes
+
+    def release(self) -> None:
+        """Give the device memory back. The checkpoint has to be loaded again."""
+        if self.engine:
+            self.engine.release()
+        self.engine = self.loaded = self.read = None
+
+    def _load(self, checkpoint: Checkpoint, wanted: tuple[str, str], watch: Watch) -> None:
+        self.release()
+        self.engine = Engine(decoder_tensors(checkpoint), self.device, getattr(torch, wanted[1]))
+        self.loaded = wanted
+        watch.progress(0, 0)
+
+
+def _read(checkpoint: Checkpoint, watch: Watch) -> None:
+    """Read the files, so that they are in the host's memory when they are wanted."""
+    for file in checkpoint.files:
+        with open(file, "rb") as content:
+            while content.read(READ_BYTES):
+                watch.progress(0, 0)

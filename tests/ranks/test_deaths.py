@@ -1,0 +1,213 @@
+"""Processes that die or hang are replaced, and the job in hand is retried. Real processes, really killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from benchmarks.random_weights import random_latent
+from distributed import Cancelled, GroupError, JobError, RankGroup
+from tests.ranks.conftest import ECHO
+from tests.ranks.misbehaving import Echo
+from tests.ranks.moments import during, pids, until
+
+ROOT = Path(__file__).resolve().parents[2]
+X = torch.arange(64.0)
+LONG = Echo(X, steps=20, seconds=0.1)
+
+
+def run(group: RankGroup, job: Echo = LONG, **options) -> None:
+    """Run a job and check its result."""
+    assert torch.equal(group.run(job, **options)["y"], job.x + 1)
+
+
+@pytest.mark.parametrize("who", ["rank 0", "rank 1", "launcher"])
+def test_a_killed_process_is_replaced_and_the_job_is_retried(echoes, who):
+    def kill() -> None:
+        pid = echoes._supervisor.ranks.launcher.pid if who == "launcher" else pids(echoes)[int(who[-1])]
+        os.kill(pid, signal.SIGKILL)
+
+    before, notices = set(pids(echoes)), []
+    killer = during(echoes, kill)
+    run(echoes, notice=notices.append)
+    killer.join()
+    assert echoes.status()["state"] == "ready"
+    assert before.isdisjoint(pids(echoes))
+    assert not any(psutil.pid_exists(pid) for pid in before)
+    assert len(notices) == 1 and "Restarting the rank group and retrying the echo." in notices[0]
+
+
+def test_the_frames_of_a_decode_are_the_same_after_a_kill(pair, vae):
+    latent = random_latent(1, 32, 96, 6, 6)
+    expected = pair.decode(latent, vae)
+    killer = during(pair, lambda: os.kill(pids(pair)[0], signal.SIGKILL))
+    assert torch.equal(pair.decode(latent, vae), expected)
+    killer.join()
+
+
+def test_a_stopped_rank_is_noticed_and_replaced(echoes):
+    before, notices = set(pids(echoes)), []
+    echoes.configure(stall_timeout=60)
+    stopper = during(echoes, lambda: os.kill(pids(echoes)[0], signal.SIGSTOP))
+    try:
+        run(echoes, notice=notices.append)
+    finally:
+        echoes.configure(stall_timeout=5)
+        stopper.join()
+    assert "rank 0 (cpu) has not responded for" in notices[0]
+    assert before.isdisjoint(pids(echoes))
+
+
+def test_a_rank_that_hangs_but_lives_is_noticed_by_its_lack_of_progress(echoes, once):
+    notices = []
+    run(echoes, Echo(X, fault="hang", once=once), notice=notices.append)
+    assert "made no progress for" in notices[0] and "retrying the echo" in notices[0]
+
+
+def test_an_error_of_one_rank_alone_fails_the_job_and_the_group_comes_back(echoes):
+    begun = time.monotonic()
+    with pytest.raises(JobError, match=r"Rank 1 \(cpu\): RuntimeError: a fault of rank 1"):
+        echoes.run(Echo(X, steps=2, fault="raise"))
+    assert time.monotonic() - begun < 10
+    run(echoes)
+
+
+def test_an_error_before_the_job_on_one_rank_fails_on_all_and_they_stay(echoes):
+    run(echoes, Echo(X))
+    before = pids(echoes)
+    with pytest.raises(JobError, match=r"Rank 1 \(cpu\): ValueError: a job that is not to be run"):
+        echoes.run(Echo(X, fault="refuse"))
+    run(echoes, Echo(X))
+    assert pids(echoes) == before
+
+
+def test_a_rank_that_ends_before_its_work_is_done_fails_the_job(echoes):
+    with pytest.raises(JobError, match=r"Rank 1 \(cpu\): RuntimeError: The task ended after 1 of 2 steps"):
+        echoes.run(Echo(X, fault="short"))
+
+
+def test_a_rank_that_dies_twice_ends_the_job_with_its_name_code_log_and_last_words(echoes):
+    with pytest.raises(GroupError) as caught:
+        echoes.run(Echo(X, fault="exit"))
+    message = str(caught.value)
+    assert "rank 1 (cpu)" in message and "exit code 7" in message and "last words of a rank" in message
+    log = Path(message.split("Its log, ")[1].split(", ends")[0])
+    assert log.is_relative_to(echoes._logs) and "last words" in log.read_text()
+    assert echoes.status()["state"] == "failed" and "exit code 7" in echoes.status()["error"]
+    run(echoes)
+
+
+def test_a_process_that_dies_idle_is_noticed_and_replaced_without_a_call(echoes):
+    run(echoes, Echo(X))
+    before = set(pids(echoes))
+    os.kill(max(before), signal.SIGKILL)
+    assert until(lambda: echoes.status()["state"] == "recovering", 2), "death was not noticed within two seconds"
+    assert until(lambda: echoes.status()["state"] == "ready", 60)
+    assert before.isdisjoint(pids(echoes))
+    run(echoes, Echo(X))
+
+
+def test_a_process_that_dies_before_it_was_ever_used_is_replaced_once_and_then_given_up():
+    states = []
+    group = RankGroup(["cpu"], worker=ECHO)
+    group.on_change = lambda: states.append(group.status()["state"])
+    group.start(wait=True)
+    os.kill(pids(group)[0], signal.SIGKILL)
+    assert until(lambda: "recovering" in states and states[-1] == "ready", 60)
+    os.kill(pids(group)[0], signal.SIGKILL)
+    assert until(lambda: states[-1] == "failed", 5)
+    run(group, Echo(X))
+    group.stop()
+    changes = [state for state, before in zip(states, [None, *states], strict=False) if state != before]
+    expected = ["starting", "ready", "recovering", "ready", "failed", "starting", "ready", "busy", "ready", "stopped"]
+    assert changes == expected
+
+
+def test_a_rank_that_computes_for_long_does_not_hang(vae):
+    notices, first, begun = [], [], time.monotonic()
+
+    def look(done: int, total: int) -> None:
+        if done and not first:
+            first.append(time.monotonic() - begun)
+            group.cancel()
+
+    with RankGroup(["cpu", "cpu"], stall_timeout=2) as group:
+        begun = time.monotonic()
+        with pytest.raises(Cancelled):
+            group.decode(random_latent(1, 32, 9, 24, 30), vae, progress=look, notice=notices.append)
+    assert notices == []
+    assert first[0] > 2.5, "there was progress too soon to show anything"
+
+
+def test_a_rank_that_has_nothing_to_do_but_wait_for_others_does_not_hang(vae):
+    """There is one tile, so one of the ranks has none."""
+    notices = []
+    with RankGroup(["cpu", "cpu"], stall_timeout=2) as group:
+        begun = time.monotonic()
+        group.decode(random_latent(1, 32, 16, 16, 16), vae, "tiled", notice=notices.append)
+    assert notices == []
+    assert time.monotonic() - begun > 2.5, "it was over too soon to show anything"
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_ranks_leave_when_their_controller_is_killed(forks):
+    """Also where a child of its own, forked, holds its connections open."""
+    code = (
+        "import os, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from distributed import RankGroup\n"
+        "if __name__ == '__main__':\n"
+        "    group = RankGroup(devices=['cpu', 'cpu']); group.start(wait=True)\n"
+        "    child = len(sys.argv) > 2 and os.fork()\n"
+        "    if child or len(sys.argv) == 2:\n"
+        "        pids = [rank['pid'] for rank in group.status()['ranks']]\n"
+        "        print(child, *pids, group._supervisor.ranks.folder, flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), *["fork"] * forks]
+    controller = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child, *ranks, folder = controller.stdout.readline().split()
+    controller.kill()
+    controller.wait()
+    controller.stdout.close()
+    try:
+        assert until(lambda: not any(psutil.pid_exists(int(pid)) for pid in ranks), 10)
+        assert until(lambda: not Path(folder).exists(), 1)
+    finally:
+        if forks:
+            os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.7, 2.0])
+def test_a_controller_that_is_killed_while_ranks_start_leaves_nothing(seconds):
+    """Its orphans fall to whoever takes orphans in, such as a user's session. That process must not be harmed."""
+    controller = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from distributed import RankGroup\n"
+        "group = RankGroup(devices=['cpu', 'cpu']); group.start()\n"
+        "while not group._supervisor.ranks: time.sleep(0.01)\n"
+        "print(group._supervisor.ranks.folder, flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    session = (
+        "import ctypes, os, subprocess, sys, time\n"
+        "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)\n"  # PR_SET_CHILD_SUBREAPER
+        "command = [sys.executable, '-c', sys.argv[2], sys.argv[1]]\n"
+        "controller = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)\n"
+        "folder = controller.stdout.readline().strip()\n"
+        "time.sleep(float(sys.argv[3])); controller.kill(); limit = time.monotonic() + 20\n"
+        "while time.monotonic() < limit:\n"
+        "    try: os.waitpid(-1, os.WNOHANG)\n"
+        "    except ChildProcessError: print(folder); break\n"
+        "    time.sleep(0.05)\n"
+    )
+    command = [sys.executable, "-c", session, str(ROOT), controller, str(seconds)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert ended.returncode == 0, "the session was killed"
+    assert ended.stdout, "processes are left"
+    assert not Path(ended.stdout.strip()).exists()

@@ -1,0 +1,280 @@
+"""Whom a group lets in: other accounts at its control port, ranks that are not understood, files, ports and logs."""
+
+import contextlib
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from benchmarks.random_weights import random_latent
+from distributed import GroupError, RankGroup
+from distributed.ranks import listener as listener_module
+from distributed.ranks.listener import connect, shake_hands
+from distributed.ranks.protocol import BROKEN, Beat, Done, Hello, Ready
+from tests.ranks.conftest import ECHO
+from tests.ranks.misbehaving import Echo
+from tests.ranks.moments import pids, until
+
+ROOT = Path(__file__).resolve().parents[2]
+X = torch.arange(8.0)
+
+
+def ranks_of(group: RankGroup):
+    return group._supervisor.ranks
+
+
+def key_of(group: RankGroup) -> bytes:
+    return (ranks_of(group).folder / "key").read_bytes()
+
+
+def replay(address: tuple[str, int], key: bytes) -> None:
+    """Answer the second challenge with what was right for the first."""
+    said = []
+
+    class Recorder:
+        def __init__(self, connection: socket.socket) -> None:
+            self.recv = connection.recv
+            self.connection = connection
+
+        def sendall(self, data: bytes) -> None:
+            said.append(data)
+            self.connection.sendall(data)
+
+    with socket.create_connection(address, timeout=5) as first:
+        shake_hands(Recorder(first), key)
+    with socket.create_connection(address, timeout=5) as second:
+        second.recv(32)
+        second.sendall(said[0])
+        if not second.recv(32):
+            raise EOFError
+
+
+def test_strangers_are_rejected_and_the_ranks_do_not_notice(echoes, caplog):
+    listener, before = ranks_of(echoes).listener, pids(echoes)
+    assert listener.address[0] == "127.0.0.1"
+    listener._warned = False
+    for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, bytes(64), struct.pack("!I", 2**32 - 1)):
+        with socket.create_connection(listener.address, timeout=5) as stranger:
+            stranger.sendall(words)
+    for key in (b"", b"wrong", os.urandom(32)):
+        with pytest.raises(BROKEN), socket.create_connection(listener.address, timeout=5) as stranger:
+            shake_hands(stranger, key)
+    with pytest.raises(BROKEN):
+        replay(listener.address, key_of(echoes))
+    slow = [socket.create_connection(listener.address, timeout=5) for _ in range(20)]  # say nothing at all
+    assert torch.equal(echoes.run(Echo(X))["y"], X + 1)
+    for connection in slow:
+        connection.close()
+    assert sum("unauthenticated" in record.message for record in caplog.records) == 1
+    assert pids(echoes) == before
+
+
+def test_hundreds_that_connect_and_hold_take_neither_descriptors_nor_threads_and_ranks_come_up():
+    """They begin before the ranks, and take the place of every connection that is closed."""
+    group, seen = RankGroup(["cpu", "cpu"], worker=ECHO), []
+    process = psutil.Process()
+    group.start()
+    assert until(lambda: ranks_of(group) is not None, 20)
+    address, descriptors, threads = ranks_of(group).listener.address, process.num_fds(), process.num_threads()
+    code = (
+        "import socket, sys, time; held = []\n"
+        "limit = time.monotonic() + 100\n"
+        "while time.monotonic() < limit:\n"
+        "    held.append(socket.create_connection(('127.0.0.1', int(sys.argv[1])), timeout=5))\n"
+        "    if len(held) == 300: print('300', flush=True)\n"
+        "    if len(held) > 400: held.pop(0).close()\n"
+        "    time.sleep(0.002)\n"
+    )
+    crowd = subprocess.Popen([sys.executable, "-c", code, str(address[1])], stdout=subprocess.PIPE, text=True)
+    try:
+        assert crowd.stdout.readline() == "300\n"
+        for _ in range(20):
+            seen.append((process.num_fds() - descriptors, process.num_threads() - threads))
+            time.sleep(0.02)
+        group.start(wait=True)
+        assert torch.equal(group.run(Echo(X))["y"], X + 1)
+        assert crowd.poll() is None
+    finally:
+        crowd.kill()
+        crowd.wait()
+        crowd.stdout.close()
+        group.stop()
+    assert max(count for count, _ in seen) <= listener_module.HANDSHAKES + 8, seen
+    assert max(count for _, count in seen) <= 4, seen
+
+
+def test_a_listener_that_cannot_start_a_thread_for_a_rank_goes_on(monkeypatch, caplog):
+    admitted = []
+    listener = listener_module.Listener(b"key", admitted.append)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "hv15-rank":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            channel = connect(listener.address, b"key")
+            with pytest.raises(BROKEN):
+                channel.receive()
+            channel.close()
+        assert admitted == [] and "can't start new thread" in caplog.text
+        connect(listener.address, b"key").close()
+        assert until(lambda: len(admitted) == 1, 5)
+    finally:
+        listener.close()
+
+
+def test_a_listener_without_descriptors_rests_and_closes():
+    code = (
+        "import os, resource, socket, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from distributed.ranks.listener import Listener\n"
+        "listener = Listener(b'key', print); caller = socket.socket()\n"
+        "most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir('/proc/self/fd'))), most))\n"
+        "while True:\n"
+        "    try: os.dup(0)\n"
+        "    except OSError: break\n"
+        "caller.connect(listener.address); before = time.process_time(); time.sleep(2)\n"
+        "used = time.process_time() - before; begun = time.monotonic(); listener.close()\n"
+        "print(used < 0.5, time.monotonic() - begun < 5)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert ended.stdout.split() == ["True", "True"]
+
+
+def test_nobody_is_killed_for_a_process_id_that_a_rank_gives(tmp_path, monkeypatch, caplog):
+    """Someone with the key says hello for a rank that has not come up, as a process that is not the launcher's."""
+    fault = tmp_path / "fault"
+    fault.write_text("late 0")
+    monkeypatch.setenv("HV15_TEST_FAULT", str(fault))
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    group = RankGroup(["cpu"], worker=ECHO)
+    try:
+        group.start()
+        assert until(lambda: ranks_of(group) is not None, 20)
+        channel = connect(ranks_of(group).listener.address, key_of(group))
+        channel.send(Hello(0, bystander.pid, "cpu"))
+        with pytest.raises(BROKEN):
+            channel.receive()
+        channel.close()
+        assert f"process {bystander.pid} was not started by this group's launcher" in caplog.text
+        group.stop()
+        assert bystander.poll() is None
+    finally:
+        group.stop()
+        bystander.kill()
+        bystander.wait()
+
+
+@pytest.mark.parametrize("first", [Ready(), Beat(0, 0, 0, 0), Done(1, 5, 5), Hello(64, 1, "cpu"), Hello(0, 1, "cpu")])
+def test_a_caller_with_the_key_that_is_no_rank_is_rejected_and_answers_no_job(echoes, first):
+    before = pids(echoes)
+    channel = connect(ranks_of(echoes).listener.address, key_of(echoes))
+    channel.send(first)
+    with pytest.raises(BROKEN):
+        channel.receive()
+    channel.close()
+    assert torch.equal(echoes.run(Echo(X))["y"], X + 1)
+    assert pids(echoes) == before
+
+
+GARBLED = {
+    "not json": "\x00garbage",
+    "no object": "[1, 2]",
+    "unknown": '{"type": "Dance"}',
+    "no type": "{}",
+    "another's": '{"type": "Stop"}',
+    "a field too many": '{"type": "Done", "id": ID, "done": 0, "total": 0, "more": 1}',
+    "a field too few": '{"type": "Done", "id": ID}',
+    "text for a number": '{"type": "Beat", "id": ID, "done": "0", "total": 0, "moved": 1}',
+    "NaN": '{"type": "Beat", "id": ID, "done": NaN, "total": 0, "moved": 1}',
+    "an overflow": '{"type": "Beat", "id": ID, "done": 0, "total": 1e999, "moved": 1}',
+    "negative": '{"type": "Beat", "id": ID, "done": -1, "total": 0, "moved": 1}',
+    "too large": '{"type": "Beat", "id": ID, "done": 0, "total": ' + "9" * 400 + ', "moved": 1}',
+    "deep": "[" * 20000 + "]" * 20000,
+    "more done than there is": '{"type": "Beat", "id": ID, "done": 5, "total": 4, "moved": 1}',
+    "a job to come": '{"type": "Beat", "id": 900000, "done": 0, "total": 0, "moved": 1}',
+    "done too soon": '{"type": "Done", "id": ID, "done": 1, "total": 100}',
+    "done with another job": '{"type": "Done", "id": 0, "done": 0, "total": 0}',
+    "released": '{"type": "Released"}',
+    "ready again": '{"type": "Ready"}',
+    "hello again": '{"type": "Hello", "rank": 1, "pid": 1, "device": "cpu"}',
+}
+
+
+@pytest.mark.parametrize("frame", [pytest.param(frame, id=name) for name, frame in GARBLED.items()])
+def test_a_rank_that_is_not_understood_is_replaced_and_its_job_retried(echoes, once, frame):
+    notices, before = [], pids(echoes)
+    job = Echo(X, fault="send", frame=frame, once=once)
+    assert torch.equal(echoes.run(job, notice=notices.append, timeout=60)["y"], X + 1)
+    assert len(notices) == 1 and "rank 1 (cpu)" in notices[0] and "sent a message that is not understood" in notices[0]
+    assert set(before).isdisjoint(pids(echoes))
+
+
+def test_a_message_that_is_announced_with_gigabytes_is_refused_before_it_is_read(echoes, once):
+    notices = []
+    memory = psutil.Process().memory_info().rss
+    assert torch.equal(echoes.run(Echo(X, fault="long", once=once), notice=notices.append)["y"], X + 1)
+    assert "a message of 4294967295 bytes; 65536 is the most" in notices[0]
+    assert psutil.Process().memory_info().rss < memory + 2**28
+
+
+def test_a_rank_ends_when_it_does_not_understand_its_controller(echoes):
+    with contextlib.suppress(GroupError):  # sent to idle ranks, which are replaced
+        echoes.start(wait=True)
+    before = set(pids(echoes))
+    assert torch.equal(echoes.run(Echo(X))["y"], X + 1)
+    ranks_of(echoes).records[0].channel.send_frame(b'{"type": "Dance"}')
+    assert until(lambda: echoes.status()["state"] == "recovering", 5)
+    assert until(lambda: echoes.status()["state"] == "ready", 60)
+    assert before.isdisjoint(pids(echoes))
+
+
+def test_files_of_a_group_are_its_owners_alone_and_gone_when_it_stops():
+    group = RankGroup(devices=["cpu"], worker=ECHO)
+    group.start(wait=True)
+    folder = ranks_of(group).folder
+    for path in [folder, folder / "key"]:
+        assert path.stat().st_mode & 0o077 == 0, path
+    group.stop()
+    assert not folder.exists() and group.status()["state"] == "stopped"
+    assert torch.equal(group.run(Echo(X))["y"], X + 1), "a stopped group starts again when needed"
+    group.stop()
+
+
+def test_no_file_of_a_group_holds_a_pickle(pair, vae):
+    """What could be written by a stranger must not be code; pickles are known by their first bytes, base64 or not."""
+    pair.decode(random_latent(1, 32, 1, 1, 2), vae)
+    files = [file for file in ranks_of(pair).folder.rglob("*") if file.is_file()]
+    assert {"key", "rendezvous"} <= {file.name for file in files}
+    for file in files:
+        assert not any(mark in file.read_bytes() for mark in (b"\x80\x04\x95", b"gASV")), file.name
+
+
+def test_nothing_listens_beyond_loopback(pair):
+    processes = [psutil.Process(pid) for pid in [ranks_of(pair).launcher.pid, *pids(pair)]]
+    for process in processes:
+        listening = [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        assert set(listening) <= {"127.0.0.1"}, process.cmdline()
+
+
+def test_logs_are_kept_private_and_from_growing(tmp_path, once):
+    with RankGroup(["cpu"], worker=ECHO, logs=tmp_path / "logs") as group:
+        group.run(Echo(X, fault="chatter", rank=0, once=once))
+        (folder,) = (tmp_path / "logs").iterdir()
+        assert until(lambda: (folder / "rank-0.old.log").exists(), 5)
+        assert (folder / "rank-0.log").stat().st_size < 2**20
+        for path in [folder, *folder.iterdir()]:
+            assert path.stat().st_mode & 0o077 == 0, path
+    assert (folder / "rank-0.old.log").exists()

@@ -1,0 +1,198 @@
+"""Messages on the control connection: what is written comes back, and nothing else is taken."""
+
+import json
+import socket
+import struct
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distributed.ranks.buffers import SharedTensor
+from distributed.ranks.listener import Listener, connect
+from distributed.ranks.protocol import (
+    BROKEN,
+    TO_CONTROLLER,
+    TO_RANK,
+    Beat,
+    Cancel,
+    Channel,
+    Done,
+    Failed,
+    Hello,
+    Load,
+    Ready,
+    Release,
+    Released,
+    Run,
+    Stop,
+    decode,
+    encode,
+)
+
+X = SharedTensor("memfd:somewhere", "float32", (1, 32, 0))
+MESSAGES = [
+    Load(1, "decode", {"dtype": "float32", "list": [1, 2.5, None, True, "é"]}),
+    Run(2**53, "echo", {}, {"x": X}, {"y": X, "z": X}),
+    Cancel(0),
+    Release(),
+    Stop(),
+    Hello(63, 1234, "cuda:7"),
+    Ready(),
+    Released(),
+    Beat(1, 2, 3, 4),
+    Done(1, 5, 5),
+    Failed(1, "memory", "too little", True, 2**40, 2**30, True),
+]
+BAD_VALUES = [None, True, -1, 1.5, "1", "", [], [1], {}, {"a": 1}, 2**64, "x" * 10**4]
+
+
+def direction(message: object):
+    return TO_RANK if type(message) in TO_RANK.messages else TO_CONTROLLER
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_message_comes_back_as_it_was_and_only_in_its_direction(message):
+    frame = encode(message)
+    assert decode(frame, direction(message)) == message
+    with pytest.raises(ValueError, match="unknown message"):
+        decode(frame, TO_RANK if direction(message) is TO_CONTROLLER else TO_CONTROLLER)
+
+
+def test_every_message_is_tried_here():
+    assert {type(message) for message in MESSAGES} == {*TO_RANK.messages, *TO_CONTROLLER.messages}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_a_field_that_is_missing_or_has_another_type_or_is_unknown_is_refused(message):
+    fields = json.loads(encode(message))
+    for name in fields.keys() - {"type"}:
+        with pytest.raises(ValueError):
+            decode(
+                json.dumps({key: value for key, value in fields.items() if key != name}).encode(), direction(message)
+            )
+        taken = 0
+        for bad in BAD_VALUES:
+            try:
+                decode(json.dumps({**fields, name: bad}).encode(), direction(message))
+                taken += 1
+            except ValueError as error:
+                assert len(str(error)) < 400
+        assert taken <= 3, f"{name} takes nearly everything"
+    with pytest.raises(ValueError, match="has the fields"):
+        decode(json.dumps({**fields, "more": 1}).encode(), direction(message))
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"place": 1, "dtype": "float32", "shape": [1]},
+        {"place": "", "dtype": "object", "shape": [1]},
+        {"place": "", "dtype": ["float32"], "shape": [1]},
+        {"place": "", "dtype": "float32", "shape": [-1]},
+        {"place": "", "dtype": "float32", "shape": [1.0]},
+        {"place": "", "dtype": "float32", "shape": 3},
+        {"place": "", "dtype": "float32", "shape": [1] * 9},
+        {"place": "x" * 5000, "dtype": "float32", "shape": [1]},
+        {"place": "", "dtype": "float32"},
+        "memfd:",
+    ],
+)
+def test_a_shared_tensor_that_is_none_is_refused(shared):
+    frame = json.dumps({"type": "Load", "id": 1, "kind": "echo", "fields": {}, "inputs": {"x": shared}}).encode()
+    with pytest.raises(ValueError, match=r"Load\.inputs"):
+        decode(frame, TO_RANK)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_with_a_value_error(frame):
+    with pytest.raises(ValueError):
+        decode(frame, TO_CONTROLLER)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+        max_leaves=20,
+    ),
+    st.sampled_from([*TO_CONTROLLER.messages, *TO_RANK.messages]),
+)
+def test_any_json_is_one_of_the_messages_or_refused_with_a_value_error(value, message):
+    value = {**value, "type": message.__name__} if isinstance(value, dict) else value
+    for way in (TO_CONTROLLER, TO_RANK):
+        try:
+            assert type(decode(json.dumps(value).encode(), way)) in (Ready, Released, Release, Stop)
+        except ValueError as error:
+            assert len(str(error)) < 400
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000])
+def test_numbers_that_are_not_finite_or_too_long_are_refused(number):
+    with pytest.raises(ValueError):
+        decode(
+            f'{{"type": "Load", "id": 1, "kind": "a", "fields": {{"x": {number}}}, "inputs": {{}}}}'.encode(), TO_RANK
+        )
+
+
+def test_json_that_is_nested_too_deeply_is_refused():
+    with pytest.raises(ValueError, match="nested too deeply"):
+        decode(b'{"a":' * 10**5 + b"1" + b"}" * 10**5, TO_RANK)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), {1}, torch.zeros(1), "x" * 2**20])
+def test_what_cannot_travel_is_refused_before_it_is_sent(bad):
+    with pytest.raises(ValueError):
+        encode(Load(1, "echo", {"bad": bad}))
+
+
+def test_a_channel_refuses_a_long_message_by_its_announcement_and_notices_an_end_in_the_middle():
+    for sent in (struct.pack("!I", TO_CONTROLLER.limit + 1), struct.pack("!I", 100) + b"{", b"\0\0"):
+        here, there = tcp_pair()
+        channel = Channel(here, TO_CONTROLLER)
+        there.sendall(sent)
+        there.close()
+        with pytest.raises(BROKEN):
+            channel.receive()
+        channel.close()
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        caller = socket.create_connection(server.getsockname())
+        return server.accept()[0], caller
+
+
+def test_rank_and_listener_prove_to_each_other_that_they_know_the_key():
+    heard = []
+    listener = Listener(b"key", lambda channel: heard.append(channel.receive()))
+    try:
+        channel = connect(listener.address, b"key")
+        channel.send(Ready())
+        limit = threading.Event()
+        for _ in range(100):
+            if heard:
+                break
+            limit.wait(0.05)
+        assert heard == [Ready()]
+        channel.close()
+    finally:
+        listener.close()
+
+
+def test_a_rank_does_not_take_a_stranger_for_its_controller():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def pretend() -> None:
+            with server.accept()[0] as caller:
+                caller.sendall(bytes(32))
+                caller.recv(64)
+                caller.sendall(bytes(32))
+
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        with pytest.raises(ValueError, match="does not know the group's key"):
+            connect(server.getsockname(), b"key")
+        thread.join()
