@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from benchmarks.decode import ROOT, SIZES, machine, target
 from benchmarks.random_weights import random_latent
-from distributed.vae.checkpoint import to_core
+from distributed.vae.hunyuanvideo15.layout import to_core
 
 sys.path.append(str(ROOT / "scripts"))
 from comfyui_host import Host, node
