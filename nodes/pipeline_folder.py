@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..distributed.quoting import quote
+
 PIPELINES = ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
 LIBRARIES = ("diffusers", "transformers")
 PARTS = {
@@ -40,13 +42,13 @@ def check_folder(folder: Path) -> str:
     index = _read_json(folder, "model_index.json")
     name = index.get("_class_name")
     if name not in PIPELINES:
-        raise ValueError(f"{folder.name} holds {_quoted(name)}; this node loads {' and '.join(PIPELINES)}.")
+        raise ValueError(f"{folder.name} holds {quote(name)}; this node loads {' and '.join(PIPELINES)}.")
     missing = [part for part in PARTS if part not in index]
     if missing:
         raise ValueError(f"{folder.name}/model_index.json has no {missing[0]}; a {name} has one.")
     code = next((path for path in (*folder.glob("*.py"), *folder.glob("*/*.py"))), None)
     if code:
-        raise ValueError(f"{folder.name} holds code, {_quoted(str(code.relative_to(folder)))}, which a model has not.")
+        raise ValueError(f"{folder.name} holds code, {quote(code.relative_to(folder))}, which a model has not.")
     for part, value in index.items():
         if not part.startswith("_"):
             _check_part(folder, name, part, value)
@@ -57,7 +59,7 @@ def _check_part(folder: Path, pipeline: str, part: str, value: object) -> None:
     """Refuse a part that is not of the two libraries, not of the class that it has to be, or not whole."""
     where = f"{folder.name}/model_index.json"
     if not re.fullmatch(r"\w{1,64}", part):
-        raise ValueError(f"{where} has a part of the name {_quoted(part)}.")
+        raise ValueError(f"{where} has a part of the name {quote(part)}.")
     if isinstance(value, (bool, int, float)) and part not in PARTS:
         return  # a setting of the pipeline
     if value in ([None, None], None):
@@ -65,11 +67,11 @@ def _check_part(folder: Path, pipeline: str, part: str, value: object) -> None:
             raise ValueError(f"{where} has no {part}; a {pipeline} has one.")
         return
     if not (isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)):
-        raise ValueError(f"{where}: its {part} is {_quoted(value)}, where a library and a class belong.")
+        raise ValueError(f"{where}: its {part} is {quote(value)}, where a library and a class belong.")
     library, kind = value
     if library not in LIBRARIES or not re.fullmatch(r"[A-Z]\w{1,99}", kind) or re.match("Auto(?!encoder)", kind):
         raise ValueError(
-            f"{where}: its {part} is {_quoted(kind)} of {_quoted(library)}; only classes of diffusers and transformers "
+            f"{where}: its {part} is {quote(kind)} of {quote(library)}; only classes of diffusers and transformers "
             "are loaded."
         )
     if kind != CLASSES.get(part, kind):
@@ -98,7 +100,7 @@ def _count_tensors(folder: Path, part: str, name: str) -> int:
         files = sorted(set(shards.values()))
         outside = [file for file in files if not re.fullmatch(r"[\w.-]+\.safetensors", file)]
         if outside:
-            raise ValueError(f"{folder.name}/{part}/{index} names {_quoted(outside[0])}; only *.safetensors are read.")
+            raise ValueError(f"{folder.name}/{part}/{index} names {quote(outside[0])}; only *.safetensors are read.")
     count = 0
     for file in files:
         path = folder / part / file
@@ -119,10 +121,10 @@ def _check_config(folder: Path, name: str, tensors: int) -> None:
         count = len(value) if isinstance(value, list) else value
         if isinstance(count, int) and count > max(tensors, MOST_LAYERS) and (count is not value or COUNTS.search(key)):
             raise ValueError(
-                f"{folder.name}/{name}: its {_quoted(key)} asks for {count} layers; the weights are {tensors} tensors."
+                f"{folder.name}/{name}: its {quote(key)} asks for {count} layers; the weights are {tensors} tensors."
             )
         if key == "auto_map" or (key.endswith("implementation") and isinstance(value, str) and "/" in value):
-            raise ValueError(f"{folder.name}/{name} names code to run, {_quoted(key)}; only weights are loaded.")
+            raise ValueError(f"{folder.name}/{name} names code to run, {quote(key)}; only weights are loaded.")
 
 
 def _values(config: object, key: str = "") -> Iterator[tuple[str, object]]:
@@ -152,9 +154,3 @@ def _read_json(folder: Path, name: str) -> dict:
     if not isinstance(found, dict):
         raise ValueError(f"{folder.name}/{name} holds no JSON object; download it again.")
     return found
-
-
-def _quoted(value: object) -> str:
-    """A value of a stranger's file for a message: no control characters, and short."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -83,7 +83,8 @@ def _holds(weights: Mapping[str, Tensor], file: Path) -> bool:
         return False
     held = {to_diffusers(key).removeprefix("decoder."): tensor.detach() for key, tensor in weights.items()}
     return all(
-        torch.equal(_sample(tensor).to(held[key].dtype), _sample(held[key]).cpu()) for key, tensor in stored.items()
+        key in held and torch.equal(_sample(tensor).to(held[key].dtype), _sample(held[key]).cpu())
+        for key, tensor in stored.items()
     )
 
 

@@ -84,7 +84,9 @@ class Page:
             async for message in socket:
                 answer = json.loads(message.data)
                 if answer.get("id") == number:
-                    return answer.get("result") or {"exceptionDetails": {"exception": answer["error"]}}
+                    if "error" in answer:
+                        return {"exceptionDetails": {"exception": answer["error"]}}
+                    return answer["result"]  # of some methods it is empty
         raise AssertionError("the browser hung up")
 
 

@@ -1,6 +1,7 @@
 // The sidebar tab with the rank groups. ComfyUI loads this file by itself; what it shows is in panel.mjs.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { followNotices } from "./notices.mjs";
 import { mountPanel, textsFor } from "./panel.mjs";
 
 app.registerExtension({
@@ -9,6 +10,7 @@ app.registerExtension({
     const locale = app.ui?.settings?.getSettingValue("Comfy.Locale");
     const { title } = textsFor(locale);
     let unmount = () => {};
+    followNotices(app, api);
     api.addEventListener("hv15.group", () => {}); // else the web UI warns of the event until the panel is opened
     app.extensionManager.registerSidebarTab({
       id: "hv15.groups",

@@ -142,7 +142,6 @@ function makeRank() {
 
   const show = (rank, texts) => {
     name.textContent = `${rank.rank}  ${rank.device}`;
-    name.title = `pid ${rank.pid ?? "-"}`;
     bar.value = partDone(rank);
     bar.ariaLabel = name.textContent;
     showState(state, rank.state, texts);

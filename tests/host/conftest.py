@@ -7,8 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from core_models import core_model, weights_of  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,12 @@ def pack(tmp_path_factory):
         MappedModel=vae.MappedModel,
         rank_source=sources.rank_source,
     )
+
+
+@pytest.fixture
+def core(pack, tmp_path):
+    """Core's model, and a file of it as core saves one."""
+    model = core_model(pack)
+    path = tmp_path / "core.safetensors"
+    save_file(weights_of(model), path)
+    return SimpleNamespace(model=model, path=path)

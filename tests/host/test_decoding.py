@@ -1,5 +1,6 @@
 """Decoding in a real ComfyUI: every checkpoint layout, core's nodes on our VAE, and what is refused."""
 
+import asyncio
 import json
 
 import aiohttp
@@ -168,6 +169,27 @@ def test_the_routes_take_known_ids_alone_and_reveal_no_paths(server, expected):
         async with aiohttp.ClientSession() as session:
             return [(await session.post(server.url + path)).status for path in paths]
 
-    import asyncio
-
     assert asyncio.run(statuses())[:2] == [404, 404] and asyncio.run(statuses())[2] in (404, 405)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 404),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example:{port}"}, 403),
+        ({"Host": "evil.example:{port}", "Origin": "http://evil.example:{port}"}, 403),
+        ({"Host": "localhost:{port}"}, 404),
+        ({"Host": "192.168.1.2:{port}"}, 404),
+        ({"Host": "studio.example"}, 404),  # a proxy's
+    ],
+)
+def test_pages_of_no_origin_or_another_name_cannot_stop_a_group(server, headers, status):
+    headers = {name: value.format(port=server.port) for name, value in headers.items()}
+
+    async def ask():
+        url = f"{server.url}/hv15/groups/nosuch/stop"
+        async with aiohttp.ClientSession(headers=headers) as session, session.post(url) as answer:
+            return answer.status
+
+    assert asyncio.run(ask()) == status

@@ -3,7 +3,6 @@
 import copy
 import gc
 import importlib
-import math
 import os
 import sys
 from types import SimpleNamespace
@@ -12,52 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-WIDTHS = (8, 16, 32, 64, 64)
-REFINER = "comfy.ldm.hunyuan_video.vae_refiner"
-
-
-CONFIG = {"block_out_channels": list(WIDTHS), "in_channels": 3, "out_channels": 3, "num_res_blocks": 2}
-CONFIG |= {"ffactor_spatial": 16, "ffactor_temporal": 4, "z_channels": 32}
-
-
-def engine(**_):
-    """Core's own model class, at reduced width, in place of the one of full size that core's VAE makes."""
-    from comfy.ldm.models.autoencoder import AutoencodingEngine
-
-    return AutoencodingEngine(
-        regularizer_config={"target": "comfy.ldm.models.autoencoder.EmptyRegularizer"},
-        encoder_config={"target": f"{REFINER}.Encoder", "params": CONFIG},
-        decoder_config={"target": f"{REFINER}.Decoder", "params": CONFIG},
-    )
-
-
-def core_model(pack):
-    """Core's own model with random weights. What no layer uses is as core leaves it: memory that was never written."""
-    torch.manual_seed(1)
-    model = engine().eval()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if "temb_proj" in name:
-            parameter.fill_(float("nan"))
-        elif name.endswith("gamma"):
-            parameter.uniform_(0.5, 1.5)
-        else:
-            parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.02)
-    return model
-
-
-def weights_of(model):
-    """What a checkpoint holds of core's model, which may have tensors that no layer uses."""
-    return {key: tensor for key, tensor in model.state_dict().items() if "temb_proj" not in key}
-
-
-@pytest.fixture
-def core(pack, tmp_path):
-    """Core's model, and a file of it as core saves one."""
-    model = core_model(pack)
-    path = tmp_path / "core.safetensors"
-    save_file(weights_of(model), path)
-    return SimpleNamespace(model=model, path=path)
+from core_models import WIDTHS, core_model, engine, weights_of
 
 
 def loaded_by_core(model):
@@ -244,6 +198,14 @@ def test_core_s_model_may_hold_more_than_a_checkpoint(pack, core, monkeypatch):
     assert not weights["decoder.mid.block_1.temb_proj.weight"].any()
     assert all(torch.equal(weights[key], tensor) for key, tensor in weights_of(core.model).items())
     assert torch.allclose(vae.decode(latent(1)), to_frames(core.model.decode(latent(1))), atol=1e-5)
+
+
+def test_tensors_that_core_s_model_holds_beyond_a_checkpoint_do_not_matter_to_ranks(pack, core):
+    add_unused(core.model)
+    core.model.decoder.mid.block_1.temb_proj.weight.data.fill_(float("nan"))
+    assert torch.equal(
+        ranks_decode(pack.rank_source(loaded_by_core(core.model)), latent(1)), ranks_decode(core.path, latent(1))
+    )
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(pack, core):
