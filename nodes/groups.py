@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -185,9 +186,7 @@ def announce(group: RankGroup) -> None:
 
 def running_server() -> object | None:
     """ComfyUI's server, where this process is one."""
-    from server import PromptServer
-
-    return getattr(PromptServer, "instance", None)
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def public_status(group: RankGroup) -> dict:

@@ -3,6 +3,7 @@
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -48,6 +49,10 @@ def colours(pixels):
     return set(map(tuple, (pixels.clamp(0, 1) * 255).to(torch.uint8).reshape(-1, 3).tolist()))
 
 
+def shades(picture):
+    return set(map(tuple, np.asarray(picture).reshape(-1, 3).tolist()))
+
+
 @pytest.mark.parametrize("mode", ["seamless", "tiled"])
 def test_previews_show_what_was_written_in_this_decode_and_never_an_earlier_video(
     nodes, pack, core, shown, monkeypatch, mode
@@ -68,7 +73,7 @@ def test_previews_show_what_was_written_in_this_decode_and_never_an_earlier_vide
     allowed = colours(frames) | {(0, 0, 0)}
     assert shown.pictures and old - allowed
     for picture in shown.pictures:
-        assert set(picture.getdata()) <= allowed
+        assert shades(picture) <= allowed
 
 
 def test_a_used_buffer_shows_nothing_before_the_ranks_have_written(nodes, shown):
@@ -80,10 +85,10 @@ def test_a_used_buffer_shows_nothing_before_the_ranks_have_written(nodes, shown)
     used[0, :12, :16] = 0.2
     progress.update(99, 100)
     (picture,) = shown.pictures
-    assert set(picture.getdata()) == {(0, 0, 0), (51, 51, 51)}
+    assert shades(picture) == {(0, 0, 0), (51, 51, 51)}
     used[:] = 0.4
     progress.update(100, 100)
-    assert set(shown.pictures[-1].getdata()) == {(102, 102, 102)}
+    assert shades(shown.pictures[-1]) == {(102, 102, 102)}
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 32, 48, 3), (2, 5, 16, 16, 3), (1, 121, 48, 80, 3)])
