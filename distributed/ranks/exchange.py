@@ -71,13 +71,13 @@ def exchange(supervisor: Supervisor, message: Load | Run, state: RankState, call
     Raises GroupError, JobError, MemoryShortage, NotLoaded, Cancelled, TimeoutError, or what a callback raised.
     """
     try:
-        encode(message)
+        frame = encode(message)
     except ValueError as error:
         raise JobError(f"The {caller.noun} cannot be sent to the ranks: {error}.") from error
     ranks = supervisor.take(message.id, state, caller.check)
     usable = False  # an interruption leaves unknown how much of the job the ranks have heard
     try:
-        ranks.send(message)
+        ranks.send_frame(frame)
         stop = _await_answers(supervisor, ranks, message.id, caller)
         usable = _all_answered(ranks) and not any(record.answer.peers_waiting for record in _failures(ranks))
     finally:

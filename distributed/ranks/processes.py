@@ -125,8 +125,11 @@ class RankProcesses:
         return [record for record in self.records if record.state is not RankState.READY]
 
     def send(self, message: Message) -> None:
-        """Send every rank the same message. Raises ValueError, before it is sent, for one that cannot travel."""
-        frame = encode(message)
+        """Send every rank the same message. Raises ValueError for one that cannot be encoded."""
+        self.send_frame(encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send every rank a message that was encoded before."""
         for record in self.records:
             try:
                 if record.channel:

@@ -16,7 +16,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from .buffers import SharedTensor
@@ -191,12 +191,19 @@ def encode(message: Message) -> bytes:
     """Return a message's JSON. Raises ValueError for what JSON cannot hold, and for a message that is too long."""
     limit = next(way.limit for way in (TO_RANK, TO_CONTROLLER) if type(message) in way.messages)
     try:
-        frame = json.dumps({"type": type(message).__name__, **asdict(message)}, allow_nan=False).encode()
+        value = {"type": type(message).__name__, **vars(message)}
+        frame = json.dumps(value, allow_nan=False, default=_plain).encode()
     except (TypeError, RecursionError) as error:
         raise ValueError(f"not a message: {error}") from error
     if len(frame) > limit:
         raise ValueError(f"{type(message).__name__} has {len(frame)} bytes; {limit} is the most")
     return frame
+
+
+def _plain(value: Any) -> dict:
+    if not isinstance(value, SharedTensor):
+        raise TypeError(f"{type(value).__name__} is not JSON")
+    return vars(value)
 
 
 def decode(frame: bytes, direction: Direction) -> Message:

@@ -225,7 +225,7 @@ def test_an_interruption_while_a_job_is_sent_costs_no_later_job(echoes, monkeypa
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(processes.RankProcesses, "send", interrupted)
+    monkeypatch.setattr(processes.RankProcesses, "send_frame", interrupted)
     with pytest.raises(KeyboardInterrupt):
         echoes.run(Echo(X))
     run(echoes, Echo(X), timeout=60)

@@ -4,12 +4,14 @@ import json
 import socket
 import struct
 import threading
+import time
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distributed.ranks import protocol
 from distributed.ranks.buffers import SharedTensor
 from distributed.ranks.listener import Listener, connect
 from distributed.ranks.protocol import (
@@ -157,6 +159,18 @@ def test_a_channel_refuses_a_long_message_by_its_announcement_and_notices_an_end
         with pytest.raises(BROKEN):
             channel.receive()
         channel.close()
+
+
+def test_a_peer_that_takes_nothing_cannot_hold_a_sender_for_long(monkeypatch):
+    monkeypatch.setattr(protocol, "SEND_SECONDS", 1)
+    here, there = tcp_pair()
+    channel = Channel(here, TO_CONTROLLER)
+    begun = time.monotonic()
+    with there, pytest.raises(BROKEN):
+        while True:
+            channel.send(Load(1, "echo", {"filler": "x" * 2**19}))
+    assert time.monotonic() - begun < 10
+    channel.close()
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
