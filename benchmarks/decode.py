@@ -235,7 +235,7 @@ class Ours:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.mode, self.memory, self.held, self.device, self.dtype = mode, memory, held, device, dtype
+        self.mode, self.memory, self.held, self.device = mode, memory, held, device
         start = time.perf_counter()
         self.engine = Engine(tensors, device, dtype)
         synchronize(device)
@@ -251,9 +251,7 @@ class Ours:
         self.tail_ms = round(1000 * (time.perf_counter() - start), 1)
 
     def __call__(self, latent: Tensor) -> None:
-        job = DecodeRequest(
-            tuple(latent.shape), self.mode, dtype=str(self.dtype).removeprefix("torch."), memory=self.memory
-        )
+        job = DecodeRequest(tuple(latent.shape), self.mode, memory=self.memory)
         if self.frames.shape != job.frames_shape:
             self.frames = torch.zeros(job.frames_shape)
         start = time.perf_counter()

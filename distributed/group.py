@@ -163,7 +163,6 @@ class RankGroup:
                 tile_size=tile_size,
                 overlap=overlap,
                 memory=memory,
-                dtype=self.dtype,
                 world_size=len(self.devices),
             )
         except (ValueError, OSError, MemoryError) as error:
@@ -311,6 +310,7 @@ class RankGroup:
         self, job: Job, inputs: dict[str, SharedTensor], outputs: dict[str, SharedTensor], caller: Caller
     ) -> None:
         """Run the job: again with less memory while ranks run out of it, and once on a new group if this one breaks."""
+        dtype = self.dtype
         restarted = loaded = False
         tries, usable = 1, 0
         loads: list[Load] = []
@@ -319,9 +319,10 @@ class RankGroup:
                 self._supervisor.start(caller.check_stopped)
                 self.decoded = True
                 while loads:
-                    self._load(loads[0], caller)
+                    self._load(loads[0], dtype, caller)
                     del loads[0]
-                message = protocol.Run(next(self._numbers), job.kind, dict(job.fields), inputs, outputs)
+                fields = {**job.fields, "dtype": dtype}
+                message = protocol.Run(next(self._numbers), job.kind, fields, inputs, outputs)
                 self._send(message, RankState.BUSY, caller)
                 return
             except GroupError as error:
@@ -345,10 +346,11 @@ class RankGroup:
                 job = job.limited(min(shortage.needed * 3 // 4, shortage.free * 9 // 10))
                 caller.report(f"{shortage} Retrying with a limit of {job.memory / 2**30:.2f} GiB.")
 
-    def _load(self, load: Load, caller: Caller) -> None:
+    def _load(self, load: Load, dtype: str, caller: Caller) -> None:
         """Have the ranks load something. Raises what `_send` does."""
         inputs, _held = self._share(load.inputs)
-        message = protocol.Load(next(self._numbers), load.kind, dict(load.fields), inputs)
+        fields = {**load.fields, "dtype": dtype}
+        message = protocol.Load(next(self._numbers), load.kind, fields, inputs)
         self._send(message, RankState.LOADING, caller)
 
     def _send(self, message: protocol.Load | protocol.Run, state: RankState, caller: Caller) -> None:
@@ -360,7 +362,7 @@ class RankGroup:
         try:
             source = self._find_weights(vae)
             with self._turn(Caller("preload", cancelled=self._yield_memory.is_set)) as caller:
-                self._load(source.load(self.dtype, shared), caller)
+                self._load(source.load(shared), self.dtype, caller)
         except (ValueError, OSError, MemoryError, Cancelled, JobError, GroupError, MemoryShortage, NotLoaded) as error:
             log.debug("Preloading ended early: %s", error)
 

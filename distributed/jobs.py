@@ -19,7 +19,7 @@ class TensorSpec(NamedTuple):
 class Load:
     """Something that ranks load for later jobs of this kind, such as weights or conditions.
 
-    `fields` are JSON, `inputs` tensors on the CPU; the kind's task gets both.
+    `fields` are JSON, `inputs` tensors on the CPU; the kind's task gets both. The group adds its `dtype` to the fields.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Job(Protocol):
 
     @property
     def fields(self) -> Mapping[str, object]:
-        """What the task is told, JSON alone."""
+        """What the task is told, JSON alone. The group adds its `dtype`."""
 
     @property
     def inputs(self) -> Mapping[str, Tensor]:

@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass
 
 import comfy.model_management
-import torch
 from torch import Tensor
 
 from ..distributed import Cancelled
-from ..distributed.vae.job import DecodeRequest, check_latent, check_request
+from ..distributed.vae.job import DecodeJob, WeightSource
 from .groups import GroupDescription, end_neighbours, group_in_use
 from .memory import enter, make_room, memory_limit, sampling_devices
 from .progress import Progress
@@ -51,31 +50,32 @@ def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tens
     interrupted. Raises ValueError for input that is not HunyuanVideo-1.5's, before anything is started or unloaded.
     """
     check_tensor(latent)
-    check_request(DecodeRequest(tuple(latent.shape), options.mode, options.tile_size, options.overlap), 1)
-    source = rank_source(check_vae(vae))
-    latent = latent.detach().to("cpu", torch.float32)  # fp8 can be converted, and nothing else
-    check_latent(latent, vae.latent_channels)
+    job = DecodeJob.make(
+        latent,
+        WeightSource.find(rank_source(check_vae(vae))),
+        options.mode,
+        tile_size=options.tile_size,
+        overlap=options.overlap,
+        memory=int(options.memory * 2**30) or None,
+    )
     progress = Progress()
     with group_in_use(options.group) as group:
         group.start()
         end_neighbours(group)
         make_room(group)
         try:
-            frames = group.decode(
-                latent,
-                source,
-                options.mode,
-                tile_size=options.tile_size,
-                overlap=options.overlap,
-                memory=memory_limit(group, int(options.memory * 2**30) or None),
+            limit = memory_limit(group, job.memory)
+            outputs = group.run(
+                job if limit is None else job.limited(limit),
                 progress=progress.update,
                 cancelled=comfy.model_management.processing_interrupted,
-                frames_started=progress.watch,
+                started=lambda outputs: progress.watch(outputs["frames"]),
                 notice=progress.tell,
             )
         except Cancelled:
             comfy.model_management.throw_exception_if_processing_interrupted()
             raise comfy.model_management.InterruptProcessingException() from None
+    frames = outputs["frames"]
     if not frames[:, :, ::CHECKED_ROWS].sum().isfinite():
         progress.tell(f"Some pixels are not numbers. {group.dtype} may be too narrow for this latent: try float32.")
     return frames

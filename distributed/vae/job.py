@@ -29,15 +29,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 class DecodeRequest:
     """The one description of a decode. JSON-able through `dataclasses.asdict`.
 
-    latent_shape is [B, C, T, H, W] in VAE space; tile_size and overlap are pixels; dtype is what ranks compute in;
-    memory is what each rank may use, weights included, in bytes (None: whatever is free).
+    latent_shape is [B, C, T, H, W] in VAE space; tile_size and overlap are pixels; memory is what each rank may use,
+    weights included, in bytes (None: all that is free).
     """
 
     latent_shape: tuple[int, int, int, int, int]
     mode: str = "seamless"
     tile_size: int = 256
     overlap: int = 64
-    dtype: str = "float32"
     memory: int | None = None
 
     @classmethod
@@ -67,8 +66,6 @@ def check_request(request: DecodeRequest, world_size: int) -> None:
         )
     if request.mode not in MODES:
         raise ValueError(f"mode is {request.mode!r}; it must be one of {', '.join(MODES)}.")
-    if request.dtype not in DTYPES:
-        raise ValueError(f"dtype is {request.dtype!r}; it must be one of {', '.join(DTYPES)}.")
     if request.memory is not None and not 0 < request.memory < 2**63:
         raise ValueError(f"memory is {request.memory}; it must be a number of bytes, or None for whatever is free.")
     if world_size < 1:
@@ -118,9 +115,9 @@ class WeightSource:
         shared = SharedWeights(vae, mark)
         return cls(shared.path, open_checkpoint(shared.path), shared)
 
-    def load(self, dtype: str, host_only: Collection[str]) -> Load:
+    def load(self, host_only: Collection[str]) -> Load:
         """Return what has ranks load this; on the devices in `host_only` only into the host's memory."""
-        return Load(KIND, {"checkpoint": place_of(self.path), "dtype": dtype, "host_only": list(host_only)})
+        return Load(KIND, {"checkpoint": place_of(self.path), "host_only": list(host_only)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +142,6 @@ class DecodeJob:
         tile_size: int = 256,
         overlap: int = 64,
         memory: int | None = None,
-        dtype: str = "float32",
         world_size: int = 1,
     ) -> "DecodeJob":
         """Check everything about a decode. Raises ValueError for the person at the graph.
@@ -154,7 +150,7 @@ class DecodeJob:
         """
         pixels = _whole("tile_size", tile_size), _whole("overlap", overlap)
         limit = None if memory is None else _whole("memory", memory)
-        request = DecodeRequest(tuple(latent.shape), mode, *pixels, dtype, limit)
+        request = DecodeRequest(tuple(latent.shape), mode, *pixels, limit)
         check_request(request, world_size)
         check_latent(latent, source.checkpoint.latent_channels)
         return cls(request, source, latent.detach().to("cpu", torch.float32))
@@ -165,8 +161,7 @@ class DecodeJob:
 
     @property
     def fields(self) -> dict:
-        request = asdict(self.request)
-        return {"checkpoint": place_of(self.source.path), "dtype": self.request.dtype, "request": request}
+        return {"checkpoint": place_of(self.source.path), "request": asdict(self.request)}
 
     @property
     def inputs(self) -> dict[str, Tensor]:

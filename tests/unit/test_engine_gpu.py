@@ -70,7 +70,7 @@ def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
         kernels.warm_up(32, TINY, device, dtype)
         warmed = len(compiled)
         for shape in ((1, 32, 5, 6, 7), (1, 32, 1, 16, 32)):
-            job = DecodeRequest(shape, dtype=str(dtype).removeprefix("torch."))
+            job = DecodeRequest(shape)
             Engine(tensors, device, dtype).decode(job, torch.randn(shape), torch.empty(job.frames_shape), Quiet())
     finally:
         knobs.runtime.jit_post_compile_hook = None
@@ -97,7 +97,7 @@ def test_no_more_memory_is_allocated_than_the_plan_says(shape, gib, triton, monk
 
     monkeypatch.setattr(Engine, "_reserve", reserve_and_forget)
     engine = Engine(tensors, device, torch.bfloat16)
-    job = DecodeRequest(shape, dtype="bfloat16", memory=gib and int(gib * 2**30))
+    job = DecodeRequest(shape, memory=gib and int(gib * 2**30))
     engine.decode(job, torch.randn(shape), torch.empty(job.frames_shape), Quiet())
     assert torch.cuda.max_memory_allocated() - before <= engine.needed
     engine.release()

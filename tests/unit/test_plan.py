@@ -35,7 +35,6 @@ def test_frames_follow_the_models_compression():
         ({"latent_shape": (1, 32, 4, 5)}, r"shape \[1, 32, 4, 5\]"),
         ({"latent_shape": (1, 32, 0, 4, 5)}, "empty dimension"),
         ({"mode": "fast"}, "mode is 'fast'"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"mode": "tiled", "overlap": 256}, "overlap is 256"),
     ],
 )
