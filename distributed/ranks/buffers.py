@@ -199,8 +199,10 @@ class SharedTensor:
         if not isinstance(value, dict) or value.keys() != {"place", "dtype", "shape"}:
             raise ValueError(f"{str(value)[:80]!r} is no shared tensor")
         place, dtype, shape = value["place"], value["dtype"], value["shape"]
-        if type(place) is not str or len(place) > PLACE_LENGTH or type(dtype) is not str or dtype not in DTYPES:
-            raise ValueError(f"{str(value)[:80]!r} is no shared tensor")
+        if type(dtype) is not str or dtype not in DTYPES:
+            raise ValueError(f"a shared tensor cannot be {str(dtype)[:80]}; it must be one of {', '.join(DTYPES)}")
+        if type(place) is not str or len(place) > PLACE_LENGTH:
+            raise ValueError(f"{str(place)[:80]!r} is no place of a shared tensor")
         if type(shape) is not list or len(shape) > DIMENSIONS:
             raise ValueError(f"{str(shape)[:80]} is no shape of a shared tensor")
         if not all(type(size) is int and 0 <= size < 2**53 for size in shape):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..errors import Cancelled, GroupError, JobError, NotLoaded
 from .processes import RankProcesses
-from .protocol import Cancel, Failed, Load, Run, encode
+from .protocol import TO_RANK, Cancel, Failed, Load, Run, decode, encode
 from .states import RankState
 from .status import RankStatus
 from .supervisor import Supervisor
@@ -72,6 +72,7 @@ def exchange(supervisor: Supervisor, message: Load | Run, state: RankState, call
     """
     try:
         frame = encode(message)
+        decode(frame, TO_RANK)  # what a rank would not understand must not cost it its connection
     except ValueError as error:
         raise JobError(f"The {caller.noun} cannot be sent to the ranks: {error}.") from error
     ranks = supervisor.take(message.id, state, caller.check)

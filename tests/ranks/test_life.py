@@ -163,11 +163,14 @@ def test_an_idle_task_leaves_the_device_only_for_one_that_needs_its_memory():
         assert float(group.run(Echo(X, **released))["y"][0]) == 1
 
 
-def test_a_job_that_cannot_be_written_as_json_is_refused_and_the_group_lives(echoes):
+def test_a_job_that_ranks_would_not_understand_is_refused_and_the_group_lives(echoes):
     before = pids(echoes)
     for bad in (float("nan"), float("inf"), {1, 2}, "x" * 2**21):
         with pytest.raises(JobError, match="The echo cannot be sent to the ranks"):
             echoes.run(Echo(X, extra={"bad": bad}))
+    for job in (Echo(X, kind="x" * 65), Echo(X.double()), Echo(X.view([1] * 8 + [64]))):
+        with pytest.raises(JobError, match="The echo cannot be sent to the ranks"):
+            echoes.run(job)
     with pytest.raises(JobError, match="no task of the kind 'dance'"):
         echoes.run(Echo(X, kind="dance"))
     run(echoes, Echo(X))
