@@ -1,0 +1,70 @@
+"""The element-wise work of a block, each piece one pass over memory where the device allows it.
+
+PyTorch has most of it already: a LayerNorm whose weight and bias are the modulation, `addcmul` for the gated residual.
+What it lacks is one kernel that norms queries and keys per head, rotates them and puts them where they are sent from or
+attended to. It is in `triton_kernels`; the plain form here is its definition.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosine and sine of the rotary embedding, [tokens, dim / 2] each, float32."""
+
+
+@cache
+def _triton():
+    """The Triton kernels, or None where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def _kernels(x: Tensor):
+    return _triton() if x.is_cuda else None
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """layer_norm(x) * scale + shift: [tokens, D], with scale and shift [D]."""
+    return F.layer_norm(x, scale.shape, scale, shift, eps)
+
+
+def add_gated_(x: Tensor, gate: Tensor, update: Tensor) -> None:
+    """Add gate * update to x, in place: [tokens, D], with gate [D]."""
+    x.addcmul_(gate, update)
+
+
+def place_heads(
+    x: Tensor, out: Tensor, *, weight: Tensor | None, eps: float, rotation: Rotation | None, ranks: int
+) -> None:
+    """Norm each head of x, rotate it, and write it to `out`, ordered by the rank that the head goes to.
+
+    x: [tokens, heads, dim], rows apart from each other as they may be. weight: [dim] of the RMS norm; without one, x is
+    not normed. out: as many numbers in one piece: for each rank its part of the heads (as `parallel.parts` divides
+    them), [tokens, its heads, dim]. With one rank out may be x itself.
+    """
+    if not x.numel():
+        return
+    if kernels := _kernels(x):
+        return kernels.place_heads(x, out, weight, eps, rotation, ranks)
+    if weight is not None:
+        x = F.rms_norm(x, weight.shape, weight, eps)
+    if rotation is not None:
+        x = rotate(x, rotation)
+    if ranks == 1:
+        out.view(x.shape).copy_(x)
+    else:
+        torch.cat([part.flatten() for part in x.tensor_split(ranks, dim=1)], out=out.view(-1))
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate pairs of neighbouring channels: [tokens, heads, dim]."""
+    cos, sin = (part[:, None] for part in rotation)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

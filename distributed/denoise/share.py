@@ -1,0 +1,82 @@
+"""One rank's share of a branch: which tokens and heads are its own, and how it exchanges them with the others.
+
+Attention needs all tokens of a head. Before it, each rank sends the queries, keys and values of its tokens to the ranks
+that have their heads, and afterwards the results come back (Ulysses). Values leave first and travel while keys and
+queries are computed. What arrives lies in the order of tokens, so it is received where attention reads it.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .parallel import Split
+
+Wait = Callable[[], object]
+"""Returns when a transfer's result may be used by what is computed next."""
+
+
+class Share:
+    """The share of the rank at `index` in a split. group: the split's ranks; None where there is but one."""
+
+    def __init__(self, split: Split, index: int = 0, group: dist.ProcessGroup | None = None) -> None:
+        if (group is None) != (len(split.ranks) == 1):
+            raise ValueError(f"A split of {len(split.ranks)} ranks and group {group} do not fit.")
+        self.split, self.group = split, group
+        self.ranks = len(split.ranks)
+        tokens, heads = split.token_range(index), split.head_range(index)
+        self.tokens, self.heads = slice(tokens.start, tokens.stop), slice(heads.start, heads.stop)
+        self._index = index
+
+    @property
+    def total_tokens(self) -> int:
+        """Video tokens of all ranks."""
+        return sum(self.split.tokens)
+
+    def scatter_heads(self, x: Tensor, out: Tensor) -> Wait:
+        """Send this rank's tokens, ordered as `fused.place_heads` does, and receive all tokens of its heads.
+
+        out: [all tokens, own heads, dim].
+        """
+        exchange = self.split.exchange(self._index, out.shape[-1])
+        return self._exchange(x.view(-1), out.view(-1), exchange.send, exchange.receive)
+
+    def gather_heads(self, x: Tensor) -> Callable[[], Tensor]:
+        """Send the results of own heads, [all tokens, own heads, dim], and receive all heads of this rank's tokens.
+
+        What is returned waits for them and returns them, [own tokens, heads * dim].
+        """
+        if self.group is None:
+            return lambda: x.flatten(1)
+        exchange = self.split.exchange(self._index, x.shape[-1]).reverse
+        out = x.new_empty(sum(exchange.receive))
+        wait = self._exchange(x.reshape(-1), out, exchange.send, exchange.receive)
+        own = self.split.tokens[self._index]
+
+        def result() -> Tensor:
+            wait()
+            return torch.cat([part.view(own, -1) for part in out.split(exchange.receive) if len(part)], dim=1)
+
+        return result if own else lambda: (wait(), x.new_empty(0, sum(self.split.heads) * x.shape[-1]))[1]
+
+    def gather_text(self, x: Tensor) -> Callable[[], Tensor]:
+        """The same for text, of which each rank has all tokens: [tokens, own heads, dim] -> [tokens, heads * dim]."""
+        if self.group is None:
+            return lambda: x.flatten(1)
+        tokens, _, dim = x.shape
+        most = max(self.split.heads)
+        own = x.new_zeros(tokens, most, dim)
+        own[:, : x.shape[1]] = x
+        every = x.new_empty(self.ranks * tokens, most, dim)
+        work = dist.all_gather_into_tensor(every, own, group=self.group, async_op=True)
+
+        def result() -> Tensor:
+            work.wait()
+            of_ranks = zip(every.split(tokens), self.split.heads, strict=True)
+            return torch.cat([part[:, :heads] for part, heads in of_ranks], dim=1).flatten(1)
+
+        return result
+
+    def _exchange(self, x: Tensor, out: Tensor, send: tuple[int, ...], receive: tuple[int, ...]) -> Wait:
+        return dist.all_to_all_single(out, x, list(receive), list(send), group=self.group, async_op=True).wait

@@ -1,0 +1,260 @@
+"""HunyuanVideo-1.5's transformer without what costs: no padding, no mask, no waiting for the device within a forward.
+
+The weights are those of diffusers' `HunyuanVideo15Transformer3DModel`, and so is the function. The order of events:
+
+1. `encode`, once per prompt: the conditions, cut to their valid tokens (`conditions.trim`), through their embedders.
+2. `modulation`, once per step or for all steps at once: what the blocks' norms are modulated with. It depends on the
+   timestep alone; a third of the weights serve nothing else.
+3. `forward`, per step and condition: the latent's patches become tokens, of which a rank takes its share. Each block
+   attends jointly to video and text, then transforms both by an MLP. Rows of the prediction come out.
+
+One rank runs what several run, with the communication skipped. Videos of a batch, and the two branches of guidance, go
+one after the other, each with its own number of text tokens.
+"""
+
+import collections
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attend
+from .conditions import Condition, Context, encode, refine
+from .fused import Rotation, add_gated_, modulated_norm, place_heads
+from .parallel import plan
+from .share import Share
+
+MLP_TOKENS = 16_384
+"""Tokens that go through an MLP at a time: its inner tensor stays at 256 MiB in 16 bits, and products are no slower."""
+
+AHEAD = 2
+"""Blocks that the host may be ahead of the device when somebody watches, so that a cancel is heard soon."""
+
+OnBlock = Callable[[int, int], None]
+"""Called between blocks with the number of blocks done and of all. What it raises ends the forward."""
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Of one step: blocks [layers, 2, 6, D] for video and text; final [2, D]: scale and shift of the output norm.
+
+    The six: shift, scale and gate of attention, then of the MLP. Scales have their one added.
+    """
+
+    blocks: Tensor
+    final: Tensor
+
+
+class Transformer:
+    """Runs a HunyuanVideo15Transformer3DModel. Raises ValueError where a layer is not a plain linear one.
+
+    The model's weights may move between devices from call to call; nothing is kept of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        for name, module in model.named_modules():
+            if hasattr(module, "base_layer"):
+                raise ValueError(f"{name} has an adapter ({type(module).__name__}): fuse it with the weights first.")
+        config = model.config
+        self.patch = config.patch_size_t, config.patch_size, config.patch_size
+        self.heads, self.head_dim = config.num_attention_heads, config.attention_head_dim
+        self._rotation: tuple[object, Rotation | None] = None, None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.x_embedder.proj.weight.dtype
+
+    def grid(self, latent: Tensor) -> tuple[int, int, int]:
+        """Tokens of a latent [C, t, h, w] along each axis."""
+        t, h, w = (size // patch for size, patch in zip(latent.shape[1:], self.patch, strict=True))
+        return t, h, w
+
+    def whole(self, latent: Tensor) -> Share:
+        """The share of a process that computes alone."""
+        t, h, w = self.grid(latent)
+        return Share(plan(1, 1, t * h * w, self.heads, self.head_dim).branches[0])
+
+    def encode(self, condition: Condition) -> Context:
+        """What a prompt gives to all steps."""
+        return encode(self.model, condition)
+
+    def modulation(self, timesteps: Tensor, timesteps_r: Tensor | None = None) -> list[Modulation]:
+        """The modulation of each of these timesteps, [n]. timesteps_r: the second time of meanflow models, [n]."""
+        embed = self.model.time_embed
+        temb = embed.timestep_embedder(embed.time_proj(timesteps).to(self.dtype))
+        if timesteps_r is not None:
+            temb = temb + embed.timestep_embedder_r(embed.time_proj_r(timesteps_r).to(self.dtype))
+        temb = F.silu(temb)
+        pairs = [
+            (block.norm1.linear(temb), block.norm1_context.linear(temb)) for block in self.model.transformer_blocks
+        ]
+        blocks = torch.stack([torch.stack(pair, 1) for pair in pairs], 1).unflatten(-1, (6, -1))
+        blocks[..., (1, 4), :] += 1
+        final = self.model.norm_out.linear(temb).unflatten(-1, (2, -1))
+        final[:, 0] += 1
+        return [Modulation(*step) for step in zip(blocks, final, strict=True)]
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        context: Context,
+        modulation: Modulation,
+        share: Share | None = None,
+        on_block: OnBlock | None = None,
+    ) -> Tensor:
+        """The prediction's rows of this rank's tokens, [tokens, channels of a patch]: see `unpatchify`.
+
+        latent: [C, t, h, w], with its condition channels. timestep: [1]. Exchanges with the other ranks of the share.
+        """
+        model, share = self.model, share or self.whole(latent)
+        rotation = self._rotation_of(latent, share.tokens)
+        video = F.linear(self.patchify(latent)[share.tokens], *_flat(model.x_embedder.proj))
+        text = refine(model, context, timestep)
+        pace = _Pace(latent, on_block, len(model.transformer_blocks)) if on_block else None
+        for block, (of_video, of_text) in zip(model.transformer_blocks, modulation.blocks, strict=True):
+            self._block(block, video, text, of_video, of_text, rotation, share)
+            if pace:
+                pace.block_done()
+        if pace:
+            pace.finish()
+        scale, shift = modulation.final
+        return model.proj_out(modulated_norm(video, scale, shift, model.norm_out.norm.eps))
+
+    def patchify(self, latent: Tensor) -> Tensor:
+        """[C, t, h, w] -> [tokens, C * patch]."""
+        (t, h, w), (pt, ph, pw) = self.grid(latent), self.patch
+        latent = latent[:, : t * pt, : h * ph, : w * pw].unflatten(3, (w, pw)).unflatten(2, (h, ph))
+        return latent.unflatten(1, (t, pt)).permute(1, 3, 5, 0, 2, 4, 6).reshape(t * h * w, -1).to(self.dtype)
+
+    def unpatchify(self, rows: Tensor, latent: Tensor) -> Tensor:
+        """All rows of the prediction, [tokens, C' * patch] -> [C', t, h, w]; latent: the input, for its shape."""
+        rows = rows.view(*self.grid(latent), -1, *self.patch).permute(3, 0, 4, 1, 5, 2, 6)
+        return rows.flatten(5).flatten(3, 4).flatten(1, 2)
+
+    def _rotation_of(self, latent: Tensor, tokens: slice) -> Rotation:
+        """Of this rank's tokens; computed when shape, share or device change."""
+        key = latent.shape[1:], tokens.start, tokens.stop, latent.device
+        if self._rotation[0] != key:
+            cos, sin = (part[tokens, ::2].contiguous() for part in self.model.rope(latent[None]))
+            self._rotation = key, (cos, sin)
+        return self._rotation[1]
+
+    def _block(
+        self,
+        block: nn.Module,
+        video: Tensor,
+        text: Tensor,
+        of_video: Tensor,
+        of_text: Tensor,
+        rotation: Rotation,
+        share: Share,
+    ) -> None:
+        """One dual-stream block. Changes video, [own tokens, D], and text, [text tokens, D]."""
+        attn = block.attn
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = of_video
+        text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = of_text
+        normed = modulated_norm(video, scale, shift, block.norm1.norm.eps)
+        text_normed = modulated_norm(text, text_scale, text_shift, block.norm1_context.norm.eps)
+        projections = (
+            (attn.to_v, attn.add_v_proj, None, None),
+            (attn.to_k, attn.add_k_proj, attn.norm_k, attn.norm_added_k),
+            (attn.to_q, attn.add_q_proj, attn.norm_q, attn.norm_added_q),
+        )
+        joint = [
+            self._project_video(normed, layer, norm, len(text), rotation, share) for layer, _, norm, _ in projections
+        ]
+        for (out, _), (_, layer, _, norm) in zip(joint, projections, strict=True):
+            self._project_text(text_normed, layer, norm, out[share.total_tokens :], share)
+        del normed
+        for _, wait in joint:
+            wait()
+        value, key, query = (out for out, _ in joint)
+        del joint
+        out = attend(query, key, value)
+        del query, key, value
+        video_out = share.gather_heads(out[: share.total_tokens])
+        text_out = share.gather_text(out[share.total_tokens :])
+        del out
+        add_gated_(video, gate, attn.to_out[0](video_out()))
+        add_gated_(text, text_gate, attn.to_add_out(text_out()))
+        del video_out, text_out
+        _mlp(video, block.ff, mlp_scale, mlp_shift, mlp_gate, block.norm2.eps)
+        _mlp(text, block.ff_context, text_mlp_scale, text_mlp_shift, text_mlp_gate, block.norm2_context.eps)
+
+    def _project_video(
+        self, x: Tensor, layer: nn.Linear, norm: nn.Module | None, text: int, rotation: Rotation, share: Share
+    ) -> tuple[Tensor, Callable]:
+        """Queries, keys or values of this rank's heads: [all tokens + text, own heads, dim], and what waits for them.
+
+        The rows of the text are left to be written.
+        """
+        own = len(range(self.heads)[share.heads])
+        out = x.new_empty(share.total_tokens + text, own, self.head_dim)
+        place = out[: share.total_tokens]
+        alone = share.ranks == 1
+        projected = place.view(len(x), -1) if alone else x.new_empty(len(x), self.heads * self.head_dim)
+        torch.addmm(layer.bias, x, layer.weight.t(), out=projected)
+        if alone and norm is None:
+            return out, _nothing
+        heads = projected.view(len(x), self.heads, self.head_dim)
+        placed = place if alone else torch.empty_like(projected)
+        if norm is None:
+            place_heads(heads, placed, weight=None, eps=0.0, rotation=None, ranks=share.ranks)
+        else:
+            place_heads(heads, placed, weight=norm.weight, eps=norm.eps, rotation=rotation, ranks=share.ranks)
+        return out, _nothing if alone else share.scatter_heads(placed, place)
+
+    def _project_text(self, x: Tensor, layer: nn.Linear, norm: nn.Module | None, out: Tensor, share: Share) -> None:
+        """Queries, keys or values of this rank's heads, written to `out`, [text tokens, own heads, dim]."""
+        rows = slice(share.heads.start * self.head_dim, share.heads.stop * self.head_dim)
+        torch.addmm(layer.bias[rows], x, layer.weight[rows].t(), out=out.view(len(x), -1))
+        if norm is not None:
+            place_heads(out, out, weight=norm.weight, eps=norm.eps, rotation=None, ranks=1)
+
+
+def _mlp(x: Tensor, ff: nn.Module, scale: Tensor, shift: Tensor, gate: Tensor, eps: float) -> None:
+    """Add the gated MLP of x to x, [tokens, D], in place."""
+    up, down = ff.net[0].proj, ff.net[2]
+    for rows in x.tensor_split(-(-len(x) // MLP_TOKENS) or 1):
+        inner = F.gelu(up(modulated_norm(rows, scale, shift, eps)), approximate="tanh")
+        add_gated_(rows, gate, down(inner))
+
+
+class _Pace:
+    """Tells about blocks as the device finishes them, and keeps the host no more than `AHEAD` blocks ahead of it."""
+
+    def __init__(self, latent: Tensor, on_block: OnBlock, blocks: int) -> None:
+        self.device, self.at_once = latent.device, latent.is_cpu
+        self.on_block, self.blocks = on_block, blocks
+        self.done, self.events = 0, collections.deque()
+
+    def block_done(self) -> None:
+        if self.at_once:
+            self._tell()
+            return
+        self.events.append(torch.get_device_module(self.device).current_stream(self.device).record_event())
+        if len(self.events) > AHEAD:
+            self.events.popleft().synchronize()
+            self._tell()
+
+    def finish(self) -> None:
+        """Tell about the last blocks; what reads the prediction waits for the device anyway."""
+        while self.done < self.blocks:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.done += 1
+        self.on_block(self.done, self.blocks)
+
+
+def _flat(layer: nn.Conv3d) -> tuple[Tensor, Tensor | None]:
+    """A patch embedding's weight and bias as those of a linear layer."""
+    return layer.weight.flatten(1), layer.bias
+
+
+def _nothing() -> None:
+    """Nothing to wait for."""

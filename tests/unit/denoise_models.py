@@ -1,0 +1,65 @@
+"""Small transformers and inputs for the denoising tests."""
+
+import torch
+from diffusers import HunyuanVideo15Transformer3DModel
+from torch import Tensor
+
+CONFIG = {
+    "in_channels": 9,
+    "out_channels": 4,
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "num_layers": 3,
+    "num_refiner_layers": 2,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": 24,
+    "text_embed_2_dim": 20,
+    "image_embed_dim": 12,
+    "rope_axes_dim": (4, 6, 6),
+}
+
+
+def make_model(seed: int = 0, **changes: object) -> HunyuanVideo15Transformer3DModel:
+    """A small transformer with random weights, norms included, that keep the variance of what goes through them."""
+    model = HunyuanVideo15Transformer3DModel(**CONFIG | changes).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        draw = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1:
+            weight.copy_(draw / weight[0].numel() ** 0.5 if "cond_type" not in name else draw)
+        else:
+            weight.copy_(0.1 * draw + (0.0 if name.endswith("bias") else 1.0))
+    return model
+
+
+def make_inputs(
+    model: HunyuanVideo15Transformer3DModel,
+    latent: tuple[int, int, int] = (3, 4, 5),
+    text: tuple[int, ...] = (5,),
+    glyphs: tuple[int, ...] = (3,),
+    image: bool = True,
+    padded: tuple[int, int, int] = (9, 6, 7),
+    seed: int = 1,
+) -> dict[str, Tensor]:
+    """Arguments of diffusers' forward: a batch of as many videos as `text` and `glyphs` have valid lengths.
+
+    padded: tokens of text, glyphs and image with their padding, which is random too.
+    """
+    generator, config, batch = torch.Generator().manual_seed(seed), model.config, len(text)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    def mask(lengths: tuple[int, ...], size: int) -> Tensor:
+        return (torch.arange(size) < torch.tensor(lengths)[:, None]).float()
+
+    inputs = {
+        "hidden_states": draw(config.in_channels, *latent),
+        "timestep": torch.full((batch,), 731.0),
+        "encoder_hidden_states": draw(padded[0], config.text_embed_dim),
+        "encoder_attention_mask": mask(text, padded[0]),
+        "encoder_hidden_states_2": draw(padded[1], config.text_embed_2_dim),
+        "encoder_attention_mask_2": mask(glyphs, padded[1]),
+        "image_embeds": draw(padded[2], config.image_embed_dim) * image,
+    }
+    return inputs | ({"timestep_r": torch.full((batch,), 402.0)} if config.use_meanflow else {})

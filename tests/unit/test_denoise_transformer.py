@@ -1,0 +1,211 @@
+"""The transformer against diffusers' own forward, and that it neither pads, masks nor waits."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distributed.denoise.conditions import trim
+from distributed.denoise.transformer import Transformer
+from tests.unit.denoise_models import make_inputs, make_model
+
+
+def conditions(inputs: dict[str, Tensor]) -> tuple:
+    names = ["encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2"]
+    return trim(*(inputs[name] for name in names), inputs["image_embeds"])
+
+
+@torch.inference_mode()
+def ours(model, inputs: dict[str, Tensor]) -> Tensor:
+    """The prediction for each video of the batch, one after the other."""
+    transformer, predictions = Transformer(model), []
+    modulation = transformer.modulation(inputs["timestep"], inputs.get("timestep_r"))
+    for i, condition in enumerate(conditions(inputs)):
+        latent, timestep = inputs["hidden_states"][i], inputs["timestep"][i : i + 1]
+        rows = transformer.forward(latent, timestep, transformer.encode(condition), modulation[i])
+        predictions.append(transformer.unpatchify(rows, latent))
+    return torch.stack(predictions)
+
+
+@torch.inference_mode()
+def theirs(model, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs, return_dict=False)[0]
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    assert result.shape == expected.shape and result.isfinite().all()
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+CASES = {
+    "text to video": {"image": False},
+    "image to video": {},
+    "one token": {"text": (1,), "glyphs": (0,), "image": False},
+    "all tokens": {"text": (9,), "glyphs": (6,)},
+    "no glyphs": {"glyphs": (0,)},
+    "no glyphs, no image": {"glyphs": (0,), "image": False},
+    "one latent position": {"latent": (1, 1, 1)},
+    "odd sizes": {"latent": (2, 7, 3)},
+    "two videos": {"text": (2, 9), "glyphs": (6, 0)},
+    "two videos from text": {"text": (9, 1), "glyphs": (0, 4), "image": False},
+    "padding of the real lengths, prompt of the template alone": {
+        "text": (5, 100),
+        "glyphs": (0, 30),
+        "image": False,
+        "padded": (1000, 256, 729),
+    },
+    "all of the real lengths": {"text": (1000,), "glyphs": (256,), "padded": (1000, 256, 729)},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"use_meanflow": True}, {"patch_size": 2, "patch_size_t": 1}, {"num_attention_heads": 3, "num_layers": 1}],
+    ids=["plain", "meanflow", "patches of two", "three heads"],
+)
+def test_the_prediction_is_that_of_diffusers(case, config):
+    model = make_model(**config)
+    latent = case.get("latent", (3, 4, 5))
+    if "patch_size" in config:
+        case = case | {"latent": (latent[0], 2 * latent[1], 2 * latent[2])}
+    inputs = make_inputs(model, **case)
+    assert error(ours(model, inputs), theirs(model, inputs)) < 1e-5
+
+
+def test_valid_tokens_may_lie_anywhere_and_padding_is_never_read():
+    model = make_model()
+    inputs = make_inputs(model, text=(4,), glyphs=(2,))
+    inputs["encoder_attention_mask"] = torch.tensor([[0, 1, 0, 0, 1, 1, 0, 0, 1]])
+    expected = theirs(model, inputs)
+    assert error(ours(model, inputs), expected) < 1e-5
+    inputs["encoder_hidden_states"][:, 0] = float("nan")
+    assert error(ours(model, inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change", ["encoder_hidden_states", "encoder_hidden_states_2", "image_embeds", "timestep", "hidden_states"]
+)
+def test_each_input_makes_a_difference(change):
+    model = make_model()
+    inputs = make_inputs(model)
+    assert error(ours(model, inputs | {change: 1.1 * inputs[change].flip(-1)}), ours(model, inputs)) > 1e-4
+
+
+def test_a_text_without_a_valid_token_is_refused():
+    inputs = make_inputs(make_model(), text=(3, 0), glyphs=(1, 1))
+    with pytest.raises(ValueError, match="video 1 has no valid token"):
+        conditions(inputs)
+
+
+def test_an_adapter_that_would_be_ignored_is_refused():
+    model = make_model()
+    layer = model.transformer_blocks[0].attn.to_q
+    layer.base_layer = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn.to_q has an adapter \(Linear\)"):
+        Transformer(model)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_in_bfloat16_the_error_is_no_larger_than_that_of_diffusers(image):
+    model = make_model(num_layers=8, num_attention_heads=8)
+    inputs = make_inputs(model, latent=(3, 8, 9), text=(40,), glyphs=(9,), image=image, padded=(50, 20, 30))
+    expected = theirs(model, inputs)
+    rounded = copy.deepcopy(model).bfloat16()
+    inputs = {name: value.bfloat16() for name, value in inputs.items()}
+    assert error(ours(rounded, inputs), expected) <= 1.05 * error(theirs(rounded, inputs), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most numbers that any tensor had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+def test_no_tensor_is_as_large_as_a_mask():
+    model = make_model()
+    inputs = make_inputs(model, latent=(5, 11, 12))
+    tokens = 5 * 11 * 12
+    largest = {}
+    for forward in (ours, theirs):
+        with LargestTensor() as seen:
+            forward(model, inputs)
+        largest[forward] = seen.numbers
+    widest = tokens * 4 * 16 * 3  # the MLP's inner tensor is twice the width, and attention's a little over one
+    assert largest[ours] <= widest < tokens**2 <= largest[theirs]
+
+
+def test_a_forward_never_waits_for_a_value_from_the_device():
+    """A meta tensor has no values: whoever asks for one fails."""
+    model = make_model()
+    inputs = make_inputs(model)
+    (condition,) = conditions(inputs)
+    model.to("meta")
+    latent = inputs["hidden_states"][0].to("meta")
+    condition = type(condition)(*(part.to("meta") for part in vars(condition).values()))
+    transformer, timestep = Transformer(model), inputs["timestep"].to("meta")
+    (modulation,) = transformer.modulation(timestep)
+    with torch.inference_mode():
+        rows = transformer.forward(latent, timestep, transformer.encode(condition), modulation)
+    assert transformer.unpatchify(rows, latent).shape == (4, 3, 4, 5) and rows.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        theirs(model, {name: value.to("meta") for name, value in inputs.items()})
+
+
+def test_modulation_of_a_whole_schedule_is_that_of_each_step():
+    transformer = Transformer(make_model(use_meanflow=True))
+    timesteps, seconds = torch.tensor([1000.0, 731.0, 12.5]), torch.tensor([731.0, 12.5, 0.0])
+    for i, whole in enumerate(transformer.modulation(timesteps, seconds)):
+        (one,) = transformer.modulation(timesteps[i : i + 1], seconds[i : i + 1])
+        torch.testing.assert_close(whole.blocks, one.blocks)
+        torch.testing.assert_close(whole.final, one.final)
+
+
+def test_between_blocks_the_caller_hears_of_each_and_can_end_the_forward():
+    model = make_model()
+    inputs = make_inputs(model)
+    transformer = Transformer(model)
+    context, (modulation,) = transformer.encode(conditions(inputs)[0]), transformer.modulation(inputs["timestep"])
+    arguments = inputs["hidden_states"][0], inputs["timestep"], context, modulation
+    seen = []
+    transformer.forward(*arguments, on_block=lambda *progress: seen.append(progress))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    def stop(done: int, blocks: int) -> None:
+        seen.append(done)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        transformer.forward(*arguments, on_block=stop)
+    assert seen == [1, 2]
+
+
+def test_a_forward_leaves_its_inputs_alone_and_gives_the_same_again():
+    model = make_model()
+    inputs = make_inputs(model)
+    before = copy.deepcopy(inputs)
+    first = ours(model, inputs)
+    assert torch.equal(ours(model, inputs), first)
+    assert all(torch.equal(inputs[name], before[name]) for name in inputs)
+
+
+def test_one_transformer_serves_other_shapes_one_after_the_other():
+    model = make_model()
+    transformer = Transformer(model)
+    for latent in ((3, 4, 5), (3, 5, 4), (1, 4, 5), (3, 4, 5)):
+        inputs = make_inputs(model, latent=latent)
+        (modulation,) = transformer.modulation(inputs["timestep"])
+        context = transformer.encode(conditions(inputs)[0])
+        rows = transformer.forward(inputs["hidden_states"][0], inputs["timestep"], context, modulation)
+        assert error(transformer.unpatchify(rows, inputs["hidden_states"][0])[None], theirs(model, inputs)) < 1e-5
