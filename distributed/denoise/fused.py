@@ -1,8 +1,10 @@
 """The element-wise work of a block, each piece one pass over memory where the device allows it.
 
-PyTorch has most of it already: a LayerNorm whose weight and bias are the modulation, `addcmul` for the gated residual.
-What it lacks is one kernel that norms queries and keys per head, rotates them and puts them where they are sent from or
-attended to. It is in `triton_kernels`; the plain form here is its definition.
+Two Triton kernels do what PyTorch needs several passes for: `add_norm` closes one half of a block and opens the next,
+and `place_heads` norms queries and keys, rotates them and puts them where they are sent from or attended to. The plain
+forms here are their definitions. On an H100 these and GELU within the matrix product are as fast as the whole block
+compiled by `torch.compile`, which takes 29 s before the first step (0.32 and 0.33 s a forward at 480x848x33,
+2026-11-25).
 """
 
 import importlib.util
@@ -10,7 +12,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of the rotary embedding, [tokens, dim / 2] each, float32."""
@@ -30,14 +32,24 @@ def _kernels(x: Tensor):
     return _triton() if x.is_cuda else None
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """layer_norm(x) * scale + shift: [tokens, D], with scale and shift [D]."""
     return F.layer_norm(x, scale.shape, scale, shift, eps)
 
 
-def add_gated_(x: Tensor, gate: Tensor, update: Tensor) -> None:
-    """Add gate * update to x, in place: [tokens, D], with gate [D]."""
+def add_norm(x: Tensor, gate: Tensor, update: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor) -> None:
+    """Add gate * update to x, in place, and write its `modulated_norm` to out: [rows, D], the others [D]."""
+    if kernels := _kernels(x):
+        return kernels.add_norm(x, gate, update, shift, scale, eps, out)
     x.addcmul_(gate, update)
+    out.copy_(modulated_norm(x, shift, scale, eps))
+
+
+def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
+    """GELU (its tanh form) of a linear layer. On CUDA it is computed before the product is rounded and stored."""
+    if x.is_cuda:
+        return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)
+    return F.gelu(layer(x), approximate="tanh")
 
 
 def place_heads(

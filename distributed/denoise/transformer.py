@@ -20,14 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend
+from .block import Stream, run_block
 from .conditions import Condition, Context, encode, refine
-from .fused import Rotation, add_gated_, modulated_norm, place_heads
+from .fused import Rotation
 from .parallel import plan
 from .share import Share
-
-MLP_TOKENS = 16_384
-"""Tokens that go through an MLP at a time: its inner tensor stays at 256 MiB in 16 bits, and products are no slower."""
 
 AHEAD = 2
 """Blocks that the host may be ahead of the device when somebody watches, so that a cancel is heard soon."""
@@ -38,7 +35,7 @@ OnBlock = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Modulation:
-    """Of one step: blocks [layers, 2, 6, D] for video and text; final [2, D]: scale and shift of the output norm.
+    """Of one step: blocks [layers, 2, 6, D], for video and text; final [1, 2, D]: shift and scale of the output norm.
 
     The six: shift, scale and gate of attention, then of the MLP. Scales have their one added.
     """
@@ -77,10 +74,12 @@ class Transformer:
         t, h, w = self.grid(latent)
         return Share(plan(1, 1, t * h * w, self.heads, self.head_dim).branches[0])
 
+    @torch.no_grad()
     def encode(self, condition: Condition) -> Context:
         """What a prompt gives to all steps."""
         return encode(self.model, condition)
 
+    @torch.no_grad()
     def modulation(self, timesteps: Tensor, timesteps_r: Tensor | None = None) -> list[Modulation]:
         """The modulation of each of these timesteps, [n]. timesteps_r: the second time of meanflow models, [n]."""
         embed = self.model.time_embed
@@ -88,15 +87,15 @@ class Transformer:
         if timesteps_r is not None:
             temb = temb + embed.timestep_embedder_r(embed.time_proj_r(timesteps_r).to(self.dtype))
         temb = F.silu(temb)
-        pairs = [
-            (block.norm1.linear(temb), block.norm1_context.linear(temb)) for block in self.model.transformer_blocks
-        ]
-        blocks = torch.stack([torch.stack(pair, 1) for pair in pairs], 1).unflatten(-1, (6, -1))
-        blocks[..., (1, 4), :] += 1
-        final = self.model.norm_out.linear(temb).unflatten(-1, (2, -1))
-        final[:, 0] += 1
+        layers = [(block.norm1.linear, block.norm1_context.linear) for block in self.model.transformer_blocks]
+        blocks = torch.stack([layer(temb) for pair in layers for layer in pair], 1)
+        blocks = blocks.view(len(temb), len(layers), 2, 6, -1)
+        final = self.model.norm_out.linear(temb).view(len(temb), 1, 2, -1).flip(2)
+        for scale in blocks[..., 1, :], blocks[..., 4, :], final[..., 1, :]:
+            scale += 1
         return [Modulation(*step) for step in zip(blocks, final, strict=True)]
 
+    @torch.no_grad()
     def forward(
         self,
         latent: Tensor,
@@ -112,17 +111,18 @@ class Transformer:
         """
         model, share = self.model, share or self.whole(latent)
         rotation = self._rotation_of(latent, share.tokens)
+        following = [*modulation.blocks[:, :, :2], modulation.final]
         video = F.linear(self.patchify(latent)[share.tokens], *_flat(model.x_embedder.proj))
-        text = refine(model, context, timestep)
+        video = Stream(video, following[0][0], model.norm_out.norm.eps)
+        text = Stream(refine(model, context, timestep), following[0][1], video.eps)
         pace = _Pace(latent, on_block, len(model.transformer_blocks)) if on_block else None
-        for block, (of_video, of_text) in zip(model.transformer_blocks, modulation.blocks, strict=True):
-            self._block(block, video, text, of_video, of_text, rotation, share)
+        for block, of_block, norm in zip(model.transformer_blocks, modulation.blocks, following[1:], strict=True):
+            run_block(block, video, text, of_block, norm, rotation, share)
             if pace:
                 pace.block_done()
         if pace:
             pace.finish()
-        scale, shift = modulation.final
-        return model.proj_out(modulated_norm(video, scale, shift, model.norm_out.norm.eps))
+        return model.proj_out(video.normed)
 
     def patchify(self, latent: Tensor) -> Tensor:
         """[C, t, h, w] -> [tokens, C * patch]."""
@@ -142,86 +142,6 @@ class Transformer:
             cos, sin = (part[tokens, ::2].contiguous() for part in self.model.rope(latent[None]))
             self._rotation = key, (cos, sin)
         return self._rotation[1]
-
-    def _block(
-        self,
-        block: nn.Module,
-        video: Tensor,
-        text: Tensor,
-        of_video: Tensor,
-        of_text: Tensor,
-        rotation: Rotation,
-        share: Share,
-    ) -> None:
-        """One dual-stream block. Changes video, [own tokens, D], and text, [text tokens, D]."""
-        attn = block.attn
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = of_video
-        text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = of_text
-        normed = modulated_norm(video, scale, shift, block.norm1.norm.eps)
-        text_normed = modulated_norm(text, text_scale, text_shift, block.norm1_context.norm.eps)
-        projections = (
-            (attn.to_v, attn.add_v_proj, None, None),
-            (attn.to_k, attn.add_k_proj, attn.norm_k, attn.norm_added_k),
-            (attn.to_q, attn.add_q_proj, attn.norm_q, attn.norm_added_q),
-        )
-        joint = [
-            self._project_video(normed, layer, norm, len(text), rotation, share) for layer, _, norm, _ in projections
-        ]
-        for (out, _), (_, layer, _, norm) in zip(joint, projections, strict=True):
-            self._project_text(text_normed, layer, norm, out[share.total_tokens :], share)
-        del normed
-        for _, wait in joint:
-            wait()
-        value, key, query = (out for out, _ in joint)
-        del joint
-        out = attend(query, key, value)
-        del query, key, value
-        video_out = share.gather_heads(out[: share.total_tokens])
-        text_out = share.gather_text(out[share.total_tokens :])
-        del out
-        add_gated_(video, gate, attn.to_out[0](video_out()))
-        add_gated_(text, text_gate, attn.to_add_out(text_out()))
-        del video_out, text_out
-        _mlp(video, block.ff, mlp_scale, mlp_shift, mlp_gate, block.norm2.eps)
-        _mlp(text, block.ff_context, text_mlp_scale, text_mlp_shift, text_mlp_gate, block.norm2_context.eps)
-
-    def _project_video(
-        self, x: Tensor, layer: nn.Linear, norm: nn.Module | None, text: int, rotation: Rotation, share: Share
-    ) -> tuple[Tensor, Callable]:
-        """Queries, keys or values of this rank's heads: [all tokens + text, own heads, dim], and what waits for them.
-
-        The rows of the text are left to be written.
-        """
-        own = len(range(self.heads)[share.heads])
-        out = x.new_empty(share.total_tokens + text, own, self.head_dim)
-        place = out[: share.total_tokens]
-        alone = share.ranks == 1
-        projected = place.view(len(x), -1) if alone else x.new_empty(len(x), self.heads * self.head_dim)
-        torch.addmm(layer.bias, x, layer.weight.t(), out=projected)
-        if alone and norm is None:
-            return out, _nothing
-        heads = projected.view(len(x), self.heads, self.head_dim)
-        placed = place if alone else torch.empty_like(projected)
-        if norm is None:
-            place_heads(heads, placed, weight=None, eps=0.0, rotation=None, ranks=share.ranks)
-        else:
-            place_heads(heads, placed, weight=norm.weight, eps=norm.eps, rotation=rotation, ranks=share.ranks)
-        return out, _nothing if alone else share.scatter_heads(placed, place)
-
-    def _project_text(self, x: Tensor, layer: nn.Linear, norm: nn.Module | None, out: Tensor, share: Share) -> None:
-        """Queries, keys or values of this rank's heads, written to `out`, [text tokens, own heads, dim]."""
-        rows = slice(share.heads.start * self.head_dim, share.heads.stop * self.head_dim)
-        torch.addmm(layer.bias[rows], x, layer.weight[rows].t(), out=out.view(len(x), -1))
-        if norm is not None:
-            place_heads(out, out, weight=norm.weight, eps=norm.eps, rotation=None, ranks=1)
-
-
-def _mlp(x: Tensor, ff: nn.Module, scale: Tensor, shift: Tensor, gate: Tensor, eps: float) -> None:
-    """Add the gated MLP of x to x, [tokens, D], in place."""
-    up, down = ff.net[0].proj, ff.net[2]
-    for rows in x.tensor_split(-(-len(x) // MLP_TOKENS) or 1):
-        inner = F.gelu(up(modulated_norm(rows, scale, shift, eps)), approximate="tanh")
-        add_gated_(rows, gate, down(inner))
 
 
 class _Pace:
@@ -254,7 +174,3 @@ class _Pace:
 def _flat(layer: nn.Conv3d) -> tuple[Tensor, Tensor | None]:
     """A patch embedding's weight and bias as those of a linear layer."""
     return layer.weight.flatten(1), layer.bias
-
-
-def _nothing() -> None:
-    """Nothing to wait for."""

@@ -53,3 +53,31 @@ def place_heads(
         heads, dim, ranks, triton.next_power_of_2(heads), triton.next_power_of_2(dim),
         weight is not None, rotation is not None,
     )  # fmt: skip
+
+
+@triton.jit
+def _add_norm(
+    x_ptr, gate_ptr, update_ptr, scale_ptr, shift_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A program takes one row."""
+    channel = tl.arange(0, BLOCK)
+    inside = channel < WIDTH
+    at = tl.program_id(0).to(tl.int64) * WIDTH + channel
+    gate = tl.load(gate_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    update = tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + gate * update
+    rounded = value.to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + at, rounded, mask=inside)
+    value = rounded.to(tl.float32)  # the norm is of what is stored
+    centred = tl.where(inside, value - tl.sum(value, axis=0) / WIDTH, 0.0)
+    variance = tl.sum(centred * centred, axis=0) / WIDTH
+    normed = centred * tl.rsqrt(variance + eps) * scale + shift
+    tl.store(out_ptr + at, normed.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def add_norm(x: Tensor, gate: Tensor, update: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor) -> None:
+    rows, width = x.shape
+    if rows:
+        _add_norm[(rows,)](x, gate, update, scale, shift, out, eps, width, triton.next_power_of_2(width))

@@ -77,10 +77,26 @@ def test_without_tokens_or_heads_nothing_is_written(form):
         fused.place_heads(draw(*shape), draw(0), weight=draw(16), eps=1e-6, rotation=None, ranks=2)
 
 
-def test_modulation_and_gate_are_those_of_diffusers():
-    x, scale, shift, gate, update = draw(7, 32), draw(32), draw(32), draw(32), draw(7, 32)
-    normed = torch.nn.functional.layer_norm(x, (32,), eps=1e-6)
-    torch.testing.assert_close(fused.modulated_norm(x, 1 + scale, shift, 1e-6), normed * (1 + scale) + shift)
-    total = x + gate * update
-    fused.add_gated_(x, gate, update)
-    torch.testing.assert_close(x, total)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 32), (3, 24), (1, 2048), (0, 32)], ids=str)
+def test_a_gated_addition_and_the_next_norm_are_those_of_diffusers(form, dtype, shape):
+    x, update = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype).flip(-1)
+    gate, shift, scale = draw(3, shape[1], dtype=dtype)
+    total = x.double() + gate.double() * update.double()
+    normed = torch.nn.functional.layer_norm(total, shape[1:], eps=1e-6) * scale.double() + shift.double()
+    out = torch.full_like(x, float("nan"))
+    fused.add_norm(x, gate, update, shift, scale, 1e-6, out)
+    for ours, reference in ((x, total), (out, normed)):
+        assert (ours - reference).norm() <= TOLERANCE[dtype] * reference.norm()
+    assert torch.allclose(fused.modulated_norm(x, shift, scale, 1e-6).double(), normed, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_within_the_product_is_gelus_tanh_form(dtype):
+    layer, x = torch.nn.Linear(32, 64).to(DEVICE, dtype), draw(9, 32, dtype=dtype)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with torch.no_grad():
+        result = fused.linear_gelu(x, layer)
+    reference = torch.nn.functional.gelu(exact, approximate="tanh")
+    assert (result - reference).norm() < (1e-5 if dtype == torch.float32 else 5e-3) * reference.norm()
+    assert (reference - torch.nn.functional.gelu(exact)).norm() > 1e-4 * reference.norm()  # the forms differ

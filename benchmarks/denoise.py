@@ -1,0 +1,343 @@
+"""Measure forwards of the denoising transformer side by side: ours, its rivals, and the floor, all in one run.
+
+    python -m benchmarks.denoise                                   one device
+    python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.denoise     two devices of one host
+
+Weights are full size and random on a GPU, small on the CPU, where the run only shows that everything works. A forward
+has one prompt of 100 valid text tokens, no glyphs and no image; rivals that pad it get it padded. Every variant runs
+once to warm up and then `--repeat` times; the best time counts. The floor is the FLOPs of our forward, counted by
+PyTorch, over a matrix product kept up for two seconds in the same run.
+
+On several devices there are two measurements: one forward whose sequence all ranks share, and a step with guidance, two
+forwards as `distributed.denoise.parallel.plan` lays them out. Rivals are taken where they are installed: diffusers, and
+ComfyUI's own model (COMFYUI_PATH or .comfyui) with each order of attention kernels. Rank 0 writes JSON and a Markdown
+table.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from diffusers import HunyuanVideo15Transformer3DModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.decode import ROOT, SIZES, largest, machine, matmul_rate, measure
+from distributed.denoise import fused
+from distributed.denoise.conditions import Condition
+from distributed.denoise.parallel import Layout, plan
+from distributed.denoise.share import Share
+from distributed.denoise.transformer import Transformer
+
+FULL: dict = {}
+"""diffusers' defaults are the real sizes."""
+SMALL = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "rope_axes_dim": (4, 6, 6)}
+SMALL |= {"text_embed_dim": 32, "text_embed_2_dim": 32, "image_embed_dim": 32}
+
+TEXT, PADDED, GLYPHS, IMAGE = 100, 1000, 256, 729
+"""Valid text tokens, and the lengths that diffusers' pipeline pads to."""
+
+Forward = Callable[[], Tensor]
+
+
+@torch.no_grad()
+def random_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Give a model on the meta device seeded weights that keep the variance of what goes through them."""
+    model.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            weight.normal_(0, weight[0].numel() ** -0.5, generator=generator)
+        elif name.endswith("bias"):
+            weight.normal_(0, 0.02, generator=generator)
+        else:
+            weight.fill_(1)
+    return model.eval().requires_grad_(False)
+
+
+class Inputs:
+    """The inputs of a forward at one size, trimmed and padded."""
+
+    def __init__(self, config: object, size: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+        generator = torch.Generator(device).manual_seed(1)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        self.latent = draw(config.in_channels, *size)
+        self.timestep = torch.full((1,), 731.0, device=device, dtype=dtype)
+        self.text = draw(TEXT, config.text_embed_dim)
+        self.glyphs, self.image = draw(0, config.text_embed_2_dim), draw(0, config.image_embed_dim)
+
+    def padded(self) -> dict[str, Tensor]:
+        """Arguments of diffusers' forward, as its pipeline makes them."""
+        text = self.text.new_zeros(1, PADDED, self.text.shape[1])
+        text[0, :TEXT] = self.text
+        mask = self.text.new_zeros(1, PADDED)
+        mask[0, :TEXT] = 1
+        return {
+            "hidden_states": self.latent[None],
+            "timestep": self.timestep,
+            "encoder_hidden_states": text,
+            "encoder_attention_mask": mask,
+            "encoder_hidden_states_2": text.new_zeros(1, GLYPHS, self.glyphs.shape[1]),
+            "encoder_attention_mask_2": mask.new_zeros(1, GLYPHS),
+            "image_embeds": text.new_zeros(1, IMAGE, self.image.shape[1]),
+        }
+
+
+def ours(
+    model: torch.nn.Module, inputs: Inputs, branches: int = 1, group: Callable[[Layout], dict] = lambda _: {}
+) -> Forward:
+    """A forward, or a step's two, shared by all ranks. What is computed once per prompt is done before."""
+    transformer = Transformer(model)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    t, h, w = transformer.grid(inputs.latent)
+    layout = plan(world, branches, t * h * w, transformer.heads, transformer.head_dim)
+    groups, context = group(layout), transformer.encode(Condition(inputs.text, inputs.glyphs, inputs.image))
+
+    def forward() -> Tensor:
+        (modulation,) = transformer.modulation(inputs.timestep)
+        for branch in layout.of(rank):
+            split = layout.branches[branch]
+            share = Share(split, split.ranks.index(rank), groups.get(split.ranks))
+            rows = transformer.forward(inputs.latent, inputs.timestep, context, modulation, share).cpu()
+        return rows if world > 1 else transformer.unpatchify(rows, inputs.latent)
+
+    return forward
+
+
+def diffusers(model: torch.nn.Module, inputs: Inputs) -> Forward:
+    arguments = inputs.padded()
+    return lambda: model(**arguments, return_dict=False)[0][0].cpu()
+
+
+def plain(model: torch.nn.Module, inputs: Inputs) -> Forward:
+    """Ours as it runs where there is no Triton."""
+    forward = ours(model, inputs)
+
+    def without_triton() -> Tensor:
+        kernels, fused._kernels = fused._kernels, lambda x: None
+        try:
+            return forward()
+        finally:
+            fused._kernels = kernels
+
+    return without_triton
+
+
+def core_model(config: object, device: torch.device, dtype: torch.dtype) -> torch.nn.Module | None:
+    """ComfyUI's transformer with random weights of the same sizes, or None where no ComfyUI is found."""
+    home = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
+    if not (home / "comfy").is_dir():
+        print(f"No ComfyUI at {home}: its model is left out. Set COMFYUI_PATH.")
+        return None
+    sys.path.append(str(home))
+    from comfy.cli_args import args
+
+    args.cpu = device.type == "cpu"
+    import comfy.ops
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+
+    with torch.device("meta"):
+        model = HunyuanVideo(
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            vec_in_dim=None,
+            context_in_dim=config.text_embed_dim,
+            hidden_size=config.num_attention_heads * config.attention_head_dim,
+            mlp_ratio=config.mlp_ratio,
+            num_heads=config.num_attention_heads,
+            depth=config.num_layers,
+            depth_single_blocks=0,
+            axes_dim=list(config.rope_axes_dim),
+            theta=config.rope_theta,
+            patch_size=[1, 1, 1],
+            qkv_bias=True,
+            guidance_embed=False,
+            byt5=True,
+            meanflow=False,
+            use_cond_type_embedding=True,
+            vision_in_dim=config.image_embed_dim,
+            dtype=dtype,
+            operations=comfy.ops.disable_weight_init,
+        )
+    return random_weights(model, device, dtype)
+
+
+def core(model: torch.nn.Module, inputs: Inputs, first: SDPBackend) -> Forward:
+    """ComfyUI's forward with one attention kernel before the others."""
+    kernels = [first, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    kernels += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def forward() -> Tensor:
+        with sdpa_kernel(list(dict.fromkeys(kernels)), set_priority=True):
+            return model(inputs.latent[None], inputs.timestep, inputs.text[None])[0].cpu()
+
+    return forward
+
+
+def count_flops(config: dict, size: tuple[int, int, int]) -> int:
+    """FLOPs of our forward: matrix products and attention, two for a multiply and add."""
+    meta = torch.device("meta")
+    with meta:
+        model = HunyuanVideo15Transformer3DModel(**config)
+    inputs, transformer = Inputs.__new__(Inputs), Transformer(model)
+    inputs.latent = torch.empty(model.config.in_channels, *size, device=meta)
+    timestep = torch.empty(1, device=meta)
+    widths = model.config.text_embed_dim, model.config.text_embed_2_dim, model.config.image_embed_dim
+    condition = Condition(*(torch.empty(n, width, device=meta) for n, width in zip((TEXT, 0, 0), widths, strict=True)))
+    with FlopCounterMode(display=False) as counter:
+        (modulation,) = transformer.modulation(timestep)
+        transformer.forward(inputs.latent, timestep, transformer.encode(condition), modulation)
+    return counter.get_total_flops()
+
+
+def make_groups(layout: Layout) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """The process groups of a layout. A collective."""
+    return {ranks: dist.new_group(ranks) for ranks in layout.groups if len(ranks) > 1}
+
+
+def variants(world: int) -> dict[str, Callable]:
+    """What is measured: from a model and inputs to a forward."""
+    if world > 1:
+        return {
+            "ours, one forward": lambda model, inputs: ours(model, inputs, 1, make_groups),
+            "ours, step with guidance": lambda model, inputs: ours(model, inputs, 2, make_groups),
+        }
+    return {
+        "diffusers": diffusers,
+        "ours": ours,
+        "ours without Triton": plain,
+        "ours, step with guidance": lambda model, inputs: ours(model, inputs, 2),
+        "ComfyUI, cuDNN first": lambda model, inputs: core(model, inputs, SDPBackend.CUDNN_ATTENTION),
+        "ComfyUI, flash first": lambda model, inputs: core(model, inputs, SDPBackend.FLASH_ATTENTION),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default=None, help="comma-separated, of: " + ", ".join(SIZES))
+    parser.add_argument("--variants", default="", help="only the variants whose name contains one of these words")
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    dtype, config = (torch.bfloat16, FULL) if cuda else (torch.float32, SMALL)
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    sizes = (options.sizes or ("480x848x33,480x848x121,720x1280x121" if cuda else "64x96x9")).split(",")
+    wanted = [word for word in options.variants.split(",") if word]
+    chosen = {name: build for name, build in variants(world).items() if not wanted or any(w in name for w in wanted)}
+
+    report = {
+        "machine": machine(device),
+        "ranks": world,
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "command": f"python -m benchmarks.denoise --repeat {options.repeat} --sizes {','.join(sizes)}",
+        "matmul_sustained_tflops": round(matmul_rate(device, dtype, 2) / 1e12, 2),
+        "results": [{"size": size, "variants": {}} for size in sizes],
+    }
+    for result in report["results"]:
+        flops = count_flops(config, SIZES[result["size"]])
+        result["tflop"] = round(flops / 1e12, 1)
+        floor = flops / world / 1e12 / report["matmul_sustained_tflops"]
+        result["variants"]["floor"] = {"best_s": round(floor, 3)}
+    references: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for of_core in (False, True):  # one model on the device at a time
+            builds = {name: build for name, build in chosen.items() if name.startswith("ComfyUI") == of_core}
+            if not builds:
+                continue
+            with torch.device("meta"):
+                model = HunyuanVideo15Transformer3DModel(**config)
+            model_config = model.config
+            model = core_model(model_config, device, dtype) if of_core else random_weights(model, device, dtype)
+            if model is None:
+                continue
+            for result in report["results"]:
+                for name, build in builds.items():
+                    forward = build(model, Inputs(model_config, SIZES[result["size"]], device, dtype))
+                    row = measure_forward(device, forward, options.repeat, references, result["size"], of_core)
+                    result["variants"][name] = row
+                    if rank == 0:
+                        print(result["size"], name, row, flush=True)
+                        write(report, options.out)  # a run that is cut short keeps what it has
+            del model, forward
+            gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def measure_forward(
+    device: torch.device, forward: Forward, repeat: int, references: dict[str, Tensor], size: str, of_core: bool
+) -> dict:
+    """Times and memory of a forward, and how far its prediction is from that of the first variant of this size."""
+    predictions: list[Tensor] = []
+    try:
+        row = measure(device, lambda: predictions.append(forward()), repeat)
+    except torch.OutOfMemoryError as error:
+        return {"error": str(error).split(". ")[0]}
+    row = {key: largest(value) for key, value in row.items()}
+    if not of_core:
+        prediction = whole(predictions[-1], size)
+        reference = references.setdefault(size, prediction)
+        row["difference"] = round(((prediction - reference).norm() / reference.norm()).item(), 5)
+    return row
+
+
+def whole(rows: Tensor, size: str) -> Tensor:
+    """The prediction, of which ranks have rows: both branches have the same inputs here. A collective."""
+    if not dist.is_initialized():
+        return rows.float()
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows.float())
+    return torch.cat(parts)[: math.prod(SIZES[size])]
+
+
+def write(report: dict, folder: Path) -> None:
+    """JSON for machines, a Markdown table for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"denoise-{report['machine'].replace(' ', '-').lower()}-x{report['ranks']}"
+    name = "".join(c for c in name if c.isalnum() or c in "-_")
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [
+        f"### {report['machine']}, {report['ranks']} rank(s), {report['dtype']}, {report['date']}",
+        "",
+        f"torch {report['torch']}; sustained matrix product {report['matmul_sustained_tflops']} TFLOP/s. "
+        f"`{report['command']}`",
+        "",
+        "| size | variant | seconds | over floor | peak GiB | first call | difference |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in report["results"]:
+        floor = result["variants"]["floor"]["best_s"]
+        for key, row in result["variants"].items():
+            if "error" in row:
+                lines.append(f"| {result['size']} | {key} | {row['error']} | | | | |")
+                continue
+            forwards = 2 if "step" in key else 1
+            ratio = f"{row['best_s'] / floor / forwards:.2f}" if floor else ""
+            cells = [row["best_s"], ratio, *(row.get(name, "") for name in ("peak_gib", "first_s", "difference"))]
+            lines.append(f"| {result['size']} | {key} | " + " | ".join(map(str, cells)) + " |")
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

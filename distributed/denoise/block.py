@@ -1,0 +1,115 @@
+"""One dual-stream block: joint attention of video and text, then an MLP for each.
+
+Every half of a block ends with a gated addition and the next half begins with a modulated norm, so both are one pass
+(`fused.add_norm`), and a stream is carried from half to half as what it is and what it is normed to.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .attention import attend
+from .fused import Rotation, add_norm, linear_gelu, modulated_norm, place_heads
+from .share import Share, Wait
+
+MLP_TOKENS = 16_384
+"""Tokens that go through an MLP at a time: its inner tensor stays at 256 MiB in 16 bits, and products are no slower."""
+
+
+class Stream:
+    """The tokens of video or text: x [tokens, D], and normed: x normed and modulated for what comes next.
+
+    shift_scale: [2, D], a modulation; its scale has the one added.
+    """
+
+    def __init__(self, x: Tensor, shift_scale: Tensor, eps: float) -> None:
+        self.x, self.eps = x, eps
+        self.normed = modulated_norm(x, *shift_scale, eps)
+
+    def add(self, gate: Tensor, update: Tensor, following: Tensor) -> None:
+        """Add gate * update and norm for what follows. gate: [D], update: [tokens, D], following: [2, D]."""
+        add_norm(self.x, gate, update, *following, self.eps, self.normed)
+
+    def mlp(self, ff: nn.Module, gate: Tensor, following: Tensor) -> None:
+        """Add the gated MLP of what is normed, and norm for what follows."""
+        up, down = ff.net[0].proj, ff.net[2]
+        strips = -(-len(self.x) // MLP_TOKENS) or 1
+        for x, normed in zip(self.x.tensor_split(strips), self.normed.tensor_split(strips), strict=True):
+            add_norm(x, gate, down(linear_gelu(normed, up)), *following, self.eps, normed)
+
+
+def run_block(
+    block: nn.Module,
+    video: Stream,
+    text: Stream,
+    modulation: Tensor,
+    following: Tensor,
+    rotation: Rotation,
+    share: Share,
+) -> None:
+    """Take both streams through a HunyuanVideo15TransformerBlock; they were normed for it and are for what follows.
+
+    modulation: [2, 6, D], for video and text: shift, scale and gate of attention, then of the MLP. following:
+    [2, 2, D], shift and scale of both streams' next norm; in the last block [1, 2, D], for video alone: nothing reads
+    the text any more, and it is left as it is.
+    """
+    attn, last = block.attn, len(following) == 1
+    layers = (
+        (attn.to_v, None, attn.add_v_proj, None),
+        (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
+        (attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
+    )
+    joint = [_project_video(video.normed, *layer[:2], attn.heads, len(text.x), rotation, share) for layer in layers]
+    for (out, _), layer in zip(joint, layers, strict=True):
+        _project_text(text.normed, *layer[2:], out[share.total_tokens :], share)
+    for _, wait in joint:
+        wait()
+    out = attend(*(out for out, _ in reversed(joint)))
+    del joint
+    video_out = share.gather_heads(out[: share.total_tokens])
+    text_out = None if last else share.gather_text(out[share.total_tokens :])
+    del out
+    video.add(modulation[0, 2], attn.to_out[0](video_out()), modulation[0, 3:5])
+    del video_out
+    video.mlp(block.ff, modulation[0, 5], following[0])
+    if not last:
+        text.add(modulation[1, 2], attn.to_add_out(text_out()), modulation[1, 3:5])
+        text.mlp(block.ff_context, modulation[1, 5], following[1])
+
+
+def _project_video(
+    x: Tensor, layer: nn.Linear, norm: nn.Module | None, heads: int, text: int, rotation: Rotation, share: Share
+) -> tuple[Tensor, Wait]:
+    """Queries, keys or values of this rank's heads, [all tokens + text, own heads, dim], and what waits for them.
+
+    x: [own tokens, D]. The rows of the text are left to be written.
+    """
+    own, dim = share.heads.stop - share.heads.start, layer.out_features // heads
+    out = x.new_empty(share.total_tokens + text, own, dim)
+    place = out[: share.total_tokens]
+    if share.ranks > 1:
+        projected = layer(x).view(len(x), heads, dim)
+        placed = torch.empty_like(projected)
+        _place(projected, placed, norm, rotation if norm else None, share.ranks)
+        return out, share.scatter_heads(placed, place)
+    torch.addmm(layer.bias, x, layer.weight.t(), out=place.view(len(x), -1))
+    if norm is not None:
+        _place(place, place, norm, rotation, 1)
+    return out, _nothing
+
+
+def _project_text(x: Tensor, layer: nn.Linear, norm: nn.Module | None, out: Tensor, share: Share) -> None:
+    """Queries, keys or values of this rank's heads, written to `out`, [text tokens, own heads, dim]."""
+    dim = out.shape[2]
+    rows = slice(share.heads.start * dim, share.heads.stop * dim)
+    torch.addmm(layer.bias[rows], x, layer.weight[rows].t(), out=out.view(len(x), -1))
+    if norm is not None:
+        _place(out, out, norm, None, 1)
+
+
+def _place(x: Tensor, out: Tensor, norm: nn.Module | None, rotation: Rotation | None, ranks: int) -> None:
+    weight, eps = (norm.weight, norm.eps) if norm is not None else (None, 0.0)
+    place_heads(x, out, weight=weight, eps=eps, rotation=rotation, ranks=ranks)
+
+
+def _nothing() -> None:
+    """Nothing to wait for."""
