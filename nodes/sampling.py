@@ -1,8 +1,8 @@
 """Sampling with diffusers' own pipelines, watched step by step.
 
 The pipelines have no step callback, but they call their scheduler once a step: a scheduler that reports is all it
-takes, and the latents stay exactly the pipeline's. The pipeline that was loaded is shared and never changed: each run
-makes a shell of its own around the same parts, with its own scheduler and guider.
+takes, and the latents stay the pipeline's. The pipeline that was loaded is shared and never changed: each run makes a
+shell of its own around the same parts, with its own scheduler and guider, and with the transformer's fast forward.
 """
 
 from collections.abc import Callable
@@ -58,13 +58,17 @@ def sample(
     seed: int,
     start_image: Tensor | None = None,
     on_step: Callable[[Tensor], None] = lambda expected: None,
+    on_block: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents [1, 32, t, height / 16, width / 16] in VAE space, float32 on the CPU.
 
-    They are those of the diffusers pipeline with output_type "latent", divided by the scaling factor. start_image is
-    an IMAGE, of which the first picture counts. Raises ValueError for sizes and images that the model cannot take.
+    They are those of the diffusers pipeline with output_type "latent" up to rounding, divided by the scaling factor.
+    start_image is an IMAGE, of which the first picture counts. on_block is called between the transformer's blocks with
+    the number of blocks done and of all; what it raises ends the sampling. Raises ValueError for sizes and images that
+    the model cannot take.
     """
-    from .pipeline_parts import FixedSizeProcessor, ReportingScheduler  # diffusers, which other nodes do without
+    from ..distributed.denoise.module import fast_module  # diffusers, which other nodes do without
+    from .pipeline_parts import FixedSizeProcessor, ReportingScheduler
 
     check_size(width, height, frames)
     if loaded.takes_image and start_image is None:
@@ -82,6 +86,8 @@ def sample(
             "guider": original.guider.new(guidance_scale=guidance),
         }
     )
+    if "transformer" in loaded.patchers:  # else its layers come to the device as diffusers' own forward calls them
+        pipeline.transformer = fast_module(original.transformer, on_block)
     pipeline.scheduler.on_step = on_step
     pipeline.set_progress_bar_config(disable=True)
     arguments: dict = {"width": width, "height": height}
@@ -144,5 +150,9 @@ class Sampler(io.ComfyNode):
             picture = previewer and previewer.decode_latent_to_preview_image("JPEG", expected.float() / scale)
             bar.update_absolute(bar.current + 1, preview=picture or None)
 
+        def on_block(done: int, blocks: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return io.NodeOutput({"samples": sample(pipeline, conditioning, **options, on_step=on_step)})
+        latents = sample(pipeline, conditioning, **options, on_step=on_step, on_block=on_block)
+        return io.NodeOutput({"samples": latents})

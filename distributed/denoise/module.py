@@ -1,0 +1,76 @@
+"""The fast transformer in the shape that diffusers' pipelines expect of theirs."""
+
+import copy
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from .conditions import Context, trim
+from .transformer import Modulation, OnBlock, Transformer
+
+
+def fast_module(model: nn.Module, on_block: OnBlock | None = None) -> nn.Module:
+    """A shell around a HunyuanVideo15Transformer3DModel: the same weights and hooks, with a forward of its own.
+
+    The model itself stays as it is. The shell keeps what it has computed from conditions and timesteps for as long as
+    it lives, so each sampling takes one of its own. on_block: see `transformer.OnBlock`.
+    """
+    shell = copy.copy(model)
+    shell.forward = _Forward(Transformer(model), on_block)
+    return shell
+
+
+class _Forward:
+    """diffusers' forward. Inputs are told apart by identity: a pipeline passes the same tensors in every step."""
+
+    def __init__(self, transformer: Transformer, on_block: OnBlock | None) -> None:
+        self.transformer, self.on_block = transformer, on_block
+        self._contexts: list[tuple[tuple[Tensor, ...], list[Context]]] = []
+        self._modulation: tuple[tuple[Tensor | None, ...], list[Modulation]] = (), []
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+        timestep_r: Tensor | None = None,
+        encoder_hidden_states_2: Tensor | None = None,
+        encoder_attention_mask_2: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        attention_kwargs: dict | None = None,
+        return_dict: bool = True,
+    ) -> tuple[Tensor] | Transformer2DModelOutput:
+        """See HunyuanVideo15Transformer3DModel.forward. attention_kwargs concern adapters, which there are none of."""
+        contexts = self._contexts_of(
+            encoder_hidden_states,
+            encoder_attention_mask,
+            encoder_hidden_states_2,
+            encoder_attention_mask_2,
+            image_embeds,
+        )
+        modulations = self._modulation_of(timestep, timestep_r)
+        predictions = []
+        for i, (latent, context, modulation) in enumerate(zip(hidden_states, contexts, modulations, strict=True)):
+            rows = self.transformer.forward(latent, timestep[i : i + 1], context, modulation, on_block=self.on_block)
+            predictions.append(self.transformer.unpatchify(rows, latent))
+        sample = torch.stack(predictions)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _contexts_of(self, *conditions: Tensor) -> list[Context]:
+        for seen, contexts in self._contexts:
+            if _same(seen, conditions):
+                return contexts
+        contexts = [self.transformer.encode(condition) for condition in trim(*conditions)]
+        self._contexts.append((conditions, contexts))
+        return contexts
+
+    def _modulation_of(self, *timesteps: Tensor | None) -> list[Modulation]:
+        if not _same(self._modulation[0], timesteps):
+            self._modulation = timesteps, self.transformer.modulation(*timesteps)
+        return self._modulation[1]
+
+
+def _same(one: tuple, other: tuple) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

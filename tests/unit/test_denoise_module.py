@@ -1,0 +1,69 @@
+"""The transformer as diffusers' pipelines call it."""
+
+import copy
+
+import pytest
+import torch
+
+from distributed.denoise.module import fast_module
+from distributed.denoise.transformer import Transformer
+from tests.unit.denoise_models import make_inputs, make_model
+
+
+@pytest.fixture
+def model():
+    return make_model(use_meanflow=True)
+
+
+def close(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    return result.shape == expected.shape and (result - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_a_shell_takes_and_returns_what_diffusers_model_does(model, image):
+    inputs = make_inputs(model, text=(4, 9), glyphs=(0, 6), image=image)
+    expected = model(**inputs).sample
+    shell = fast_module(model)
+    assert close(shell(**inputs).sample, expected) and close(shell(**inputs, return_dict=False)[0], expected)
+    assert shell.dtype == model.dtype and shell.config is model.config
+
+
+def test_the_model_keeps_its_forward_and_its_weights_are_shared(model):
+    inputs = make_inputs(model)
+    shell = fast_module(model)
+    before = shell(**inputs).sample
+    assert "forward" not in vars(model) and list(map(id, shell.parameters())) == list(map(id, model.parameters()))
+    model.proj_out.weight.mul_(2)  # as when ComfyUI moves weights while a shell lives
+    model.proj_out.bias.mul_(2)
+    assert close(fast_module(model)(**inputs).sample, 2 * before) and close(shell(**inputs).sample, 2 * before)
+
+
+def test_hooks_of_the_model_run_for_the_shell(model):
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    fast_module(model)(**make_inputs(model))
+    hook.remove()
+    assert calls == [1]
+
+
+def test_conditions_and_timesteps_are_computed_once_and_told_apart(model, monkeypatch):
+    computed = []
+    for name in ("encode", "modulation"):
+        original = getattr(Transformer, name)
+
+        def counted(self, *arguments, name=name, original=original):
+            computed.append(name)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Transformer, name, counted)
+    positive = make_inputs(model)
+    negative = positive | make_inputs(model, text=(7,), seed=5)
+    negative |= {name: positive[name] for name in ("hidden_states", "timestep", "timestep_r", "image_embeds")}
+    shell = fast_module(model)
+    for timestep in (900.0, 300.0):
+        time = {"timestep": torch.tensor([timestep])}
+        for inputs in (positive, negative):
+            assert close(shell(**inputs | time).sample, model(**inputs | time).sample)
+    assert sorted(computed) == ["encode"] * 2 + ["modulation"] * 2
+    changed = positive | {"encoder_hidden_states": copy.deepcopy(negative["encoder_hidden_states"])}
+    assert close(shell(**changed).sample, model(**changed).sample)
