@@ -1,0 +1,81 @@
+"""Attention: exact, with each device's kernels in order, and with no setting left behind."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from distributed.denoise import attention
+
+FAST = {(9, 0): SDPBackend.CUDNN_ATTENTION, (10, 0): SDPBackend.CUDNN_ATTENTION, (12, 0): SDPBackend.CUDNN_ATTENTION}
+FAST |= {capability: SDPBackend.FLASH_ATTENTION for capability in ((7, 5), (8, 0), (8, 6), (8, 9))}
+
+
+def draw(*shape: int) -> list[Tensor]:
+    return list(torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)))
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """In float64: [S, heads, dim] each."""
+    query, key, value = (x.double().transpose(0, 1) for x in (query, key, value))
+    weights = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)
+    return (weights @ value).transpose(0, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (37, 3, 16), (130, 5, 24)], ids=str)
+def test_every_token_attends_to_all_tokens(shape):
+    query, key, value = draw(*shape)
+    torch.testing.assert_close(attention.attend(query, key, value), exact(query, key, value).float())
+
+
+def test_a_rank_without_heads_attends_to_nothing():
+    assert attention.attend(*draw(6, 0, 16)).shape == (6, 0, 16)
+
+
+@pytest.mark.parametrize("capability", FAST, ids=str)
+def test_the_fastest_kernel_comes_first_and_only_for_the_call(monkeypatch, capability):
+    def settings() -> tuple:
+        flags = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("cudnn", "flash", "math")]
+        return *flags, torch._C._get_sdp_priority_order()
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    before = settings()
+    with attention._kernels(torch.device("cuda")):
+        assert torch._C._get_sdp_priority_order()[0] == int(FAST[capability])
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (capability >= (9, 0))
+        assert torch.backends.cuda.math_sdp_enabled()  # where nothing else fits
+    assert settings() == before
+
+
+class OnNpu(Tensor):
+    """The CPU's tensor that says it is on an NPU, as torch_npu's say."""
+
+    is_npu = True
+
+
+def test_an_npu_computes_with_its_own_kernel(monkeypatch):
+    calls = []
+
+    def npu_fusion_attention(query, key, value, head_num, input_layout, *, scale=1.0):
+        calls.append((tuple(query.shape), head_num, input_layout))
+        query, key, value = (x.as_subclass(Tensor)[0] for x in (query * scale * query.shape[-1] ** 0.5, key, value))
+        return exact(query, key, value)[None].float(), None
+
+    module = types.ModuleType("torch_npu")
+    module.npu_fusion_attention = npu_fusion_attention
+    monkeypatch.setitem(sys.modules, "torch_npu", module)
+    query, key, value = draw(11, 3, 16)
+    result = attention.attend(*(x.as_subclass(OnNpu) for x in (query, key, value)))
+    assert calls == [((1, 11, 3, 16), 3, "BSND")]
+    torch.testing.assert_close(result, exact(query, key, value).float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_gpu_attends_as_exactly_as_its_dtype_allows(dtype):
+    query, key, value = (x.to("cuda", dtype) for x in draw(1000, 16, 128))
+    reference, result = exact(query, key, value), attention.attend(query, key, value)
+    assert (result - reference).norm() < {torch.float32: 1e-4}.get(dtype, 1e-2) * reference.norm()
