@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from comfyui_host import Host
+from make_templates import PROMPTS
 from set_up import ROOT, find_chromium
 from web_ui import open_page
 
@@ -44,7 +45,7 @@ def graph(target: Path) -> None:
         try:
             host.wait().post("/settings", SETTINGS)
             with open_page(find_chromium(), host.url) as page:
-                page.open_template("text_to_video")
+                page.open_template(PROMPTS["text_to_video"])
                 page.run(
                     """
                     document.querySelector(".hv15\\\\.groups-tab-button").click();

@@ -1,4 +1,5 @@
 """Write example_workflows/: the API prompts as graphs, and ComfyUI's own HunyuanVideo-1.5 graphs with Distribute VAE.
+And locales/en/nodeDefs.json: the nodes' texts as the schemas have them, which translations start from.
 
 Run it after a prompt or a node's inputs changed, and after `make demo`, whose frames become the thumbnails.
 """
@@ -7,6 +8,7 @@ import json
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,10 +18,15 @@ from comfyui_host import Host
 from set_up import ROOT
 
 TARGET = ROOT / "example_workflows"
-PROMPTS = ("text_to_video", "image_to_video", "decode_saved_latent")
+PROMPTS = {
+    "text_to_video": "Text to video on several GPUs",
+    "image_to_video": "Image to video on several GPUs",
+    "decode_saved_latent": "Decode a saved latent on several GPUs",
+}
+"""API prompts, and the names of their templates: the template browser shows the file's name."""
 STOCK = {
-    "core_text_to_video": "video_hunyuan_video_1.5_720p_t2v.json",
-    "core_image_to_video": "video_hunyuan_video_1.5_720p_i2v.json",
+    "ComfyUI text to video, VAE on several GPUs": "video_hunyuan_video_1.5_720p_t2v.json",
+    "ComfyUI image to video, VAE on several GPUs": "video_hunyuan_video_1.5_720p_i2v.json",
 }
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, ROW = 380, 60
@@ -34,13 +41,25 @@ def main() -> None:
             info = host.wait().get("/object_info")
         finally:
             host.close()
-    for name in PROMPTS:
+    texts = {id: node_texts(about) for id, about in info.items() if id.startswith("HV15")}
+    (ROOT / "locales" / "en" / "nodeDefs.json").write_text(json.dumps(texts, indent=2) + "\n")
+    for name, title in PROMPTS.items():
         prompt = json.loads((ROOT / "api_prompts" / f"{name}.json").read_text())
         prompt["ranks"]["inputs"]["devices"] = "auto"
-        write(name, graph_of(name, prompt, info))
+        write(title, graph_of(name, prompt, info))
     stock = Path(find_spec("comfyui_workflow_templates_media_video").origin).parent / "templates"
-    for name, file in STOCK.items():
-        write(name, distributed(json.loads((stock / file).read_text()), info))
+    for title, file in STOCK.items():
+        write(title, distributed(json.loads((stock / file).read_text()), info))
+
+
+def node_texts(about: dict) -> dict:
+    """A node's name and description, and for each input its name and tooltip, from its entry in /object_info."""
+    inputs = {name: spec[1] for part in about["input"].values() for name, spec in part.items()}
+    return {
+        "display_name": about["display_name"],
+        "description": about["description"],
+        "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, options in inputs.items()},
+    }
 
 
 def write(name: str, graph: dict) -> None:
@@ -140,6 +159,12 @@ def lay_out(prompt: dict, nodes: dict[str, dict]) -> None:
         node["order"] = order
 
 
+def below(nodes: Iterable[dict], left: float, width: float) -> float:
+    """A place below all nodes of which a part is in the column that begins at `left`."""
+    column = [node for node in nodes if node["pos"][0] < left + width and left < node["pos"][0] + node["size"][0]]
+    return max((node["pos"][1] + node["size"][1] for node in column), default=0) + ROW
+
+
 def distributed(graph: dict, info: dict) -> dict:
     """A graph of core's nodes, with Distribute VAE between its VAELoader and whatever decodes."""
     nodes = {node["id"]: node for node in graph["nodes"]}
@@ -148,8 +173,9 @@ def distributed(graph: dict, info: dict) -> dict:
     last = graph["last_node_id"]
     ranks = empty_node(last + 1, "HV15RankGroup", info, {})
     ours = empty_node(last + 2, "HV15DistributeVAE", info, {})
-    x, y = loader["pos"]
-    ranks["pos"], ours["pos"] = [x - 400, y + 160], [x - 400, y + 440]
+    left = loader["pos"][0] - COLUMN
+    ranks["pos"] = [left, below(nodes.values(), left, ranks["size"][0])]
+    ours["pos"] = [left, below([*nodes.values(), ranks], left, ours["size"][0])]
     for node in (ranks, ours):
         node["order"] = len(nodes)
     moved = [link for link in graph["links"] if link[1] == loader["id"] and link[3] in decoders]

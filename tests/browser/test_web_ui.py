@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from make_templates import PROMPTS
 from set_up import find_chromium
 from web_ui import PACK, Page, open_page
 
@@ -48,9 +49,9 @@ def test_a_template_opens_with_no_missing_node(page, template):
     assert [text for text in alerts if "workflow" in text] == []
 
 
-@pytest.mark.parametrize("name", ["text_to_video", "image_to_video", "decode_saved_latent"])
+@pytest.mark.parametrize("name", PROMPTS)
 def test_a_template_queues_the_same_job_as_its_api_prompt(page, prompt, name):
-    made = load(page, name)["output"]
+    made = load(page, PROMPTS[name])["output"]
     expected = prompt(name)
     expected["ranks"]["inputs"]["devices"] = "auto"
     numbers = {key: str(number) for number, key in enumerate(expected, 1)}
@@ -64,7 +65,7 @@ def test_a_template_queues_the_same_job_as_its_api_prompt(page, prompt, name):
 
 def test_the_panel_shows_a_group_at_work_and_stops_it(page, host):
     host.stop_groups()
-    load(page, "text_to_video")
+    load(page, PROMPTS["text_to_video"])
     page.until("document.querySelector('.hv15\\\\.groups-tab-button') !== null")
     page.run("document.querySelector('.hv15\\\\.groups-tab-button').click()")
     page.until("document.querySelector('.hv15-panel') !== null")
@@ -131,3 +132,29 @@ def test_a_button_of_the_panel_works_again_after_the_server_failed(page):
         """
     )
     assert state == {"asked": ["/hv15/groups", "/hv15/groups/a/stop", "/hv15/groups"], "disabled": False}
+
+
+def test_a_message_on_a_node_is_shown_whole_and_goes_with_the_next_prompt(page):
+    """With the web UI's own text widget, as its own event makes it."""
+    load(page, PROMPTS["decode_saved_latent"])
+    shown = page.run(
+        f"""
+        const {{ followNotices }} = await import("/extensions/{PACK}/notices.mjs");
+        const api = new EventTarget();
+        const stop = followNotices(app, api);
+        const node = app.graph._nodes.find((node) => node.type === "HV15DistributedVAEDecode");
+        const widget = node.addWidget("text", "$$node-text-preview", "word ".repeat(60), () => {{}}, {{}});
+        const before = node.size[1];
+        api.dispatchEvent(new CustomEvent("hv15.notice", {{ detail: {{ node: `${{node.id}}` }} }}));
+        const height = widget.computeLayoutSize(node).minHeight;
+        const grown = node.size[1] > before;
+        api.dispatchEvent(new CustomEvent("execution_start", {{ detail: {{}} }}));
+        stop();
+        return {{ height, grown, left: node.widgets.includes(widget) }};
+        """
+    )
+    assert shown["height"] > 100 and shown["grown"] and shown["left"] is False
+
+
+def test_a_call_of_the_browser_with_no_result_is_no_error(page):
+    assert page.call("Page.bringToFront", {}, 30) == {}

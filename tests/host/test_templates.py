@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from make_templates import PROMPTS, STOCK
+
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
 NOTES = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
@@ -19,6 +21,21 @@ def template(request) -> dict:
 def test_every_node_exists(host, template):
     info = host.get("/object_info")
     assert [n["type"] for n in template["nodes"] if n["type"] not in info and n["type"] not in NOTES] == []
+
+
+def test_our_nodes_cover_no_others(template):
+    title = 30  # pixels above a node's own place
+
+    def box(node):
+        (x, y), (width, height) = node["pos"], node["size"]
+        return x, y - title, x + width, y + height
+
+    for ours in (node for node in template["nodes"] if node["type"].startswith("HV15")):
+        left, top, right, bottom = box(ours)
+        for other in template["nodes"]:
+            x, y, end_x, end_y = box(other)
+            apart = right <= x or end_x <= left or bottom <= y or end_y <= top
+            assert other is ours or apart, f"{ours['type']} covers {other['type']}"
 
 
 def test_links_agree_with_the_sockets_on_both_ends(template):
@@ -47,9 +64,9 @@ def test_our_nodes_have_the_inputs_and_outputs_of_today(host, template):
 
 
 def test_in_cores_graphs_whatever_decodes_does_so_on_ranks():
-    for path in TEMPLATES:
-        if not path.stem.startswith("core_"):
-            continue
+    core = [path for path in TEMPLATES if path.stem in STOCK]
+    assert len(core) == 2
+    for path in core:
         graph = json.loads(path.read_text())
         types = {node["id"]: node["type"] for node in graph["nodes"]}
         into = [(types[link[1]], types[link[3]]) for link in graph["links"] if link[5] == "VAE"]
@@ -60,7 +77,7 @@ def test_in_cores_graphs_whatever_decodes_does_so_on_ranks():
 
 def test_a_template_runs(host, prompt):
     """The graph's own values, read back as the web UI reads them, at a size for tests."""
-    graph = json.loads((ROOT / "example_workflows" / "text_to_video.json").read_text())
+    graph = json.loads((ROOT / "example_workflows" / f"{PROMPTS['text_to_video']}.json").read_text())
     run = host.run(shrink(as_prompt(graph)))
     assert run.error is None, run.error["exception_message"]
 

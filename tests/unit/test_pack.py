@@ -56,6 +56,36 @@ def test_every_node_has_a_name_and_a_tooltip_for_each_input_in(locale):
         assert all(text["tooltip"] for text in node["inputs"].values())
 
 
+def test_the_english_texts_are_the_schemas(pack):
+    """`python scripts/make_templates.py` writes them."""
+    import importlib
+
+    texts = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text("utf-8"))
+    nodes = importlib.import_module(pack.vae.__package__).NODES
+    for schema in (node.define_schema() for node in nodes):
+        expected = {input.id: {"name": input.id, "tooltip": input.tooltip} for input in schema.inputs}
+        assert texts[schema.node_id]["inputs"] == expected, schema.node_id
+        assert texts[schema.node_id]["display_name"] == schema.display_name
+        assert texts[schema.node_id]["description"] == schema.description
+
+
+def test_every_node_is_found_by_the_words_that_people_search_for(pack):
+    import importlib
+
+    nodes = importlib.import_module(pack.vae.__package__).NODES
+    aliases = {node.define_schema().node_id: getattr(node.define_schema(), "search_aliases", []) for node in nodes}
+    without = [id for id, words in aliases.items() if "hunyuanvideo" not in words and id != "HV15Sampler"]
+    assert without == []
+    for word in ("multi gpu", "parallel", "vae decode"):
+        assert sum(word in words for words in aliases.values()) >= 2, word
+
+
+def test_the_names_of_inputs_are_chinese_in_the_chinese_texts():
+    texts = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text("utf-8"))
+    english = {name for node in texts.values() for id, text in node["inputs"].items() if (name := text["name"]) == id}
+    assert english == set()
+
+
 def test_every_node_has_a_help_page_that_names_each_input():
     english = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text("utf-8"))
     for id in declared_nodes():
