@@ -52,6 +52,9 @@ from .task import JobWatch, Task
 
 log = logging.getLogger("hv15")
 BEAT_SECONDS = 0.5
+COMPUTES = 1 / 20
+"""Share of a CPU above which a rank on the CPU counts as computing. One that waits uses a tenth of that; on a
+busy machine one that computes may get little more than this."""
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
@@ -201,7 +204,7 @@ class Rank:
             if not controller.is_running():  # a child that it forked may hold the connection open
                 leave_orphaned(ProcessLookupError("the controller has ended"))
             before, computed = computed, own.cpu_times().user
-            if self.started.device == "cpu" and computed - before > BEAT_SECONDS / 4:
+            if self.started.device == "cpu" and computed - before > BEAT_SECONDS * COMPUTES:
                 # A convolution may take minutes here. (A thread that waits for a GPU would look the same.)
                 self.watch.moved += 1
             try:
