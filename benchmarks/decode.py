@@ -31,8 +31,9 @@ from torch import Tensor
 from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
 from distributed.errors import OutOfMemory
 from distributed.ranks.devices import COPIERS
+from distributed.vae import engine
 from distributed.vae.engine import Engine
-from distributed.vae.halo import Exchange, Mesh
+from distributed.vae.halo import Exchange, Halo
 from distributed.vae.hunyuanvideo15.layout import to_core
 from distributed.vae.job import MODES, DecodeRequest
 
@@ -195,7 +196,7 @@ class Held:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.spans: list = []
-        for owner, name in ((Exchange, "finish"), (Mesh, "gather"), (Engine, "_blend")):
+        for owner, name in ((Exchange, "finish"), (Halo, "gather"), (engine, "blend_tiles")):
             setattr(owner, name, self._timed(getattr(owner, name)))
 
     def _timed(self, call: Callable) -> Callable:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.predict
 
-One rank's share is decoded on one device: the largest region of the division, with its windows and lanes and with
-attention to the whole picture, but with borders that stay as they are. That is measured. What would have travelled is
-counted, in bytes and in messages, and turned into seconds with a stated bandwidth and latency. A prediction is a range:
-the measured compute and the keys and values, with all of the borders' traffic hidden behind compute or with none of it.
+One rank's share is decoded on one device: the largest region of the division, with its windows, its steps in flight and
+attention to the whole picture, but with borders that stay as they are. That is measured. The traffic is counted, in
+bytes and in messages, and converted to seconds with a stated bandwidth and latency. A prediction is a range: the
+measured compute and the keys and values, with all of the borders' traffic hidden behind compute, or with none of it.
 """
 
 import argparse
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from benchmarks.decode import SIZES, machine, measure, target
 from benchmarks.random_weights import decoder_tensors, random_latent
-from distributed.vae.hunyuanvideo15.decoder import LANES, Tail, Trunk, Weights, split
+from distributed.vae.halo import IN_FLIGHT
+from distributed.vae.hunyuanvideo15.decoder import Tail, Trunk, split
+from distributed.vae.hunyuanvideo15.weights import Weights
 from distributed.vae.plan import choose_plan
 from distributed.vae.regions import divide, whole
 
@@ -27,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class CountedEdges:
-    """Stands where the other ranks would be: counts what would travel, and sends nothing."""
+    """Takes the place of the other ranks: counts what would travel, and sends nothing."""
 
     positions: int
     sides: tuple[int, int]
@@ -36,7 +38,7 @@ class CountedEdges:
     border_messages: int = 0
     gathered_bytes: int = 0
     gathers: int = 0
-    lanes: int = LANES
+    in_flight: int = IN_FLIGHT
 
     def start(self, window: Tensor) -> "CountedEdges":
         for dim, neighbours in zip((1, 2), self.sides, strict=True):
@@ -60,16 +62,16 @@ def share(weights: Weights, size: tuple[int, int, int], ranks: int, device: torc
     division = divide(height, width, ranks)
     region = division.largest
     sides = min(2, division.rows - 1), min(2, division.columns - 1)
-    part = region.height, region.width
-    plan, planned = choose_plan(weights, part, (height, width), time, ranks > 1, 2**60)
-    latent = random_latent(time, *part, weights.latent_channels).to(device, weights.dtype)
+    own = region.height, region.width
+    plan, planned = choose_plan(weights, own, (height, width), time, ranks > 1, 2**60)
+    latent = random_latent(time, *own, weights.latent_channels).to(device, weights.dtype)
     edges = CountedEdges(height * width, sides)
 
     def decode() -> None:
         edges.border_bytes = edges.border_messages = edges.gathered_bytes = edges.gathers = 0
         given = edges if ranks > 1 else None
-        trunk = Trunk(weights, *part, time, given)
-        tail = Tail(weights, whole(*part, weights.convs), plan.steps, given)
+        trunk = Trunk(weights, *own, time, given)
+        tail = Tail(weights, whole(*own, weights.convs), plan.steps, given)
         for _ in tail.run(trunk.run(split(latent, plan.steps.trunk))):
             pass
 
@@ -92,13 +94,13 @@ def main() -> None:
     with torch.inference_mode():
         weights = Weights(decoder_tensors(widths, device), device, dtype)
         for size in sizes:
-            alone = None
+            single = None
             for ranks in map(int, options.ranks.split(",")):
                 row, edges = share(weights, SIZES[size], ranks, device)
                 borders = edges.border_bytes / options.bandwidth + edges.border_messages * options.latency
                 gathers = edges.gathered_bytes / options.bandwidth + edges.gathers * options.latency
                 best, worst = row["best_s"] + gathers, row["best_s"] + gathers + borders
-                alone = alone or row["best_s"]
+                single = single or row["best_s"]
                 report["predictions"].append(
                     {
                         "size": size,
@@ -110,7 +112,7 @@ def main() -> None:
                         "border_messages": edges.border_messages,
                         "gathered_mb": round(edges.gathered_bytes / 1e6, 1),
                         "predicted_s": [round(best, 3), round(worst, 3)],
-                        "predicted_speedup": [round(alone / worst, 2), round(alone / best, 2)],
+                        "predicted_speedup": [round(single / worst, 2), round(single / best, 2)],
                     }
                 )
                 print(report["predictions"][-1], flush=True)

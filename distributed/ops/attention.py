@@ -1,26 +1,22 @@
 """The decoder's one attention: every position of a frame attends to all positions of its own and earlier frames.
 
-diffusers writes this as one attention with a dense frame-causal mask. Taken frame by frame it needs no mask: the
-queries of frame f against the keys of frames 0..f. Keys and values are kept, in time order, so that a later chunk
-finds those of earlier ones.
+diffusers computes it as one attention with a dense frame-causal mask. Frame by frame it needs no mask: the queries of
+frame f attend to the keys of frames 0..f. Keys and values are kept, in time order, for later chunks.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ranks.devices import Device
+
 SCORE_BYTES = 256 * 2**20
-"""Size limit of one block of scores; queries are taken in blocks so that scores never need more."""
-
-
-def forms_scores(device: torch.device) -> bool:
-    """Whether attention is two matrix products with scores between them on this device, and not the library's own."""
-    return device.type == "cuda"
+"""Size limit of one block of scores. Queries are taken in blocks so that scores never need more."""
 
 
 def score_bytes(device: torch.device, queries: int, keys: int) -> int:
-    """Bytes that `KeyValues.attend` needs for its scores: float32, their softmax, and that rounded."""
-    return 5 * min(SCORE_BYTES, 4 * queries * keys) // 2 if forms_scores(device) else 0
+    """Return the bytes that `KeyValues.attend` needs for scores: float32, their softmax, and that rounded."""
+    return 5 * min(SCORE_BYTES, 4 * queries * keys) // 2 if Device(device).forms_attention_scores else 0
 
 
 class KeyValues:
@@ -33,7 +29,7 @@ class KeyValues:
         self.frames = 0
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Take one frame's keys and values, [positions, C] each, in whatever order of positions: attention has none."""
+        """Append one frame's keys and values, [positions, C] each. Their order within the frame does not matter."""
         start = self.frames * self.positions
         self.keys[start : start + self.positions] = keys
         self.values[start : start + self.positions] = values
@@ -43,7 +39,7 @@ class KeyValues:
         """Attention of one frame's queries, [q, C], to every frame so far. Returns [q, C]."""
         length = self.frames * self.positions
         keys, values = self.keys[:length], self.values[:length]
-        if not forms_scores(queries.device):
+        if not Device(queries.device).forms_attention_scores:
             return F.scaled_dot_product_attention(queries[None, None], keys[None, None], values[None, None])[0, 0]
         # One head of 1024 channels: too wide for fused kernels, so two matrix products with a softmax between.
         block = max(1, SCORE_BYTES // (4 * length))

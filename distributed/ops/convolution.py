@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ranks.devices import Device
+
 MEASURED = (9, 0)
 """The compute capability of the GPUs that the ranges were measured on (H100, H200)."""
 
@@ -41,9 +43,7 @@ def conv2d(frames: Tensor, taps: Tensor) -> Tensor:
 @cache
 def is_measured(device: torch.device) -> bool:
     """Whether the ranges above hold for this device: an NVIDIA GPU of the measured kind, with cuDNN."""
-    if device.type != "cuda" or torch.version.hip or not torch.backends.cudnn.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) == MEASURED
+    return Device(device).compute_capability == MEASURED and torch.backends.cudnn.is_available()
 
 
 def pieces(n: int, height: int, width: int, channels: int) -> tuple[int, int]:

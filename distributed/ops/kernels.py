@@ -1,19 +1,19 @@
 """The element-wise work between convolutions, each piece one pass over memory.
 
-Frames lie channels-last, [frames, height, width, channels]. Each function here has a plain-torch form, which is its
-definition, and where Triton and a CUDA device are at hand a kernel in `triton_kernels` that computes the same in
-one pass. Arithmetic is float32 whatever the dtype of the tensors, rounded once when it is stored.
+Frames are stored channels-last, [frames, height, width, channels]. The plain-torch form of each function is its
+definition. On devices with fused kernels a Triton kernel in `triton_kernels` computes the same in one pass. Arithmetic
+is float32 whatever the dtype of the tensors, and rounded once when it is stored.
 """
 
 import importlib.util
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ranks.devices import Device
 from .winograd import Products, sum_products, transform_frames
 
 
@@ -27,67 +27,22 @@ def _triton():
     return triton_kernels
 
 
+@cache
+def are_fused(device: torch.device) -> bool:
+    """Whether there are Triton kernels for this device."""
+    return Device(device).has_fused_kernels and _triton() is not None
+
+
 def _kernels(x: Tensor):
-    """x: [..., H, W, C]. Kernels count within a frame with 32 bits."""
-    return _triton() if x.is_cuda and x.stride(-4) < 2**31 else None
-
-
-CORNER = 1, 1
-"""Where frames begin in a window with a border of one."""
-
-
-@torch.inference_mode()
-def warm_up(latent_channels: int, widths: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
-    """Have compiled what a decoder of these widths, deepest level first, will call.
-
-    Each form of a kernel is compiled when it is first called: 20 s in all on an H100's host, 2 s where Triton finds
-    them on disk (2026-11-24). This takes a few kilobytes of the device.
-    """
-    if device.type != "cuda" or _triton() is None:
-        return
-
-    def frames(channels: int, n: int = 1, border: int = 0) -> Tensor:
-        return torch.zeros(n, 1 + border, 1 + border, channels, device=device, dtype=dtype)
-
-    def vector(channels: int) -> Tensor:
-        return torch.ones(channels, device=device)
-
-    def products(channels: int, m: int, alone: bool) -> Products:
-        return Products(tuple(frames(channels) for _ in range(m + 2)), frames(channels) if alone else None)
-
-    def fill(channels: int, m: int, *, stream: bool = True, convolved: bool = True, norm: bool = True) -> None:
-        one = vector(channels)
-        x, given = frames(channels, m) if stream else None, products(channels, m, False) if convolved else None
-        past, out = frames(channels, 2), frames(channels, m + 2, border=2)[:, None]
-        bias, gamma = one if convolved else None, one if norm else None
-        fill_groups(x, given, past, out, CORNER, fresh=True, bias=bias, gamma=gamma)
-
-    groups = [2 if level < 2 else 4 for level in range(len(widths))]  # time is doubled by the first two upsamplers
-    fill(latent_channels, 2, convolved=False, norm=False)
-    for level, (width, m) in enumerate(zip(widths, groups, strict=True)):
-        fill(width, m)
-        fill(width, m, convolved=False)
-        fill(width, m, stream=False)
-        if level < len(widths) - 1:
-            fill(width, m, convolved=level > 0, norm=False)
-    one, m = vector(widths[-1]), groups[-1]
-    x, given, out = frames(widths[-1], m), products(widths[-1], m, False), frames(widths[-1], m, border=2)
-    fill_window(x, given, out, CORNER, bias=one, gamma=one)
-    for level, (width, following) in enumerate(pairwise(widths)):
-        factor = 8 if level < 2 else 4
-        for first in (True, False):
-            bias = vector(factor * following)
-            packed = products(len(bias), groups[level], first)
-            x, temporal = frames(width, packed.shape[0]), factor == 8
-            out = frames(following, len(x) * (1 + temporal) - (temporal and first), border=1)
-            upsample(packed, bias, x, out, (0, 0), temporal=temporal, first=first)
-    sum_taps(frames(96, border=2), vector(3))
+    """The Triton kernels, or None if the plain forms are to be used. x: [..., H, W, C]."""
+    within_a_frame = 2**31  # kernels count pixels and channels within a frame with 32 bits
+    return _triton() if are_fused(x.device) and x.stride(-4) < within_a_frame else None
 
 
 STRIP = 16 * 2**20
-"""Bytes of float32 values that a plain form takes at a time. What it needs beside its operands is a few times that,
-however large they are; and it is faster than all at once (on 2 cores 1.5 times in float32, 2.3 to 3.1 in bfloat16,
-2026-11-25; 8 MiB are as fast, 1 and 64 MiB slower)."""
+"""Bytes of float32 values that a plain form takes at a time. Beside its operands it needs a few times that, however
+large they are. It is also faster than all at once (on 2 cores 1.5 times in float32, 2.3 to 3.1 times in bfloat16,
+2026-11-25; 8 MiB is as fast, 1 and 64 MiB are slower)."""
 
 
 def _strips(shape: Sequence[int]) -> Iterator[slice]:
@@ -100,13 +55,13 @@ def _strips(shape: Sequence[int]) -> Iterator[slice]:
 def _rows_of(frames: Tensor | None, products: Products | None, rows: slice) -> tuple[Tensor | None, Products | None]:
     """These rows of [n, H, W, C]."""
     if products is not None:
-        alone = products.alone
-        products = Products(tuple(part[:, rows] for part in products.parts), None if alone is None else alone[:, rows])
+        first = products.first_frame
+        products = Products(tuple(part[:, rows] for part in products.parts), None if first is None else first[:, rows])
     return None if frames is None else frames[:, rows], products
 
 
 def value_of(x: Tensor | None, products: Products | None, bias: Tensor | None) -> Tensor:
-    """x + products + bias, of what is given of them: [n, H, W, C], float32, in memory of its own."""
+    """x + products + bias, of those that are given: [n, H, W, C], float32, in new memory."""
     value = x.to(torch.float32, copy=True) if products is None else sum_products(products)
     if products is not None and x is not None:
         value += x
@@ -128,22 +83,23 @@ def fill_groups(
     out: Tensor,
     corner: tuple[int, int],
     *,
-    fresh: bool,
+    first_chunk: bool,
     bias: Tensor | None,
     gamma: Tensor | None,
 ) -> None:
     """Write what a convolution reads: frames, activated where `gamma` is given, transformed for Winograd's algorithm.
 
-    x, products: n frames [n, H, W, C], whose sum with the bias is the value; where both are given, x becomes it, in
+    x, products: n frames [n, H, W, C]. The value is their sum with the bias. If both are given, x becomes the value, in
     place. past: [2, H, W, C], the two activated frames before these, rounded to its dtype; becomes the last two of
-    these. fresh: the video begins, and what was before is its first frame. bias, gamma: [C], float32.
-    out: [m + 2, groups, H', W', C]. corner: the row and the column of it where the frames begin; what is around them,
-    usually a border of one, repeats the nearest pixel. n is a multiple of m, or one more where the video begins: then
-    its first frame stands alone, as it is, in out[0, 0], and the rest of the first group is not written.
+    these. first_chunk: the video begins with these frames, and the frames before are copies of its first. bias, gamma:
+    [C], float32. out: [m + 2, groups, H', W', C]. corner: the row and the column of `out` at which the frames begin.
+    The pixels around them, usually a border of one, repeat the nearest pixel. n is a multiple of m, or one more in the
+    first chunk: then the video's first frame is written as it is to out[0, 0], and the rest of that group is not
+    written.
     """
     kernels = _kernels(out)
     if kernels:
-        return kernels.fill(x, products, past, out, corner, fresh, bias, gamma)
+        return kernels.fill(x, products, past, out, corner, first_chunk, bias, gamma)
     m, inner = len(out) - 2, _inner(out, corner, past)
     for rows in _strips((products if x is None else x).shape):
         strip, sums = _rows_of(x, products, rows)
@@ -151,11 +107,11 @@ def fill_groups(
         if strip is not None and sums is not None:
             strip.copy_(value)
         frames, before, into = activate_(value, gamma).to(out.dtype), past[:, rows], inner[..., rows, :, :]
-        if fresh:
+        if first_chunk:
             before[:] = frames[0]
-        alone = len(frames) % m
-        into[0, :alone] = frames[:alone]
-        transform_frames(before, frames[alone:], into[:, alone:])
+        first_frame = len(frames) % m
+        into[0, :first_frame] = frames[:first_frame]
+        transform_frames(before, frames[first_frame:], into[:, first_frame:])
         before.copy_(torch.cat([before, frames[-2:]])[-2:])
     _repeat_border(out, corner, past)
 
@@ -163,9 +119,9 @@ def fill_groups(
 def fill_window(
     x: Tensor, products: Products, out: Tensor, corner: tuple[int, int], *, bias: Tensor, gamma: Tensor
 ) -> None:
-    """Write what the last layer reads: x + products + bias, activated, [n, H, W, C], as it is.
+    """Write what the last layer reads: x + products + bias, activated, [n, H, W, C], without a transform.
 
-    out: [n, H', W', C], `corner` and what is around the frames as in `fill_groups`.
+    out: [n, H', W', C]. `corner` and the pixels around the frames are as in `fill_groups`.
     """
     kernels = _kernels(out)
     if kernels:
@@ -177,13 +133,13 @@ def fill_window(
 
 
 def _inner(window: Tensor, corner: tuple[int, int], frames: Tensor) -> Tensor:
-    """Where in `window`, [..., H', W', C], frames [n, H, W, C] are."""
+    """The view of `window`, [..., H', W', C], that frames [n, H, W, C] are written to."""
     (top, left), (height, width) = corner, frames.shape[1:3]
     return window[..., top : top + height, left : left + width, :]
 
 
 def _repeat_border(window: Tensor, corner: tuple[int, int], frames: Tensor) -> None:
-    """Fill what is around the frames in `window`, in place, with the nearest of their pixels."""
+    """Fill the pixels around the frames in `window`, in place, with the nearest of the frames' pixels."""
     (top, left), (bottom, right) = corner, (corner[i] + frames.shape[1 + i] for i in (0, 1))
     window[..., :top, :, :] = window[..., top : top + 1, :, :]
     window[..., bottom:, :, :] = window[..., bottom - 1 : bottom, :, :]
@@ -196,10 +152,10 @@ def upsample(
 ) -> None:
     """Unpack channels into space and time and add the shortcut (diffusers' HunyuanVideo15Upsample).
 
-    packed: [n, H, W, factor * C], the convolution's products; bias: [factor * C] float32;
-    x: [n, H, W, Cin], the convolution's input, repeated to be the shortcut. factor is 8 with `temporal`, else 4.
-    out: [frames, H', W', C], that part of [frames, 2H, 2W, C] whose first row and column are `corner`. With `first` and
-    `temporal` the first frame is the video's first, which becomes one frame and not two.
+    packed: [n, H, W, factor * C], the convolution's products; bias: [factor * C] float32; x: [n, H, W, Cin], the
+    convolution's input, repeated to be the shortcut. factor is 8 with `temporal`, else 4. out: [frames, H', W', C], the
+    region of [frames, 2H, 2W, C] whose first row and column are `corner`. With `first` and `temporal` the first frame
+    is the video's first, which becomes one frame and not two.
     """
     kernels = _kernels(x)
     if kernels:
@@ -238,17 +194,17 @@ def _unpack(packed: Tensor, rate: int) -> Tensor:
 def taps(window: Tensor, weight: Tensor) -> Tensor:
     """Every tap of the last convolution at every position: [n, H + 2, W + 2, C] x [C, 27 * 3] -> [n, H + 2, W + 2, 81].
 
-    A convolution to 3 channels leaves matrix units idle; one to 81, with the sum of taps left to `sum_taps`, does not.
+    A convolution to 3 channels leaves matrix units idle. A product with 81 channels does not; `sum_taps` adds the taps.
     """
     return F.linear(window, weight)
 
 
 def sum_taps(partial: Tensor, bias: Tensor) -> Tensor:
-    """Add up the taps of `taps` in space, and leave those in time apart.
+    """Add up the taps of `taps` in space, and keep those in time separate.
 
     partial: [n, H + 2, W + 2, >= 81], channels ordered (time, height, width, colour); bias: [3] float32.
-    Returns float32 [n, 3, H, W, 3], the second dimension time. The three, each for its frame, add up to pixels that
-    are 0 for the decoder's -1 and 1 for its 1: scale and bias are in.
+    Returns float32 [n, 3, H, W, 3]; the second dimension is the tap in time. The three, each for its frame, add up to
+    pixels that are 0 for the decoder's -1 and 1 for its 1. Scale and bias are included.
     """
     kernels = _kernels(partial)
     if kernels:

@@ -9,7 +9,7 @@ from .winograd import POINTS, Products
 
 SIZES = [
     "frames", "height", "width", "x_frame", "x_row", "out_height", "out_width", "out_frame", "out_row", "top", "left",
-    "fresh",
+    "first_chunk",
 ]  # fmt: skip
 JIT = triton.jit(do_not_specialize=SIZES)
 """Sizes differ from decode to decode; a kernel compiled anew for each kind of them would cost seconds.
@@ -107,8 +107,8 @@ def _store(pointer, at, value, inside):
 
 @JIT
 def _fill(
-    x_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, alone_ptr, bias_ptr, gamma_ptr, past_ptr, out_ptr,
-    frames, height, width, x_frame, x_row, out_height, out_width, top, left, fresh,
+    x_ptr, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, first_frame_ptr, bias_ptr, gamma_ptr, past_ptr, out_ptr,
+    frames, height, width, x_frame, x_row, out_height, out_width, top, left, first_chunk,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
     X: tl.constexpr, PRODUCTS: tl.constexpr, NORM: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
@@ -125,9 +125,9 @@ def _fill(
     plane = (height * width).to(tl.int64) * C
     x_plane = x_frame.to(tl.int64) * C
     framed = out_height.to(tl.int64) * out_width * C
-    alone = frames % M
+    first_frame = frames % M
     groups = frames // M
-    slots = (groups + alone) * framed
+    slots = (groups + first_frame) * framed
     bias = tl.zeros((BLOCK, BLOCK_C), tl.float32)
     if PRODUCTS:
         bias += _load(bias_ptr, channel, channel < C)
@@ -136,10 +136,10 @@ def _fill(
         gamma = _load(gamma_ptr, channel, channel < C) * C**0.5
     d0 = bias
     d1 = bias
-    if alone == 1:
+    if first_frame == 1:
         value = bias
         if PRODUCTS:
-            value += _load(alone_ptr, at, inside)
+            value += _load(first_frame_ptr, at, inside)
         if X:
             value += _load(x_ptr, x_at, inside)
             if SUM:
@@ -148,7 +148,7 @@ def _fill(
         d1 = d0
         _store(out_ptr, place, d0, inside)
     elif TRANSFORM:
-        if fresh:
+        if first_chunk:
             value = bias
             if PRODUCTS:
                 value += _load(p0_ptr, at, inside) + _load(p1_ptr, at, inside) + _load(p2_ptr, at, inside)
@@ -161,8 +161,8 @@ def _fill(
         else:
             d0 = _load(past_ptr, at, inside)
             d1 = _load(past_ptr + plane, at, inside)
-    x_ptr += alone * x_plane
-    out_ptr += alone * framed
+    x_ptr += first_frame * x_plane
+    out_ptr += first_frame * framed
     for group in range(0, groups):
         first = bias
         second = bias
@@ -234,7 +234,7 @@ def fill(
     past: Tensor | None,
     out: Tensor,
     corner: tuple[int, int],
-    fresh: bool,
+    first_chunk: bool,
     bias: Tensor | None,
     gamma: Tensor | None,
 ) -> None:
@@ -246,7 +246,7 @@ def fill(
     x_ptr, bias_ptr, gamma_ptr, past_ptr = (out if given is None else given for given in (x, bias, gamma, past))
     _fill[(triton.cdiv(height * width, block),)](
         x_ptr, *_pointers(products, out), bias_ptr, gamma_ptr, past_ptr, out,
-        n, height, width, *_steps(x_ptr), *out.shape[-3:-1], *corner, int(fresh),
+        n, height, width, *_steps(x_ptr), *out.shape[-3:-1], *corner, int(first_chunk),
         channels, block_c, block, m, x is not None, products is not None, gamma is not None, past is not None,
     )  # fmt: skip
     repeat_border(out.flatten(0, -4), corner, height, width)
@@ -258,14 +258,14 @@ def _steps(frames: Tensor) -> tuple[int, int]:
 
 
 def _pointers(products: Products | None, instead: Tensor) -> tuple[Tensor, ...]:
-    """p0 to p5 and the frame alone; another tensor, never read, for those that are not there."""
-    parts, alone = products or ((), None)
-    return *parts, *(instead,) * (6 - len(parts)), instead if alone is None else alone
+    """p0 to p5 and the first frame; another tensor, never read, for those that are not there."""
+    parts, first_frame = products or ((), None)
+    return *parts, *(instead,) * (6 - len(parts)), instead if first_frame is None else first_frame
 
 
 @JIT
 def _upsample(
-    p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, alone_ptr, bias_ptr, x_ptr, out_ptr,
+    p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, first_frame_ptr, bias_ptr, x_ptr, out_ptr,
     frames, height, width, x_frame, x_row, out_height, out_width, out_frame, out_row, top, left,
     C: tl.constexpr, CIN: tl.constexpr, RATE: tl.constexpr, FIRST: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr, M: tl.constexpr,
@@ -298,12 +298,12 @@ def _upsample(
     x_position = source.to(tl.int64) * x_frame + (row // 2) * x_row + column // 2
     value += _load(x_ptr, x_position[:, None] * CIN + short, inside)
     at = position.to(tl.int64)[:, None] * TOTAL + index
-    alone = frames % M
-    if source < alone:
-        value += _load(alone_ptr, at, inside)
+    first_frame = frames % M
+    if source < first_frame:
+        value += _load(first_frame_ptr, at, inside)
     else:
-        k = (source - alone) % M
-        at += ((source - alone) // M) * (height * width).to(tl.int64) * TOTAL
+        k = (source - first_frame) % M
+        at += ((source - first_frame) // M) * (height * width).to(tl.int64) * TOTAL
         sign = 1 - 2 * (k % 2)
         near = _load(p1_ptr, at, inside) + sign * _load(p2_ptr, at, inside)
         if M == 2:

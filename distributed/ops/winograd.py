@@ -1,27 +1,31 @@
 """A convolution over three frames with half or two thirds of the multiplications: Winograd's F(m, 3).
 
-m frames of a causal convolution are made of m + 2 input frames d (oldest first) and three taps g, each of them a 3x3
-convolution, 3 m in all:
+A causal convolution makes m frames y of m + 2 input frames d (oldest first) and three taps g. Each tap is a 3x3
+convolution, so that is 3 m convolutions:
 
     y[k] = d[k] g[0] + d[k + 1] g[1] + d[k + 2] g[2]
 
-The same frames come of m + 2 convolutions (S. Winograd, Arithmetic Complexity of Computations, 1980; A. Lavin and
-S. Gray, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308):
+Winograd's algorithm makes the same frames with m + 2 convolutions (S. Winograd, Arithmetic Complexity of Computations,
+1980; A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308):
 
     y = A p,   p[i] = (B d)[i] (G g)[i]
 
-The matrices follow from m + 1 points x and infinity: the rows of G are 1, x, x^2 and the columns of A the powers of x
-up to m - 1; at infinity only the last is there. B is the inverse of the transposed matrix of powers up to m + 1. The
-taps are transformed once, when weights are loaded. The sums of frames are formed by the pass that writes what the
-convolution reads, those of products by the pass that reads what it gives (`kernels`).
+**The key insight:** y and g are the coefficients of polynomials of degree m - 1 and 2. Their product has degree m + 1,
+so its values at m + 2 points determine it, and at one point a product of polynomials is one product of values. The
+convolution is the transpose of that multiplication. The points are m + 1 numbers x and infinity. The rows of G are 1,
+x, x^2. The columns of A are the powers of x up to m - 1. The row and the column of infinity select the highest power. B
+is the inverse of the transposed matrix of powers up to m + 1.
 
-m is 2 or 4 (`POINTS`). For 4, two points near 1 that are each other's reciprocals, and their negatives, keep rounding
-errors small: of all small fractions these made the expected error least. How much depends on the points is shown in B.
+The taps are transformed once, when weights are loaded. The pass that writes what a convolution reads forms the sums of
+frames, B d. The pass that reads what it gives forms the sums of products, A p (see `kernels`).
+
+m is 2 or 4 (`POINTS`). For 4 there are two points near 1 that are each other's reciprocals, and their negatives. Of all
+small fractions these have the least expected rounding error. How the error depends on the points is shown in B.
 Barabasz et al., Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks,
-arXiv:1803.10986. Where a level convolves two frames and where four, see `decoder`.
+arXiv:1803.10986. Which m a level uses is decided in `frames_together` of the decoder's weights.
 
-The first frame of a video has only itself before it, so its convolution is one with the sum of the taps. It stands
-alone, and groups of m follow it.
+The first frame of a video has only copies of itself before it. Its convolution is one with the sum of the taps. It is
+in no group; groups of m frames follow it.
 """
 
 from functools import cache
@@ -36,7 +40,7 @@ POINTS = {2: (1.0,), 4: (2 / 3, 3 / 2)}
 """For each m the points beside 0 and infinity; their negatives belong to them."""
 
 TOTAL = {2: 1, 4: 6}
-"""Where among the transformed taps their sum is: with a point at 1 it is one of them, else it comes after them."""
+"""Index of the sum of the taps among the transformed taps. With a point at 1 it is one of them, else it is appended."""
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -59,14 +63,14 @@ class Products(NamedTuple):
 
     parts: tuple[Tensor, ...]
     """p: m + 2 times [groups, H, W, out]."""
-    alone: Tensor | None
-    """[1, H, W, out], the video's first frame, if it is the first of these."""
+    first_frame: Tensor | None
+    """[1, H, W, out], the video's first frame, if it is among these."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the frames, [n, H, W, out]."""
         groups, *rest = self.parts[0].shape
-        return (self.alone is not None) + (len(self.parts) - 2) * groups, *rest
+        return (self.first_frame is not None) + (len(self.parts) - 2) * groups, *rest
 
 
 def _combined(row: tuple[float, ...], tensors: tuple[Tensor, ...]) -> Tensor:
@@ -99,14 +103,14 @@ def transform_frames(past: Tensor, frames: Tensor, out: Tensor) -> None:
         part.copy_(_combined(row, d))
 
 
-def convolve(window: Tensor, alone: int, taps: Tensor) -> Products:
+def convolve(window: Tensor, first_frame: int, taps: Tensor) -> Products:
     """A window (see `kernels.fill_groups`) and taps, [>= m + 2, out, C, 3, 3] -> products.
 
-    alone: 1 where the first frame stands alone, else 0.
+    first_frame: 1 if the window begins with the video's first frame, else 0.
     """
     m = len(window) - 2
-    first = _convolve(window[0, :1], taps[TOTAL[m]]) if alone else None
-    return Products(tuple(_convolve(part[alone:], tap) for part, tap in zip(window, taps, strict=False)), first)
+    first = _convolve(window[0, :1], taps[TOTAL[m]]) if first_frame else None
+    return Products(tuple(_convolve(part[first_frame:], tap) for part, tap in zip(window, taps, strict=False)), first)
 
 
 def _convolve(part: Tensor, tap: Tensor) -> Tensor:
@@ -115,11 +119,11 @@ def _convolve(part: Tensor, tap: Tensor) -> Tensor:
 
 def sum_products(products: Products) -> Tensor:
     """The frames, [n, H, W, out], float32."""
-    parts, alone = products
-    first, m = int(alone is not None), len(parts) - 2
+    parts, first_frame = products
+    first, m = int(first_frame is not None), len(parts) - 2
     frames = parts[0].new_zeros(products.shape, dtype=torch.float32)
-    if alone is not None:
-        frames[:1] = alone
+    if first_frame is not None:
+        frames[:1] = first_frame
     for k, row in enumerate(matrices(m)[0]):
         for factor, part in zip(row, parts, strict=True):
             if factor:

@@ -57,6 +57,18 @@ class Device:
         return self.kind == "cuda"
 
     @property
+    def forms_attention_scores(self) -> bool:
+        """Whether attention holds the whole matrix of scores in the device's memory."""
+        return self.kind == "cuda"
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """What kind of NVIDIA GPU it is; None for all other devices."""
+        if self.kind != "cuda" or torch.version.hip:
+            return None
+        return torch.cuda.get_device_capability(self.torch)
+
+    @property
     def module(self) -> ModuleType:
         """Torch's functions for it, such as `torch.cuda`. Raises RuntimeError for the CPU, which has none."""
         return torch.get_device_module(self.torch)

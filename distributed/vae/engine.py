@@ -1,15 +1,14 @@
-"""One rank's decoding: from a job, a latent and the shared frames to its own pixels in them.
+"""One rank's decoding: from a request, a latent and the shared frames to its own pixels in them.
 
-`Engine.decode` is a collective: every rank of the world calls it with the same job and latent. Nobody gathers the
-video; ranks write disjoint pixels. Between chunks all ranks agree whether to go on (one small all-reduce on the CPU),
-so that a cancel, or a rank that lacks memory, ends the decode on all of them at the same place and leaves them ready
-for the next.
+`Engine.decode` is a collective: every rank of the world calls it with the same request and latent. It plans, dispatches
+to `seamless` or `tiled`, and writes the finished pixels. Nobody gathers the video: ranks write disjoint pixels. Between
+chunks all ranks agree whether to continue (one small all-reduce on the CPU), so that a cancel, or a rank that is out of
+memory, ends the decode on all of them at the same place and leaves them ready for the next.
 """
 
 import contextlib
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import astuple
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -18,18 +17,21 @@ from torch import Tensor
 from ..errors import Cancelled, OutOfMemory
 from ..ranks.collective import Watch, agree, first_ranks
 from ..ranks.devices import Device
-from .halo import Mesh
-from .hunyuanvideo15.decoder import Tail, Trunk, Weights, split
-from .job import NOUN, DecodeRequest, check_request, frame_count
+from .halo import Halo
+from .hunyuanvideo15.footprint import WORKSPACE
+from .hunyuanvideo15.weights import Weights
+from .interface import Plan
+from .job import NOUN, DecodeRequest, check_request
 from .output import PixelWriter
-from .plan import WORKSPACE, Plan, choose_plan
-from .regions import Region, blocks, divide, hull, whole
-from .seams import Seams
-from .tiling import SPATIAL, Tile, TileGrid, assign, blend, seam, tile_grid
+from .plan import choose_plan
+from .regions import divide
+from .seamless import check_cancel, finished_pixels, keep_in_step
+from .tiled import blend_tiles, decode_tile
+from .tiling import SPATIAL, Tile, assign, tile_grid
 
 
-class _OneOf:
-    """What a watch is told of one video of a batch."""
+class _VideoWatch:
+    """Reports the progress of one video of a batch as progress of the batch."""
 
     def __init__(self, watch: Watch, index: int, count: int) -> None:
         self.watch, self.index, self.count = watch, index, count
@@ -42,8 +44,8 @@ class _OneOf:
 class Engine:
     """The decoder of one checkpoint on one rank's device.
 
-    `tensors` are the decoder's, in diffusers' names without "decoder.". Where torch.distributed is initialised its
-    default group is the world; otherwise this rank is alone. Raises OutOfMemory where the weights do not fit.
+    `tensors` are the decoder's, in diffusers' names without "decoder.". If torch.distributed is initialised, its
+    default group is the world; otherwise this rank is the only one. Raises OutOfMemory if the weights do not fit.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
@@ -55,7 +57,7 @@ class Engine:
         # Between 0 and 1 bfloat16 is eight times as coarse as float16.
         self.tile_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
         self.needed = 0
-        """Bytes that the decode in hand was planned to need."""
+        """Bytes that the current decode was planned to need."""
 
     def _load_weights(self, tensors: Mapping[str, Tensor]) -> Weights:
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -68,7 +70,7 @@ class Engine:
         )
 
     def release(self) -> None:
-        """Give back what the engine holds on the device. It cannot be used again."""
+        """Free what the engine holds on the device. It cannot be used again."""
         self.writer.close()
         del self.weights, self.writer
         self._empty_cache()
@@ -78,41 +80,37 @@ class Engine:
 
     @torch.inference_mode()
     def decode(self, request: DecodeRequest, latent: Tensor, frames: Tensor, watch: Watch) -> None:
-        """Decode this rank's part of `latent`, float32 [B, C, T, H, W], into `frames`, float32 [B, T', H', W', 3].
+        """Decode this rank's share of `latent`, float32 [B, C, T, H, W], into `frames`, float32 [B, T', H', W', 3].
 
-        Raises Cancelled, on all ranks together, OutOfMemory, ValueError for a job that cannot be done.
+        Raises Cancelled, on all ranks at the same place, OutOfMemory, and ValueError for a request that cannot be done.
         """
         check_request(request, self.world_size)
         decode = self._tiled if request.mode == "tiled" else self._seamless
         try:
             for index, (video, place) in enumerate(zip(latent, frames, strict=True)):
-                decode(request, video.permute(1, 2, 3, 0), place, _OneOf(watch, index, len(latent)))
+                decode(request, video.permute(1, 2, 3, 0), place, _VideoWatch(watch, index, len(latent)))
         except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # what they hold is free for the next try
+            traceback.clear_frames(error.__traceback__)  # so that what they hold is free for the retry
             self._empty_cache()
             raise self._out_of_memory(self.needed, self._free()) from error
         finally:
             self.writer.flush()
 
-    def _check_cancel(self, watch: Watch) -> None:
-        if agree(watch.cancelled()):
-            raise Cancelled
-
     def _plan(
         self,
         request: DecodeRequest,
-        part: tuple[int, int],
+        region: tuple[int, int],
         picture: tuple[int, int],
         *,
-        divided: bool = False,
-        undivided: bool = False,
+        shared: bool = False,
+        allow_blocks: bool = True,
         held: int = 0,
     ) -> Plan:
-        """The plan of least work that fits every rank (see `choose_plan`), beside `held` bytes of other things."""
+        """The plan of least work that fits every rank (see `choose_plan`), beside `held` bytes for other things."""
         free = request.memory or self._free()
         free = agree(free, dist.ReduceOp.MIN)
         plan, needed = choose_plan(
-            self.weights, part, picture, request.latent_shape[2], divided, free - held, undivided=undivided
+            self.weights, region, picture, request.latent_shape[2], shared, free - held, allow_blocks=allow_blocks
         )
         if plan is None:
             raise self._out_of_memory(needed + held, free, smallest_plan=True, on_all_ranks=True)
@@ -120,13 +118,13 @@ class Engine:
         return plan
 
     def _free(self) -> int:
-        """Bytes that a decode may use on this device, the weights that are there already included."""
+        """Bytes that a decode may use on this device, including those of the weights, which are there already."""
         return Device(self.device).free_bytes(self.world_size) + self.weights.nbytes
 
     def _reserve(self, needed: int) -> None:
-        """Take what the decode will need from the device, so that memory runs out here, on all ranks, or not at all.
+        """Reserve what the decode will need on the device, so that memory runs out here, on all ranks, or not at all.
 
-        It is given to torch's allocator at once, which keeps it for what comes.
+        Torch's allocator allocates it once and keeps it for the decode.
         """
         self.needed = needed
         lacking = False
@@ -146,186 +144,66 @@ class Engine:
         )
 
     def _seamless(self, request: DecodeRequest, video: Tensor, frames: Tensor, watch: Watch) -> None:
-        height, width = video.shape[1:3]
-        division = divide(height, width, self.world_size)
+        picture = video.shape[1:3]
+        division = divide(*picture, self.world_size)
         largest = division.largest
-        divided = division.size > 1
-        plan = self._plan(request, (largest.height, largest.width), (height, width), divided=divided)
+        shared = division.size > 1
+        plan = self._plan(request, (largest.height, largest.width), picture, shared=shared)
         group = first_ranks(division.size)
-        if self.rank >= division.size:  # too many ranks for so small a picture: these only keep in step
-            for _ in range(1 if plan.blocks == (1, 1) else 1 + plan.blocks[0] * plan.blocks[1]):
-                for _ in self._chunks(video, plan, watch):
-                    pass
+        if self.rank >= division.size:  # there are more ranks than the picture can be divided between
+            keep_in_step(video, plan, watch)
             return
-        mesh = Mesh(division, self.rank, group) if divided else None
+        halo = Halo(division, self.rank, group) if shared else None
         region = division.region(self.rank)
         done, total = 0, region.height * region.width * SPATIAL**2 * len(frames)
-        passes = self._passes(plan, region, mesh, video, watch)
+        finished = finished_pixels(self.weights, plan, region, halo, video, watch)
         try:
-            for shown, finished in passes:
+            for shown, pieces in finished:
                 place = frames[:, shown.top : shown.bottom, shown.left : shown.right]
                 at = 0
-                for pixels in finished:
+                for pixels in pieces:
                     start, at = at, at + len(pixels)
                     done += shown.height * shown.width * len(pixels)
                     self._write(pixels, place[start:at], lambda done=done: watch.progress(done, total))
         except Cancelled:
-            if mesh:
-                mesh.drain()
+            if halo:
+                halo.drain()
             raise
         finally:
-            passes.close()
-
-    def _passes(
-        self, plan: Plan, region: Region, mesh: Mesh | None, video: Tensor, watch: Watch
-    ) -> Generator[tuple[Region, Iterator[Tensor]], None, None]:
-        """What the blocks of a rank's region show, in pixels of the picture, and their pixels to come.
-
-        A block's tail is gone when the last of its pixels has been taken, before the next one's is made.
-        """
-        w = self.weights
-        part = self._load(video[:, region.top : region.bottom, region.left : region.right])
-        trunk = Trunk(w, region.height, region.width, len(part), mesh)
-        inputs = trunk.run(self._chunks(part, plan, watch))
-        if plan.blocks == (1, 1):
-            shown = Region(*(SPATIAL * side for side in astuple(region)))
-            yield shown, Tail(w, whole(region.height, region.width, w.convs), plan.steps, mesh).run(inputs)
-            return
-        time, height, width, _ = video.shape
-        picture = part.new_empty(time, height, width, w.widths[0])
-        for place, chunk in zip(split(picture, plan.steps.trunk), inputs, strict=True):
-            if mesh:
-                mesh.assemble(chunk.flatten(1, 2), place)
-            else:
-                place.copy_(chunk)
-        del trunk  # and its windows
-        seams = Seams(*plan.blocks, self.device)
-        try:
-            for row, column, extents in blocks(region, *plan.blocks, height, width, w.convs):
-                seen = hull(extents[0])
-                chunks = self._chunks(picture[:, seen.top : seen.bottom, seen.left : seen.right], plan, watch)
-                yield extents[-1][-1], Tail(w, extents, plan.steps, seams.edges(row, column)).run(chunks)
-        finally:
-            seams.close()
-
-    def _chunks(self, video: Tensor, plan: Plan, watch: Watch) -> Iterator[Tensor]:
-        """A video in the trunk's steps. Between them all ranks meet to hear of a cancel."""
-        for chunk in split(video, plan.steps.trunk):
-            self._check_cancel(watch)
-            yield chunk
+            finished.close()
 
     def _tiled(self, request: DecodeRequest, video: Tensor, frames: Tensor, watch: Watch) -> None:
-        time, height, width, _ = video.shape
-        grid = tile_grid(height, width, request.tile_size, request.overlap)
-        owner = assign(grid, self.world_size)
-        side = request.tile_size // SPATIAL
-        part = min(side, height), min(side, width)
+        picture = video.shape[1:3]
+        grid = tile_grid(*picture, request.tile_size, request.overlap)
+        owners = assign(grid, self.world_size)
         costs = [0] * self.world_size
-        for tile, rank in zip(grid.tiles, owner, strict=True):
+        for tile, rank in zip(grid.tiles, owners, strict=True):
             costs[rank] += tile.cost
-        pixel = 3 * self.tile_dtype.itemsize
-        held = max(costs) * SPATIAL**2 * frame_count(time) * pixel  # until their neighbours have come
-        plan = self._plan(request, part, part, undivided=True, held=held)
-        mine = [tile for tile, rank in zip(grid.tiles, owner, strict=True) if rank == self.rank]
-        total = costs[self.rank] * frame_count(time)
+        like = torch.empty(0, dtype=self.tile_dtype, device=self.device)
+        held = max(costs) * SPATIAL**2 * len(frames) * 3 * like.itemsize  # tiles that wait to be blended
+        size = tuple(min(request.tile_size // SPATIAL, side) for side in picture)
+        plan = self._plan(request, size, size, allow_blocks=False, held=held)
+        own = [tile for tile, rank in zip(grid.tiles, owners, strict=True) if rank == self.rank]
+        done, total = 0, costs[self.rank] * len(frames)
         decoded: dict[Tile, Tensor] = {}
-        done = 0
         try:
-            for tile in mine:
-                part = video[:, tile.top : tile.bottom, tile.left : tile.right]
-                trunk = Trunk(self.weights, *part.shape[1:3], time)
-                tail = Tail(self.weights, whole(*part.shape[1:3], self.weights.convs), plan.steps)
-                pixels = part.new_empty(
-                    frame_count(time),
-                    *(SPATIAL * n for n in part.shape[1:3]),
-                    3,
-                    device=self.device,
-                    dtype=self.tile_dtype,
-                )
-                at = 0
-                for piece in tail.run(trunk.run(map(self._load, split(part, plan.steps.trunk)))):
+            for tile in own:
+                latent = video[:, tile.top : tile.bottom, tile.left : tile.right]
+                decoded[tile] = like.new_empty(len(frames), *(SPATIAL * side for side in latent.shape[1:3]), 3)
+                for count in decode_tile(self.weights, plan, latent, decoded[tile]):
                     if watch.cancelled():
                         raise Cancelled
-                    pixels[at : at + len(piece)] = piece
-                    at += len(piece)
-                    done += tile.cost * len(piece)
+                    done += tile.cost * count
                     watch.progress(done, total)
-                decoded[tile] = pixels
         except Cancelled:
-            pass  # the others hear of it at the next line, where all ranks meet
-        self._check_cancel(watch)
-        self._blend(grid, owner, decoded, frames)
+            pass  # the others learn of it at the next line, where all ranks meet
+        check_cancel(watch)
 
-    def _blend(self, grid: TileGrid, owner: tuple[int, ...], decoded: dict[Tile, Tensor], frames: Tensor) -> None:
-        """Blend each tile with its upper and left neighbours and write what survives of it.
+        def write(tile: Tile, pixels: Tensor) -> None:
+            top, left = tile.top * SPATIAL, tile.left * SPATIAL
+            self._write(pixels, frames[:, top : top + tile.height, left : left + tile.width], lambda: None)
 
-        All ranks walk through all tiles in reading order, and edges leave a tile right after it is blended, so sends
-        and receives are posted in one order everywhere, which no backend can deadlock on.
-        """
-        edges: dict[tuple[int, int], tuple[Tensor, dist.Work | None]] = {}
-        leaving: list[tuple[Tensor, dist.Work]] = []
-        for index, tile in enumerate(grid.tiles):
-            pixels = decoded.pop(tile, None)
-            if pixels is not None:
-                for dim in (1, 2):
-                    edge, arrival = edges.pop((index, dim), (None, None))
-                    if arrival:
-                        arrival.wait()
-                    if edge is not None:
-                        blend(edge, pixels, dim)
-            for other, dim in _followers(grid, index):
-                extent = _edge_extent(grid, index, other, dim)
-                source, target = owner[index], owner[other]
-                if extent == 0 or self.rank not in (source, target):
-                    continue
-                if pixels is not None:
-                    edge = pixels.narrow(dim, pixels.shape[dim] - extent, extent).contiguous()
-                else:
-                    edge = self._empty_edge(tile, dim, extent, len(frames))
-                if source == target:
-                    edges[other, dim] = edge, None
-                elif source == self.rank:
-                    leaving.append((edge, _post(dist.isend, edge, target)))
-                else:
-                    edges[other, dim] = edge, _post(dist.irecv, edge, source)
-            if pixels is not None:
-                top, left = tile.top * SPATIAL, tile.left * SPATIAL
-                place = frames[:, top : top + tile.height, left : left + tile.width]
-                self._write(pixels[:, : tile.height, : tile.width].float(), place, lambda: None)
-        for _, departure in leaving:
-            departure.wait()
-
-    def _empty_edge(self, tile: Tile, dim: int, extent: int, frames: int) -> Tensor:
-        shape = [frames, (tile.bottom - tile.top) * SPATIAL, (tile.right - tile.left) * SPATIAL, 3]
-        shape[dim] = extent
-        return torch.empty(shape, dtype=self.tile_dtype, device=self.device)
-
-    def _load(self, part: Tensor) -> Tensor:
-        return part.to(device=self.device, dtype=self.dtype).contiguous()
+        blend_tiles(grid, owners, self.rank, decoded, like, len(frames), write)
 
     def _write(self, pixels: Tensor, place: Tensor, written: Callable[[], None]) -> None:
         self.writer.write(pixels.clamp_(0, 1), place, written)
-
-
-def _followers(grid: TileGrid, index: int) -> list[tuple[int, int]]:
-    """The tiles that are blended with this one, each with the dimension across the seam: below 1, right 2."""
-    tile = grid.tiles[index]
-    followers = []
-    if tile.row + 1 < grid.rows:
-        followers.append((grid.at(tile.row + 1, tile.column), 1))
-    if tile.column + 1 < grid.columns:
-        followers.append((grid.at(tile.row, tile.column + 1), 2))
-    return followers
-
-
-def _edge_extent(grid: TileGrid, index: int, other: int, dim: int) -> int:
-    before, after = grid.tiles[index], grid.tiles[other]
-    if dim == 1:
-        sizes = before.bottom - before.top, after.bottom - after.top
-    else:
-        sizes = before.right - before.left, after.right - after.left
-    return seam(sizes[0] * SPATIAL, sizes[1] * SPATIAL, grid.overlap)
-
-
-def _post(operation, tensor: Tensor, peer: int) -> dist.Work:
-    return dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)])[0]

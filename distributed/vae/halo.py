@@ -1,11 +1,11 @@
-"""What ranks tell each other while they decode one picture together.
+"""What ranks send each other while they decode one picture.
 
-Every rank holds one region of the picture. Before a convolution it fetches a border of one from its neighbours; for
-the attention all ranks gather keys and values; where ranks go on in blocks, what the trunk gave. Nothing else travels,
-and no rank ever holds the whole video.
+Every rank holds one region of the picture. Before a convolution it fetches a border of one pixel, the halo, from its
+neighbours. For the attention all ranks gather keys and values. If ranks continue in blocks, they gather the trunk's
+output too. Nothing else travels, and no rank ever holds the whole video.
 
-At each call here every rank of the division must arrive, in the same order; that they do follows from all of them
-running the same `Steps` on the same job. Whether to go on is agreed on in `engine`, between chunks.
+All ranks of the division make the same calls here in the same order, because all of them run the same `Steps` on the
+same job. Whether to continue is agreed on between chunks (see `seamless`).
 """
 
 from collections import deque
@@ -14,16 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .hunyuanvideo15.decoder import LANES
 from .regions import Division
+
+IN_FLIGHT = 2
+"""Steps in progress at once while borders travel: one computes while the other's borders are on their way."""
 
 
 class Exchange:
-    """Borders under way for one window. Rows travel first, then columns with the corners that the rows brought."""
+    """The borders of one window on their way. Rows travel first, then columns with the corners that the rows
+    brought."""
 
-    def __init__(self, mesh: "Mesh", window: Tensor) -> None:
-        self.mesh, self.window = mesh, window
-        self.dims = [dim for dim in (1, 2) if mesh.neighbours[dim]]
+    def __init__(self, halo: "Halo", window: Tensor) -> None:
+        self.halo, self.window = halo, window
+        self.dims = [dim for dim in (1, 2) if halo.neighbours[dim]]
         self.begin()
 
     def begin(self) -> None:
@@ -33,7 +36,7 @@ class Exchange:
             return
         dim = self.dims.pop(0)
         operations = []
-        for peer, inner, border in self.mesh.neighbours[dim]:
+        for peer, inner, border in self.halo.neighbours[dim]:
             leaving = self.window.select(dim, inner).contiguous()
             arriving = torch.empty_like(leaving)
             operations.append(dist.P2POp(dist.isend, leaving, peer))
@@ -42,21 +45,21 @@ class Exchange:
         self.works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> None:
-        """Wait, on the device's stream where there is one, and put what came into the window's border."""
+        """Wait, on the device's stream if it has one, and copy what has arrived into the window's border."""
         while self.works:
             for work in self.works:
                 work.wait()
             for border, arriving in self.arrived:
                 border.copy_(arriving)
             self.begin()
-        if self in self.mesh.under_way:
-            self.mesh.under_way.remove(self)
+        if self in self.halo.pending:
+            self.halo.pending.remove(self)
 
 
-class Mesh:
+class Halo:
     """One rank's place in a division of the picture. The first `division.size` ranks of the world take part."""
 
-    lanes = LANES
+    in_flight = IN_FLIGHT
 
     def __init__(self, division: Division, rank: int, group: dist.ProcessGroup) -> None:
         self.division, self.group = division, group
@@ -71,7 +74,7 @@ class Mesh:
         if column < division.columns - 1:
             self.neighbours[2].append((rank + 1, -2, -1))
         self.sizes = [region.height * region.width for region in division.regions]
-        self.under_way: deque[Exchange] = deque()
+        self.pending: deque[Exchange] = deque()
 
     @property
     def positions(self) -> int:
@@ -81,38 +84,39 @@ class Mesh:
     def start(self, window: Tensor) -> Exchange:
         """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], from the neighbours."""
         exchange = Exchange(self, window)
-        self.under_way.append(exchange)
+        self.pending.append(exchange)
         return exchange
 
     def drain(self) -> None:
-        """Finish what is under way, after a decode that ended early at the same step on every rank."""
-        while self.under_way:
-            self.under_way[0].finish()
+        """Finish the pending exchanges, after a decode that ended early at the same step on every rank."""
+        while self.pending:
+            self.pending[0].finish()
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, [n, positions, C] each, of the whole picture.
+        """Return keys and values, [n, positions, C] each, of the whole picture.
 
-        In the picture's order, whatever the division, so that attention adds up in one order for any number of ranks.
+        They are in the picture's order, whatever the division, so that attention adds up in the same order for any
+        number of ranks.
         """
         n, _, channels = keys.shape
         whole = keys.new_empty(2 * n, self.division.row_cuts[-1], self.division.column_cuts[-1], channels)
         self.assemble(torch.cat([keys, values]), whole)
         return whole[:n].flatten(1, 2), whole[n:].flatten(1, 2)
 
-    def assemble(self, part: Tensor, picture: Tensor) -> None:
-        """Put every rank's `part`, [n, positions, C], into its place of `picture`, [n, H, W, C], on every rank."""
-        for region, positions in zip(self.division.regions, self._all(part), strict=True):
+    def assemble(self, own: Tensor, picture: Tensor) -> None:
+        """Put every rank's `own`, [n, positions, C], into its region of `picture`, [n, H, W, C], on every rank."""
+        for region, positions in zip(self.division.regions, self._all(own), strict=True):
             place = picture[:, region.top : region.bottom, region.left : region.right]
             place.copy_(positions.unflatten(1, (region.height, region.width)))
 
     def _all(self, own: Tensor) -> list[Tensor]:
         """Every rank's [n, positions, C].
 
-        Regions differ by a row or a column, and not every backend gathers tensors of different sizes (gloo refuses):
-        what travels is padded to the largest.
+        Regions differ by a row or a column, and not every backend gathers tensors of different sizes (gloo refuses).
+        So each is padded to the size of the largest.
         """
         padded = own.new_zeros(own.shape[0], max(self.sizes), own.shape[2])
         padded[:, : own.shape[1]] = own
-        parts = [torch.empty_like(padded) for _ in self.sizes]
-        dist.all_gather(parts, padded, group=self.group)
-        return [part[:, :size] for part, size in zip(parts, self.sizes, strict=True)]
+        gathered = [torch.empty_like(padded) for _ in self.sizes]
+        dist.all_gather(gathered, padded, group=self.group)
+        return [tensor[:, :size] for tensor, size in zip(gathered, self.sizes, strict=True)]

@@ -1,9 +1,9 @@
 """Finished pixels on their way from a device into the shared frame buffer.
 
-On an accelerator the copy runs on a stream of its own into pinned memory, and a thread carries it from there into
-the buffer, so neither holds up the decoder. Pinned memory is slow to get (1.34 GB took 1.13 s on an H100 host,
-2026-11-23), so it is kept for the life of the writer. The number of slots bounds how far the decoder's launches can run
-ahead.
+On an accelerator the copy runs on a stream of its own into pinned memory, and a thread copies from there into the
+buffer, so neither delays the decoder. Pinned memory is slow to allocate (1.34 GB took 1.13 s on an H100 host,
+2026-11-23), so it is kept for the life of the writer. The number of slots limits how far the decoder's launches can run
+ahead, and with it how many pieces of finished pixels are on the device.
 """
 
 import queue
@@ -13,9 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ranks.devices import host_memory
+from ..ranks.devices import Device, host_memory
 
 SLOTS = 4
+"""Pieces that may be on their way at once."""
 
 
 class PixelWriter:
@@ -23,10 +24,10 @@ class PixelWriter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.direct = device.type == "cpu"
+        self.direct = not Device(device).has_streams
         self.error: Exception | None = None
         if not self.direct:
-            self.accelerator = torch.get_device_module(device)
+            self.accelerator = Device(device).module
             self.stream = self.accelerator.Stream(device)
             self.free: queue.Queue[Tensor | None] = queue.Queue()
             for _ in range(SLOTS):
@@ -58,7 +59,7 @@ class PixelWriter:
         self.ready.put((slot, staged, done, place, written))
 
     def flush(self) -> None:
-        """Wait until everything handed over so far is in its place."""
+        """Wait until everything written so far is in its place."""
         if not self.direct:
             self.ready.join()
             self._check()
@@ -82,7 +83,7 @@ class PixelWriter:
                 done.synchronize()
                 place.copy_(staged)
                 written()
-            except Exception as error:  # told to whoever writes or waits next, who must not wait in vain
+            except Exception as error:  # raised by the next `write` or `flush`, which must not wait for ever
                 self.error = error
             finally:
                 self.free.put(slot)

@@ -1,4 +1,4 @@
-"""Rectangles of the picture: which rank has which, and what a block needs beyond itself."""
+"""Rectangles of the picture: which rank has which, and what a block reads beyond its own pixels."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -50,7 +50,7 @@ class Division:
 
     @property
     def largest(self) -> Region:
-        """The region that takes longest."""
+        """The region that takes the most time."""
         return max(self.regions, key=lambda region: region.height * region.width)
 
     def region(self, index: int) -> Region:
@@ -61,16 +61,18 @@ class Division:
         )
 
 
-def cuts(start: int, stop: int, parts: int) -> tuple[int, ...]:
-    """Where to cut the positions from `start` to `stop` into `parts` runs that differ by at most one position."""
-    return tuple(start + (stop - start) * part // parts for part in range(parts + 1))
+def cuts(start: int, stop: int, count: int) -> tuple[int, ...]:
+    """Return the bounds of `count` runs of the positions from `start` to `stop`. Their lengths differ by at most
+    one."""
+    return tuple(start + (stop - start) * i // count for i in range(count + 1))
 
 
 def divide(height: int, width: int, world_size: int) -> Division:
     """Divide a latent of height x width between at most `world_size` ranks.
 
-    Time follows the largest region, so that decides; then, since borders travel, the least length of cuts. A picture
-    too small to give every rank a position leaves some ranks without one.
+    The largest region determines the time, so it is made as small as possible. Of the divisions with the same largest
+    region the one with the shortest cuts is taken, because borders travel. If the picture is too small to give every
+    rank a position, some ranks have none.
     """
     options = [
         (rows, columns)
@@ -88,20 +90,21 @@ def divide(height: int, width: int, world_size: int) -> Division:
 
 
 Extents = tuple[tuple[Region, ...], ...]
-"""What is computed, level by level: what each convolution of the level reads, in turn, and what the last one gives."""
+"""What is computed, level by level: the region that each convolution reads and, last, the one that the last one
+gives."""
 
 Line = tuple[tuple[int, ...], ...]
-"""One edge of `Extents`: a row or a column."""
+"""One side of `Extents`: a row or a column for each of its regions."""
 
 
 def hull(regions: Iterable[Region]) -> Region:
-    """The smallest region that holds all of them."""
+    """Return the smallest region that contains all of them."""
     tops, bottoms, lefts, rights = zip(*(astuple(region) for region in regions), strict=True)
     return Region(min(tops), max(bottoms), min(lefts), max(rights))
 
 
 def whole(height: int, width: int, convs: Sequence[int]) -> Extents:
-    """The extents of a picture of height x width latent positions, or of a part whose borders others fill in.
+    """Return the extents of a picture of height x width latent positions, or of a region whose borders others fill in.
 
     convs: convolutions of each level (see `Weights.convs`).
     """
@@ -113,12 +116,13 @@ def whole(height: int, width: int, convs: Sequence[int]) -> Extents:
 def blocks(
     region: Region, rows: int, columns: int, height: int, width: int, convs: Sequence[int]
 ) -> list[tuple[int, int, Extents]]:
-    """A region of a picture of height x width latent positions cut into rows x columns blocks, row by row.
+    """Cut a region of a picture of height x width latent positions into rows x columns blocks.
 
-    The row, the column and the extents of each. A convolution needs a pixel beyond what it gives. Towards a later
-    block it does without: it gives a pixel less, which is the later block's to compute, so that nothing is computed
-    twice (see `seams`). From the first convolution to the pixels the line between two blocks moves up and left by
-    `drift` latent positions. Towards what other ranks have, a block reads as much more as it needs for its own pixels.
+    Returns the row, the column and the extents of each, row by row. A convolution reads one pixel beyond what it gives.
+    Towards a later block there is none to read, so the convolution gives one pixel less, and the later block computes
+    it. So nothing is computed twice (see `block_borders`). From the first convolution to the pixels the line between
+    two blocks moves up and left by `drift` latent positions. Towards the regions of other ranks a block reads as much
+    more as its own pixels need.
     """
     down = _spans(region.top, region.bottom, rows, height, convs)
     across = _spans(region.left, region.right, columns, width, convs)
@@ -128,19 +132,20 @@ def blocks(
 
 
 def drift(convs: Sequence[int]) -> int:
-    """Latent positions by which what the first convolution reads goes beyond the pixels that come of it, rounded up."""
+    """Return the receptive field's radius: how far the input reaches beyond the pixels, in latent positions, rounded
+    up."""
     scale = 2 ** (len(convs) - 1)
     return -(-sum(count * scale // 2**level for level, count in enumerate(convs)) // scale)
 
 
-def _spans(start: int, stop: int, parts: int, side: int, convs: Sequence[int]) -> list[tuple[Line, Line]]:
-    """Where each part of the positions from `start` to `stop`, of a picture with `side` of them, begins and ends."""
-    between = (_cut(cut + drift(convs), convs) for cut in cuts(start, stop, parts)[1:-1])
+def _spans(start: int, stop: int, count: int, side: int, convs: Sequence[int]) -> list[tuple[Line, Line]]:
+    """Where each of `count` blocks of the positions from `start` to `stop` begins and ends. The picture has `side`."""
+    between = (_cut(cut + drift(convs), convs) for cut in cuts(start, stop, count)[1:-1])
     return list(pairwise([_reach(start, -1, side, convs), *between, _reach(stop, 1, side, convs)]))
 
 
 def _cut(at: int, convs: Sequence[int]) -> Line:
-    """The line between two blocks that begins before latent position `at`."""
+    """The line between two blocks. It is before latent position `at` at the first convolution, and moves from there."""
     line = []
     for count in convs:
         line.append(tuple(at - done for done in range(count + 1)))
@@ -149,7 +154,8 @@ def _cut(at: int, convs: Sequence[int]) -> Line:
 
 
 def _reach(at: int, step: int, side: int, convs: Sequence[int]) -> Line:
-    """How far all must reach for pixels to end at latent position `at`: `step` for each convolution, in the picture."""
+    """How far each convolution reads for pixels to end at latent position `at`: `step` more each, within the
+    picture."""
     line, end = [], at * 2 ** (len(convs) - 1)
     for level, count in reversed(tuple(enumerate(convs))):
         line.append(tuple(min(max(0, end + step * left), side * 2**level) for left in range(count, -1, -1)))

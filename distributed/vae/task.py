@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ops import kernels
 from ..ranks.buffers import local_path
 from ..ranks.collective import Watch
 from .checkpoint import Checkpoint, decoder_tensors, open_checkpoint
 from .engine import Engine
+from .hunyuanvideo15.warm_up import warm_up
 from .job import DecodeRequest
 from .plan import choose_plan
 from .regions import divide
@@ -43,8 +43,7 @@ class DecodeTask:
         elif self.read != wanted:
             _read(checkpoint, watch)
             self.read = wanted
-        widths = tuple(reversed(checkpoint.block_out_channels))
-        kernels.warm_up(checkpoint.latent_channels, widths, self.device, getattr(torch, fields["dtype"]))
+        warm_up(checkpoint.architecture, self.device, getattr(torch, fields["dtype"]))
 
     def run(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
         """Decode this rank's part of the tensor "latent" into "frames"."""
@@ -52,7 +51,7 @@ class DecodeTask:
         self.engine.decode(request, tensors["latent"], tensors["frames"], watch)
 
     def fits(self, fields: Mapping, free: int) -> bool:
-        """Return whether an undivided decode fits, or what is loaded ahead. Unknown before the weights are there."""
+        """Return whether a decode without blocks, or what is loaded ahead, fits. Unknown until the weights are loaded."""
         if str(self.device) in fields.get("host_only", ()):
             return True
         if self.engine is None or "request" not in fields:
@@ -60,8 +59,9 @@ class DecodeTask:
         request, weights = DecodeRequest.from_json(fields["request"]), self.engine.weights
         _, _, time, *picture = request.latent_shape
         division = divide(*picture, self.engine.world_size)
-        part = division.largest.height, division.largest.width
-        _, needed = choose_plan(weights, part, tuple(picture), time, division.size > 1, UNLIMITED, undivided=True)
+        region = division.largest.height, division.largest.width
+        shared = division.size > 1
+        _, needed = choose_plan(weights, region, tuple(picture), time, shared, UNLIMITED, allow_blocks=False)
         return min(needed, request.memory or needed) <= free + weights.nbytes
 
     def release(self) -> None:

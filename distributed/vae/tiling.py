@@ -1,4 +1,4 @@
-"""The tile grid of a tiled decode: where tiles lie, who decodes them, how neighbours are blended.
+"""The tile grid of a tiled decode: where tiles are, who decodes them, how neighbours are blended.
 
 The grid, the overlap and the blend are those of `AutoencoderKLHunyuanVideo15.tiled_decode` in diffusers, so that a
 tiled decode here gives its pixels. The order of blending matters and is kept: a tile is first blended with its upper
@@ -19,8 +19,8 @@ SPATIAL = 16
 class Tile:
     """One tile: latent rows [top, bottom) and columns [left, right), and its place in the grid.
 
-    `height` and `width` are the pixels of the decoded tile that survive: the tile's top left part, up to the next
-    tile's start.
+    `height` and `width` are the pixels of the decoded tile that are kept: its top left corner, up to where the next
+    tile begins.
     """
 
     row: int
@@ -108,8 +108,8 @@ def assign(grid: TileGrid, world_size: int) -> tuple[int, ...]:
     return tuple(owner)
 
 
-def seam(before: int, after: int, overlap: int) -> int:
-    """Pixels blended between two neighbouring tiles of these extents: never more than either has."""
+def blend_width(before: int, after: int, overlap: int) -> int:
+    """Return how many pixels of two neighbouring tiles of these extents are blended: never more than either has."""
     return min(before, after, overlap)
 
 

@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 
 from benchmarks.random_weights import TINY, random_latent
 from distributed import Cancelled, JobError, RankGroup
-from distributed.vae.hunyuanvideo15.decoder import Weights
+from distributed.ranks.devices import activate
+from distributed.vae.engine import Engine
+from distributed.vae.hunyuanvideo15.weights import Weights
+from distributed.vae.job import DecodeRequest
 from distributed.vae.plan import choose_plan
 from distributed.vae.regions import divide
 from tests.ranks.moments import until
@@ -70,14 +73,31 @@ def test_every_number_of_ranks_gives_diffusers_decode(ranks, vae, reference, til
             frames = group.decode(z, vae, "tiled", tile_size=tile_size, overlap=overlap)
             error = (frames - reference(z, tile_size, overlap)).abs().max()
             assert error < 1e-5, (shape, error)
-            key = (shape, tile_size, overlap)
-            assert torch.equal(frames, tiled_bits.setdefault(key, frames.clone())), f"{ranks} ranks give other bits"
+            assert torch.equal(frames, tiled_bits[shape, tile_size, overlap]), f"{ranks} ranks give other bits"
+
+
+class Quiet:
+    """A watch that nobody looks at."""
+
+    def progress(self, done: int, total: int) -> None: ...
+
+    def cancelled(self) -> bool:
+        return False
 
 
 @pytest.fixture(scope="module")
-def tiled_bits() -> dict:
-    """Frames by case, of whichever number of ranks came first."""
-    return {}
+def tiled_bits(weights) -> dict:
+    """The frames of each tiled case, decoded in this process by an engine without other ranks."""
+    threads = torch.get_num_threads()
+    device = activate("cpu")
+    engine = Engine({key.removeprefix("decoder."): value for key, value in weights.items()}, device, torch.float32)
+    found = {}
+    for shape, tile_size, overlap in TILED:
+        request = DecodeRequest(shape, "tiled", tile_size, overlap)
+        found[shape, tile_size, overlap] = frames = torch.empty(request.frames_shape)
+        engine.decode(request, random_latent(*shape), frames, Quiet())
+    torch.set_num_threads(threads)
+    return found
 
 
 def scarce(weights, shape: tuple[int, ...], ranks: int) -> int:
@@ -89,7 +109,7 @@ def scarce(weights, shape: tuple[int, ...], ranks: int) -> int:
     free = 2**40
     while True:
         plan, needed = choose_plan(loaded, part, shape[3:], shape[2], division.size > 1, free)
-        if plan.blocks != (1, 1):
+        if plan.in_blocks:
             return needed
         free = needed - 1
 
@@ -114,6 +134,26 @@ def test_too_little_memory_for_the_whole_picture_has_it_decoded_in_blocks(ranks,
             )
         pids = [rank["pid"] for rank in group.status()["ranks"]]
         assert (group.decode(z, vae, memory=budget) - reference(z)).abs().max() < 1e-5
+        assert pids == [rank["pid"] for rank in group.status()["ranks"]]
+
+
+def test_ranks_without_a_region_keep_in_step_while_the_others_decode_in_blocks(vae, weights, reference):
+    shape, ranks = (1, 32, 2, 36, 36), 7
+    assert divide(*shape[3:], ranks).size == 6
+    z, budget = random_latent(*shape), scarce(weights, shape, ranks)
+    with RankGroup(devices=["cpu"] * ranks) as group:
+        assert (group.decode(z, vae, memory=budget) - reference(z)).abs().max() < 1e-5
+        pids = [rank["pid"] for rank in group.status()["ranks"]]
+        told = []
+        with pytest.raises(Cancelled):
+            group.decode(
+                z,
+                vae,
+                memory=budget,
+                cancelled=lambda: bool(told),
+                progress=lambda done, total: done and told.append(1),
+            )
+        assert group.decode(random_latent(1, 32, 1, 1, 2), vae).isfinite().all()
         assert pids == [rank["pid"] for rank in group.status()["ranks"]]
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.random_weights import FULL
-from distributed.vae.hunyuanvideo15.decoder import Weights
 from distributed.vae.hunyuanvideo15.layout import Architecture
+from distributed.vae.hunyuanvideo15.weights import Weights
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -5,9 +5,11 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 
 from benchmarks.random_weights import random_latent
-from distributed.vae.hunyuanvideo15.decoder import Steps, Tail, Trunk, Weights, split
+from distributed.vae.block_borders import BlockBorders
+from distributed.vae.hunyuanvideo15.decoder import Tail, Trunk, split
+from distributed.vae.hunyuanvideo15.weights import Weights
+from distributed.vae.interface import Steps
 from distributed.vae.regions import Region, _reach, blocks, hull, whole
-from distributed.vae.seams import Seams
 
 WIDTHS = (8, 8, 16, 32, 32)
 CPU = torch.device("cpu")
@@ -88,27 +90,27 @@ def test_any_chunk_size_gives_diffusers_untiled_decode(vae, weights, shape, step
 
 
 @torch.inference_mode()
-def blocks_and_whole(weights, part, grid, size=(22, 25)):
-    """A part of a picture in blocks, one after the other, and cut out of the whole."""
+def blocks_and_whole(weights, region, grid, size=(22, 25)):
+    """A region of a picture in blocks, one after the other, and cut out of the whole."""
     video, steps = random_latent(1, 32, 4, *size, seed=5)[0].permute(1, 2, 3, 0), STEPS[0]
     inputs = torch.cat(list(Trunk(weights, *size, 4).run(split(video.contiguous(), steps.trunk))))
     exact = torch.cat(list(Tail(weights, whole(*size, weights.convs), steps).run(split(inputs, steps.trunk))))
-    frames, seams = torch.full_like(exact, float("nan")), Seams(*grid, CPU)
-    for row, column, extents in blocks(part, *grid, *size, weights.convs):
+    frames, borders = torch.full_like(exact, float("nan")), BlockBorders(*grid, CPU)
+    for row, column, extents in blocks(region, *grid, *size, weights.convs):
         seen, shown = hull(extents[0]), extents[-1][-1]
-        edges = seams.edges(row, column)
+        edges = borders.edges(row, column)
         tail = Tail(weights, extents, steps, edges)
         chunks = split(inputs[:, seen.top : seen.bottom, seen.left : seen.right].clone(), steps.trunk)
         place = frames[:, shown.top : shown.bottom, shown.left : shown.right]
         assert place.isnan().all()  # no pixel is computed twice
         place[:] = torch.cat(list(tail.run(chunks)))
-        assert not any(seam.kept for seam in edges.earlier if seam)  # what was kept has been used
-    assert seams.left is None and not any(seams.above)
-    where = slice(None), slice(16 * part.top, 16 * part.bottom), slice(16 * part.left, 16 * part.right)
+        assert not any(border.kept for border in edges.earlier if border)  # what was kept has been used
+    assert borders.left is None and not any(borders.above)
+    where = slice(None), slice(16 * region.top, 16 * region.bottom), slice(16 * region.left, 16 * region.right)
     return frames[where], exact[where]
 
 
-def test_where_no_memory_can_be_pinned_seams_wait_in_what_there_is(monkeypatch):
+def test_where_no_memory_can_be_pinned_borders_wait_in_other_memory(monkeypatch):
     empty = torch.empty
 
     def none_to_pin(*size, pin_memory=False, **options):
@@ -117,18 +119,18 @@ def test_where_no_memory_can_be_pinned_seams_wait_in_what_there_is(monkeypatch):
         return empty(*size, **options)
 
     monkeypatch.setattr(torch, "empty", none_to_pin)
-    seams, piece = Seams(1, 2, CPU), torch.randn(3, 5, 2, 16)
+    borders, piece = BlockBorders(1, 2, CPU), torch.randn(3, 5, 2, 16)
     for _ in range(2):
-        place = seams.room(piece)
+        place = borders.allocate(piece)
         assert place.shape == piece.shape and place.dtype == piece.dtype and not place.is_pinned()
 
 
-PARTS = [Region(0, 1, 0, 1), Region(10, 13, 0, 3), Region(9, 12, 11, 14), Region(0, 22, 20, 21)]
+REGIONS = [Region(0, 1, 0, 1), Region(10, 13, 0, 3), Region(9, 12, 11, 14), Region(0, 22, 20, 21)]
 
 
-@pytest.mark.parametrize("part", PARTS, ids=str)
-def test_a_part_by_itself_gives_its_part_of_the_whole(weights, part):
-    pixels, exact = blocks_and_whole(weights, part, (1, 1))
+@pytest.mark.parametrize("region", REGIONS, ids=str)
+def test_a_region_by_itself_gives_its_pixels_of_the_whole(weights, region):
+    pixels, exact = blocks_and_whole(weights, region, (1, 1))
     assert (pixels - exact).abs().max() < 1e-5
 
 
@@ -141,22 +143,22 @@ GRIDS = [
 ]
 
 
-@pytest.mark.parametrize(("part", "grid", "size"), GRIDS, ids=str)
-def test_blocks_one_after_the_other_give_the_whole(weights, part, grid, size):
-    frames, exact = blocks_and_whole(weights, part, grid, size)
+@pytest.mark.parametrize(("region", "grid", "size"), GRIDS, ids=str)
+def test_blocks_one_after_the_other_give_the_whole(weights, region, grid, size):
+    frames, exact = blocks_and_whole(weights, region, grid, size)
     assert (frames - exact).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("step", ["start", "move"])
 def test_blocks_that_keep_nothing_for_each_other_would_be_noticed(weights, monkeypatch, step):
-    monkeypatch.setattr(f"distributed.vae.seams.SeamEdges.{step}", lambda self, *_: self)
+    monkeypatch.setattr(f"distributed.vae.block_borders.BlockEdges.{step}", lambda self, *_: self)
     frames, exact = blocks_and_whole(weights, *GRIDS[1])
     assert not (frames - exact).abs().max() < 1e-3
 
 
-def test_a_part_that_reads_no_more_than_its_own_would_be_noticed(weights, monkeypatch):
+def test_a_region_that_reads_no_more_than_its_own_would_be_noticed(weights, monkeypatch):
     monkeypatch.setattr("distributed.vae.regions._reach", lambda at, step, side, convs: _reach(at, 0, side, convs))
-    pixels, exact = blocks_and_whole(weights, PARTS[1], (1, 1))
+    pixels, exact = blocks_and_whole(weights, REGIONS[1], (1, 1))
     assert (pixels - exact).abs().max() > 1e-3
 
 
@@ -180,12 +182,12 @@ def test_half_precision_is_as_close_to_float32_as_diffusers(vae, weights, dtype)
 def test_widths_and_upsamplers_are_read_off_the_shapes(weights):
     assert weights.widths == tuple(reversed(WIDTHS))
     assert [up.temporal for up in weights.upsamplers] == [True, True, False, False]
-    assert weights.flat == 2 and weights.convs == (1, 7, 7, 7, 7)
+    assert weights.full_rate_level == 2 and weights.convs == (1, 7, 7, 7, 7)
 
 
-def test_dropping_the_past_would_be_noticed(vae, weights):
+def test_dropping_the_causal_cache_would_be_noticed(vae, weights):
     """The comparison above can fail: a decoder that forgets earlier frames is far outside its tolerance."""
     latent = random_latent(1, 32, 4, 3, 3, seed=4)
-    apart = torch.cat([stream(weights, latent[:, :, :2], STEPS[0]), stream(weights, latent[:, :, 2:], STEPS[0])])
+    forgetful = torch.cat([stream(weights, latent[:, :, :2], STEPS[0]), stream(weights, latent[:, :, 2:], STEPS[0])])
     exact = reference(vae, latent)
-    assert relative(apart[-4:], exact[-4:]) > 1e-2
+    assert relative(forgetful[-4:], exact[-4:]) > 1e-2

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.random_weights import TINY, decoder_tensors, random_latent
 from distributed.errors import Cancelled, OutOfMemory
+from distributed.vae import block_borders
 from distributed.vae import engine as engine_module
-from distributed.vae import seams
 from distributed.vae.engine import Engine
 from distributed.vae.hunyuanvideo15 import decoder
 from distributed.vae.job import DecodeRequest
@@ -44,9 +44,9 @@ def scarce(engine: Engine) -> DecodeRequest:
 
 
 @pytest.mark.parametrize("questions", [9, 10_000])
-def test_what_seams_have_under_way_is_waited_for_however_the_decode_ends(engine, monkeypatch, questions):
+def test_copies_of_borders_in_flight_are_waited_for_however_the_decode_ends(engine, monkeypatch, questions):
     closed = []
-    monkeypatch.setattr(seams.Seams, "close", lambda self: closed.append(self))
+    monkeypatch.setattr(block_borders.BlockBorders, "close", lambda self: closed.append(self))
     job = scarce(engine)
     frames = torch.full(job.frames_shape, float("nan"))
     if questions < 100:
@@ -91,7 +91,7 @@ def test_tiles_are_not_cut_into_blocks_and_what_waits_for_blending_is_counted(en
     monkeypatch.setattr(Engine, "_reserve", lambda self, needed: reserved.append(needed))
     job = DecodeRequest(SHAPE, "tiled", tile_size=320, overlap=64, memory=2**40)
     engine.decode(job, random_latent(*SHAPE), torch.empty(job.frames_shape), Impatient(10_000))
-    _, least = choose(engine.weights, (20, 20), (20, 20), SHAPE[2], False, 1, undivided=True)
+    _, least = choose(engine.weights, (20, 20), (20, 20), SHAPE[2], False, 1, allow_blocks=False)
     with pytest.raises(OutOfMemory):
         engine.decode(replace(job, memory=least), random_latent(*SHAPE), torch.empty(job.frames_shape), Impatient(9))
     (plan, needed), (nothing, _) = planned

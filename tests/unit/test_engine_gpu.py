@@ -6,6 +6,8 @@ import torch
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed.ops import kernels
 from distributed.vae.engine import Engine
+from distributed.vae.hunyuanvideo15.layout import Architecture
+from distributed.vae.hunyuanvideo15.warm_up import warm_up
 from distributed.vae.job import DecodeRequest
 from distributed.vae.plan import choose_plan
 
@@ -35,7 +37,7 @@ def test_a_gpu_gives_the_cpus_frames(mode, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_blocks_hand_on_to_each_other_through_host_memory(monkeypatch):
+def test_borders_of_blocks_wait_in_host_memory(monkeypatch):
     """All that blocks keep for each other leaves the device and comes back; on the CPU nothing is divided."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     tensors = decoder_tensors(TINY, torch.device("cpu"))
@@ -67,7 +69,7 @@ def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
     tensors = decoder_tensors(TINY, torch.device("cpu"))
     knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
     try:
-        kernels.warm_up(32, TINY, device, dtype)
+        warm_up(Architecture(TINY), device, dtype)
         warmed = len(compiled)
         for shape in ((1, 32, 5, 6, 7), (1, 32, 1, 16, 32)):
             job = DecodeRequest(shape)

@@ -63,9 +63,9 @@ def draw(dtype):
 
 def draw_products(draw, n: int, channels: int, m: int) -> Products:
     """Of n frames in groups of m."""
-    groups, alone = divmod(n, m)
+    groups, first_frame = divmod(n, m)
     parts = tuple(draw(groups, HEIGHT, WIDTH, channels) for _ in range(m + 2))
-    return Products(parts, draw(1, HEIGHT, WIDTH, channels) if alone else None)
+    return Products(parts, draw(1, HEIGHT, WIDTH, channels) if first_frame else None)
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
@@ -99,23 +99,23 @@ def within(frames: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("m", "n", "corner", "size"), CASES, ids=str)
 def test_groups_are_filled_alike(both, draw, dtype, m, n, corner, size):
-    groups, alone = divmod(n, m)
+    groups, first_frame = divmod(n, m)
 
-    def fill(x, products, bias, gamma, fresh):
+    def fill(x, products, bias, gamma, first_chunk):
         value, kept = None if x is None else within(x), past.clone()
-        shape = m + 2, groups + alone, *size, channels
+        shape = m + 2, groups + first_frame, *size, channels
         out = torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
-        kernels.fill_groups(value, products, kept, out, corner, fresh=fresh, bias=bias, gamma=gamma)
-        written = kept, out[0, :alone], out[:, alone:]
+        kernels.fill_groups(value, products, kept, out, corner, first_chunk=first_chunk, bias=bias, gamma=gamma)
+        written = kept, out[0, :first_frame], out[:, first_frame:]
         return written if x is None else (value, *written)
 
     for channels in CHANNELS:
         x, past = draw(n, HEIGHT, WIDTH, channels), draw(2, HEIGHT, WIDTH, channels)
         products, (bias, gamma) = draw_products(draw, n, channels, m), draw(2, channels, dtype=torch.float32)
-        for norm, fresh in itertools.product((None, gamma), (True,) if alone else (True, False)):
-            both(fill, x, None, None, norm, fresh)
-            both(fill, None, products, bias, norm, fresh)
-            both(fill, x, products, bias, norm, fresh)
+        for norm, first_chunk in itertools.product((None, gamma), (True,) if first_frame else (True, False)):
+            both(fill, x, None, None, norm, first_chunk)
+            both(fill, None, products, bias, norm, first_chunk)
+            both(fill, x, products, bias, norm, first_chunk)
 
 
 @pytest.mark.parametrize(("m", "n", "corner", "size"), CASES, ids=str)

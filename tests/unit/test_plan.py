@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed.ops import attention
-from distributed.vae.hunyuanvideo15.decoder import Steps, Weights
+from distributed.ranks.devices import Device
+from distributed.vae.hunyuanvideo15.footprint import peak_bytes
+from distributed.vae.hunyuanvideo15.weights import Weights
+from distributed.vae.interface import Plan, Steps
 from distributed.vae.job import DecodeRequest, check_request, frame_count
-from distributed.vae.plan import Plan, _steps_to_try, choose_plan, peak_bytes
+from distributed.vae.plan import _steps_to_try, choose_plan
 from distributed.vae.regions import Region, blocks, divide, drift
 
 JOB = DecodeRequest((1, 32, 3, 4, 5))
@@ -160,7 +163,7 @@ def full(full_size):
 def test_attention_scores_are_counted_where_they_are_formed(full_size, monkeypatch, device, formed):
     weights, size = full_size(), ((100, 200), (100, 200), 31, False)
     weights.device = torch.device(device)
-    assert attention.forms_scores(weights.device) is formed
+    assert Device(weights.device).forms_attention_scores is formed
     few = peak_bytes(weights, *size, Plan(Steps(2, 4)))
     monkeypatch.setattr(attention, "SCORE_BYTES", 2**40)
     assert (peak_bytes(weights, *size, Plan(Steps(2, 4))) > few) is formed

@@ -14,12 +14,12 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def group(past: Tensor, frames: Tensor, m: int) -> tuple[Tensor, int]:
-    """What a convolution reads, and 1 if its first frame stands alone."""
-    groups, alone = divmod(len(frames), m)
-    window = frames.new_zeros(m + 2, groups + alone, *frames.shape[1:])
-    window[0, :alone] = frames[:alone]
-    transform_frames(past, frames[alone:], window[:, alone:])
-    return window, alone
+    """What a convolution reads, and 1 if its first frame is in no group."""
+    groups, first_frame = divmod(len(frames), m)
+    window = frames.new_zeros(m + 2, groups + first_frame, *frames.shape[1:])
+    window[0, :first_frame] = frames[:first_frame]
+    transform_frames(past, frames[first_frame:], window[:, first_frame:])
+    return window, first_frame
 
 
 def both(m: int, n: int, weight: Tensor) -> tuple[Tensor, Tensor]:
