@@ -51,7 +51,7 @@ class DecodeTask:
         self.engine.decode(request, tensors["latent"], tensors["frames"], watch)
 
     def fits(self, fields: Mapping, free: int) -> bool:
-        """Return whether a decode without blocks, or what is loaded ahead, fits. Unknown until the weights are loaded."""
+        """Return whether a decode without blocks fits, or what is loaded ahead. False until the weights are loaded."""
         if str(self.device) in fields.get("host_only", ()):
             return True
         if self.engine is None or "request" not in fields:
