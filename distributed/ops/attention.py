@@ -43,7 +43,7 @@ class KeyValues:
             return F.scaled_dot_product_attention(queries[None, None], keys[None, None], values[None, None])[0, 0]
         # One head of 1024 channels: too wide for fused kernels, so two matrix products with a softmax between.
         block = max(1, SCORE_BYTES // (4 * length))
-        return torch.cat([_attend_block(part, keys, values) for part in queries.split(block)])
+        return torch.cat([_attend_block(some, keys, values) for some in queries.split(block)])
 
 
 def _attend_block(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

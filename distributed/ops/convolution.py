@@ -57,5 +57,5 @@ def pieces(n: int, height: int, width: int, channels: int) -> tuple[int, int]:
     return -(-n // 2) if low else n, MANY if wide else channels
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]

@@ -56,7 +56,8 @@ def _rows_of(frames: Tensor | None, products: Products | None, rows: slice) -> t
     """These rows of [n, H, W, C]."""
     if products is not None:
         first = products.first_frame
-        products = Products(tuple(part[:, rows] for part in products.parts), None if first is None else first[:, rows])
+        transformed = tuple(tensor[:, rows] for tensor in products.transformed)
+        products = Products(transformed, None if first is None else first[:, rows])
     return None if frames is None else frames[:, rows], products
 
 

@@ -197,30 +197,30 @@ def _fill(
             d4 = _rounded(_activate(third, gamma, NORM), out_ptr)
             d5 = _rounded(_activate(fourth, gamma, NORM), out_ptr)
         if TRANSFORM:
-            part = out_ptr + group * framed
+            base = out_ptr + group * framed
             if M == 2:
-                _store(part, place, d0 - d2, inside)
-                _store(part + slots, place, (d2 + d1) * 0.5, inside)
-                _store(part + 2 * slots, place, (d2 - d1) * 0.5, inside)
-                _store(part + 3 * slots, place, d3 - d1, inside)
+                _store(base, place, d0 - d2, inside)
+                _store(base + slots, place, (d2 + d1) * 0.5, inside)
+                _store(base + 2 * slots, place, (d2 - d1) * 0.5, inside)
+                _store(base + 3 * slots, place, d3 - d1, inside)
             else:
-                _store(part, place, d0 - d2 * (NEAR_2 + FAR_2) + d4, inside)
+                _store(base, place, d0 - d2 * (NEAR_2 + FAR_2) + d4, inside)
                 even = (d4 - d2 * FAR_2) * (0.5 / (NEAR_2 - FAR_2) / NEAR_2)
                 odd = (d3 - d1 * FAR_2) * (0.5 / (NEAR_2 - FAR_2) / NEAR)
-                _store(part + slots, place, even + odd, inside)
-                _store(part + 2 * slots, place, even - odd, inside)
+                _store(base + slots, place, even + odd, inside)
+                _store(base + 2 * slots, place, even - odd, inside)
                 even = (d4 - d2 * NEAR_2) * (0.5 / (FAR_2 - NEAR_2) / FAR_2)
                 odd = (d3 - d1 * NEAR_2) * (0.5 / (FAR_2 - NEAR_2) / FAR)
-                _store(part + 3 * slots, place, even + odd, inside)
-                _store(part + 4 * slots, place, even - odd, inside)
-                _store(part + 5 * slots, place, d1 - d3 * (NEAR_2 + FAR_2) + d5, inside)
+                _store(base + 3 * slots, place, even + odd, inside)
+                _store(base + 4 * slots, place, even - odd, inside)
+                _store(base + 5 * slots, place, d1 - d3 * (NEAR_2 + FAR_2) + d5, inside)
         else:
-            part = out_ptr + group * M * framed
-            _store(part, place, d2, inside)
-            _store(part + framed, place, d3, inside)
+            base = out_ptr + group * M * framed
+            _store(base, place, d2, inside)
+            _store(base + framed, place, d3, inside)
             if M == 4:
-                _store(part + 2 * framed, place, d4, inside)
-                _store(part + 3 * framed, place, d5, inside)
+                _store(base + 2 * framed, place, d4, inside)
+                _store(base + 3 * framed, place, d5, inside)
         d0 = d4
         d1 = d5
     if TRANSFORM:
@@ -240,7 +240,7 @@ def fill(
 ) -> None:
     """`fill_groups` where there is a past, else `fill_window`."""
     n, height, width, channels = (products if x is None else x).shape
-    m = len(products.parts if past is None else out) - 2
+    m = len(products.transformed if past is None else out) - 2
     block_c = triton.next_power_of_2(channels)
     block = max(1, 512 // block_c)
     x_ptr, bias_ptr, gamma_ptr, past_ptr = (out if given is None else given for given in (x, bias, gamma, past))
@@ -259,8 +259,8 @@ def _steps(frames: Tensor) -> tuple[int, int]:
 
 def _pointers(products: Products | None, instead: Tensor) -> tuple[Tensor, ...]:
     """p0 to p5 and the first frame; another tensor, never read, for those that are not there."""
-    parts, first_frame = products or ((), None)
-    return *parts, *(instead,) * (6 - len(parts)), instead if first_frame is None else first_frame
+    transformed, first_frame = products or ((), None)
+    return *transformed, *(instead,) * (6 - len(transformed)), instead if first_frame is None else first_frame
 
 
 @JIT
@@ -330,7 +330,7 @@ def upsample(
     _upsample[(frames * triton.cdiv(out_height * out_width, block),)](
         *_pointers(packed, x), bias, x, out,
         n, height, width, *_steps(x), out_height, out_width, *_steps(out), *corner,
-        channels, x.shape[-1], 2 if temporal else 1, temporal and first, block_c, block, len(packed.parts) - 2,
+        channels, x.shape[-1], 2 if temporal else 1, temporal and first, block_c, block, len(packed.transformed) - 2,
     )  # fmt: skip
 
 

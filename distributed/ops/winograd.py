@@ -22,7 +22,7 @@ frames, B d. The pass that reads what it gives forms the sums of products, A p (
 m is 2 or 4 (`POINTS`). For 4 there are two points near 1 that are each other's reciprocals, and their negatives. Of all
 small fractions these have the least expected rounding error. How the error depends on the points is shown in B.
 Barabasz et al., Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks,
-arXiv:1803.10986. Which m a level uses is decided in `frames_together` of the decoder's weights.
+arXiv:1803.10986. Which m a level uses is decided in `frames_per_group` of the decoder's weights.
 
 The first frame of a video has only copies of itself before it. Its convolution is one with the sum of the taps. It is
 in no group; groups of m frames follow it.
@@ -61,7 +61,7 @@ def matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
 class Products(NamedTuple):
     """What a convolution gave, before the last sums and without its bias."""
 
-    parts: tuple[Tensor, ...]
+    transformed: tuple[Tensor, ...]
     """p: m + 2 times [groups, H, W, out]."""
     first_frame: Tensor | None
     """[1, H, W, out], the video's first frame, if it is among these."""
@@ -69,8 +69,8 @@ class Products(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the frames, [n, H, W, out]."""
-        groups, *rest = self.parts[0].shape
-        return (self.first_frame is not None) + (len(self.parts) - 2) * groups, *rest
+        groups, *rest = self.transformed[0].shape
+        return (self.first_frame is not None) + (len(self.transformed) - 2) * groups, *rest
 
 
 def _combined(row: tuple[float, ...], tensors: tuple[Tensor, ...]) -> Tensor:
@@ -99,8 +99,8 @@ def transform_frames(past: Tensor, frames: Tensor, out: Tensor) -> None:
     m = len(out) - 2
     before = torch.cat([past, frames])
     d = tuple(before[i : i + len(frames) : m] for i in range(m + 2))
-    for part, row in zip(out, matrices(m)[1], strict=True):
-        part.copy_(_combined(row, d))
+    for target, row in zip(out, matrices(m)[1], strict=True):
+        target.copy_(_combined(row, d))
 
 
 def convolve(window: Tensor, first_frame: int, taps: Tensor) -> Products:
@@ -110,22 +110,24 @@ def convolve(window: Tensor, first_frame: int, taps: Tensor) -> Products:
     """
     m = len(window) - 2
     first = _convolve(window[0, :1], taps[TOTAL[m]]) if first_frame else None
-    return Products(tuple(_convolve(part[first_frame:], tap) for part, tap in zip(window, taps, strict=False)), first)
+    return Products(
+        tuple(_convolve(frames[first_frame:], tap) for frames, tap in zip(window, taps, strict=False)), first
+    )
 
 
-def _convolve(part: Tensor, tap: Tensor) -> Tensor:
-    return conv2d(part.permute(0, 3, 1, 2), tap).permute(0, 2, 3, 1).contiguous()
+def _convolve(frames: Tensor, tap: Tensor) -> Tensor:
+    return conv2d(frames.permute(0, 3, 1, 2), tap).permute(0, 2, 3, 1).contiguous()
 
 
 def sum_products(products: Products) -> Tensor:
     """The frames, [n, H, W, out], float32."""
-    parts, first_frame = products
-    first, m = int(first_frame is not None), len(parts) - 2
-    frames = parts[0].new_zeros(products.shape, dtype=torch.float32)
+    transformed, first_frame = products
+    first, m = int(first_frame is not None), len(transformed) - 2
+    frames = transformed[0].new_zeros(products.shape, dtype=torch.float32)
     if first_frame is not None:
         frames[:1] = first_frame
     for k, row in enumerate(matrices(m)[0]):
-        for factor, part in zip(row, parts, strict=True):
+        for factor, tensor in zip(row, transformed, strict=True):
             if factor:
-                frames[first + k :: m].add_(part, alpha=factor)
+                frames[first + k :: m].add_(tensor, alpha=factor)
     return frames

@@ -126,7 +126,7 @@ def _files(path: Path) -> tuple[Path, ...]:
         _check_class(folder)
         index = folder / f"diffusion_pytorch_model{INDEX}"
         if index.is_file():
-            return _parts(index)
+            return _shards(index)
         file = folder / "diffusion_pytorch_model.safetensors"
         if file.is_file():
             return (file,)
@@ -137,7 +137,7 @@ def _files(path: Path) -> tuple[Path, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {printable(path.name)}.")
     if path.name.endswith(INDEX):
-        return _parts(path)
+        return _shards(path)
     if path.suffix != ".safetensors" and not _is_handed_over(path):
         raise CheckpointError(
             f"{printable(path.name)} is not a .safetensors file; other formats can run code and are not read."
@@ -157,12 +157,12 @@ def _check_class(folder: Path) -> None:
             )
 
 
-def _parts(index: Path) -> tuple[Path, ...]:
+def _shards(index: Path) -> tuple[Path, ...]:
     """The files that an index lists, all of them beside it."""
-    parts = _json(index).get("weight_map")
-    if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
+    shards = _json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{printable(index.name)} has no weight_map that names the files.")
-    files = tuple(index.parent / Path(part).name for part in sorted(set(parts.values())))
+    files = tuple(index.parent / Path(name).name for name in sorted(set(shards.values())))
     missing = [file.name for file in files if file.suffix != ".safetensors" or not _is_file(file)]
     if missing:
         raise CheckpointError(f"{printable(index.name)} names files that are not there: {first_names(missing)}.")

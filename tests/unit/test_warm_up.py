@@ -30,7 +30,7 @@ class Recorder:
 
     def fill(self, x, products, past, out, corner, first_chunk, bias, gamma):
         given = tuple(each is not None for each in (x, products, past, bias, gamma))
-        m = len(products.parts if past is None else out) - 2
+        m = len(products.transformed if past is None else out) - 2
         self.forms.add(("fill", out.shape[-1], m, out.dtype, *given))
         if past is None:
             return self.plain(kernels.fill_window, x, products, out, corner, bias=bias, gamma=gamma)
@@ -38,7 +38,7 @@ class Recorder:
         return self.plain(kernels.fill_groups, x, products, past, out, corner, **options)
 
     def upsample(self, packed, bias, x, out, corner, temporal, first):
-        m = len(packed.parts) - 2
+        m = len(packed.transformed) - 2
         self.forms.add(("upsample", out.shape[-1], x.shape[-1], m, x.dtype, temporal, temporal and first))
         return self.plain(kernels.upsample, packed, bias, x, out, corner, temporal=temporal, first=first)
 

@@ -25,7 +25,7 @@ Where each of diffusers' modules (HunyuanVideo15...) went:
 The decoder runs depth first: a level passes its few output frames on before it takes more input. So only a few frames
 of each level are alive at any moment, whatever the length of the video.
 
-Convolutions take frames in groups of m (`winograd`, `weights.frames_together`). Between two convolutions there is one
+Convolutions take frames in groups of m (`winograd`, `weights.frames_per_group`). Between two convolutions there is one
 pass over memory (`kernels.fill_groups`): it adds up the products, the bias and the residual, normalises, activates, and
 writes what the next convolution reads, with a border of one. The sum of a residual block is therefore carried as its
 terms, a `LazySum`, until the next pass adds them. The length of steps does not change which frames form a group, so
@@ -148,7 +148,7 @@ class _Stage:
 
 
 class Trunk(_Stage):
-    """The first part of the decoder, at latent resolution, for one video or one region of its picture.
+    """The first stage of the decoder, at latent resolution, for one video or one region of its picture.
 
     time: latent frames in all. edges: given if the rest of the picture is on other ranks.
     """

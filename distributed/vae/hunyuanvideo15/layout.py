@@ -89,7 +89,7 @@ def to_core(name: str) -> str:
 
 def unwrapped(name: str) -> str:
     """A key without what wrappers (see `WRAPPERS`) have added to it, wherever it stands."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
 
 
 def _rule(old: str, new: str) -> tuple[re.Pattern, str]:
@@ -169,8 +169,8 @@ def _middle(shapes: Shapes, key: str, width: int) -> None:
     for i in range(2):
         _resnet(shapes, f"{key}.resnets.{i}", width)
     shapes[f"{key}.attentions.0.norm.gamma"] = (width, 1, 1, 1)
-    for part in ("to_q", "to_k", "to_v", "proj_out"):
-        _conv(shapes, f"{key}.attentions.0.{part}", width, width, 1)
+    for name in ("to_q", "to_k", "to_v", "proj_out"):
+        _conv(shapes, f"{key}.attentions.0.{name}", width, width, 1)
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:

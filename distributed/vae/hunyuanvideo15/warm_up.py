@@ -8,7 +8,7 @@ from torch import Tensor
 from ...ops import kernels
 from ...ops.winograd import Products
 from .layout import TEMPORAL_UPSAMPLERS, Architecture
-from .weights import TAP_ROWS, frames_together
+from .weights import TAP_ROWS, frames_per_group
 
 CORNER = 1, 1
 """Where frames begin in a window with a border of one."""
@@ -45,7 +45,7 @@ def call_every_form(architecture: Architecture, device: torch.device, dtype: tor
         kernels.fill_groups(x, given, past, out, CORNER, first_chunk=True, bias=bias, gamma=gamma)
 
     widths = architecture.widths
-    groups = [frames_together(2 ** min(level, TEMPORAL_UPSAMPLERS)) for level in range(len(widths))]
+    groups = [frames_per_group(2 ** min(level, TEMPORAL_UPSAMPLERS)) for level in range(len(widths))]
     fill(architecture.latent_channels, groups[0], convolved=False, norm=False)  # conv_in
     for level, (width, m) in enumerate(zip(widths, groups, strict=True)):
         fill(width, m)  # the first convolution of a residual block

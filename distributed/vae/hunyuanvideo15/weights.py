@@ -43,7 +43,7 @@ class Attention(NamedTuple):
     out: tuple[Tensor, Tensor]
 
 
-def frames_together(rate: int) -> int:
+def frames_per_group(rate: int) -> int:
     """Return how many frames a level convolves together (m), by its frames per latent frame.
 
     Four at the video's full rate, with half of the multiplications, and two before, with two thirds. Four one level
@@ -88,7 +88,7 @@ class Weights:
         name = "mid_block.attentions.0"
         self.attention = Attention(
             vector(f"{name}.norm.gamma"),
-            *(matrix(f"{name}.{part}") for part in ("to_q", "to_k", "to_v", "proj_out")),
+            *(matrix(f"{name}.{key}") for key in ("to_q", "to_k", "to_v", "proj_out")),
         )
         self.resnets: list[tuple[Resnet, ...]] = []
         """Residual blocks of each level."""
@@ -98,7 +98,7 @@ class Weights:
         for i in range(count("up_blocks")):
             level = f"up_blocks.{i}"
             self.rates.append(2 ** sum(up.temporal for up in self.upsamplers))
-            m = frames_together(self.rates[i])
+            m = frames_per_group(self.rates[i])
             self.resnets.append(tuple(resnet(f"{level}.resnets.{j}", m) for j in range(count(f"{level}.resnets"))))
             if f"{level}.upsamplers.0.conv.conv.weight" in tensors:
                 up = conv(f"{level}.upsamplers.0.conv", m)
