@@ -52,7 +52,7 @@ Forward = Callable[[], Tensor]
 @torch.no_grad()
 def random_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """Give a model on the meta device seeded weights that keep the variance of what goes through them."""
-    model.to(dtype).to_empty(device=device)
+    torch.nn.Module.to(model, dtype).to_empty(device=device)  # diffusers' own warns of layers that this model lacks
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
         if weight.ndim > 1:

@@ -15,21 +15,28 @@ MLP_TOKENS = 16_384
 """Tokens that go through an MLP at a time: its inner tensor stays at 256 MiB in 16 bits, and products are no slower."""
 
 
+Norm = tuple[Tensor, Tensor]
+"""Shift and scale of a modulated norm, [D] each; the scale has its one added."""
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Modulation of a stream in a block: shift, scale and gate of attention, then of the MLP, [D] each."""
+
+
 class Stream:
     """The tokens of video or text: x [tokens, D], and normed: x normed and modulated for what comes next.
 
-    shift_scale: [2, D], a modulation; its scale has the one added.
+    norm: what it is normed to.
     """
 
-    def __init__(self, x: Tensor, shift_scale: Tensor, eps: float) -> None:
+    def __init__(self, x: Tensor, norm: Norm, eps: float) -> None:
         self.x, self.eps = x, eps
-        self.normed = modulated_norm(x, *shift_scale, eps)
+        self.normed = modulated_norm(x, *norm, eps)
 
-    def add(self, gate: Tensor, update: Tensor, following: Tensor) -> None:
-        """Add gate * update and norm for what follows. gate: [D], update: [tokens, D], following: [2, D]."""
+    def add(self, gate: Tensor, update: Tensor, following: Norm) -> None:
+        """Add gate * update and norm for what follows. gate: [D], update: [tokens, D]."""
         add_norm(self.x, gate, update, *following, self.eps, self.normed)
 
-    def mlp(self, ff: nn.Module, gate: Tensor, following: Tensor) -> None:
+    def mlp(self, ff: nn.Module, gate: Tensor, following: Norm) -> None:
         """Add the gated MLP of what is normed, and norm for what follows."""
         up, down = ff.net[0].proj, ff.net[2]
         strips = -(-len(self.x) // MLP_TOKENS) or 1
@@ -41,18 +48,17 @@ def run_block(
     block: nn.Module,
     video: Stream,
     text: Stream,
-    modulation: Tensor,
-    following: Tensor,
+    modulation: tuple[Six, Six],
+    following: tuple[Norm, Norm | None],
     rotation: Rotation,
     share: Share,
 ) -> None:
     """Take both streams through a HunyuanVideo15TransformerBlock; they were normed for it and are for what follows.
 
-    modulation: [2, 6, D], for video and text: shift, scale and gate of attention, then of the MLP. following:
-    [2, 2, D], shift and scale of both streams' next norm; in the last block [1, 2, D], for video alone: nothing reads
-    the text any more, and it is left as it is.
+    modulation: of video and text. following: the norms that come next. In the last block there is none for the text,
+    which nothing reads any more: it is left as it is.
     """
-    attn, last = block.attn, len(following) == 1
+    attn, (video_norm, text_norm) = block.attn, following
     layers = (
         (attn.to_v, None, attn.add_v_proj, None),
         (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
@@ -66,14 +72,16 @@ def run_block(
     out = attend(*(out for out, _ in reversed(joint)))
     del joint
     video_out = share.gather_heads(out[: share.total_tokens])
-    text_out = None if last else share.gather_text(out[share.total_tokens :])
+    text_out = None if text_norm is None else share.gather_text(out[share.total_tokens :])
     del out
-    video.add(modulation[0, 2], attn.to_out[0](video_out()), modulation[0, 3:5])
+    _, _, gate, *norm, mlp_gate = modulation[0]
+    video.add(gate, attn.to_out[0](video_out()), norm)
     del video_out
-    video.mlp(block.ff, modulation[0, 5], following[0])
-    if not last:
-        text.add(modulation[1, 2], attn.to_add_out(text_out()), modulation[1, 3:5])
-        text.mlp(block.ff_context, modulation[1, 5], following[1])
+    video.mlp(block.ff, mlp_gate, video_norm)
+    if text_norm is not None:
+        _, _, gate, *norm, mlp_gate = modulation[1]
+        text.add(gate, attn.to_add_out(text_out()), norm)
+        text.mlp(block.ff_context, mlp_gate, text_norm)
 
 
 def _project_video(
@@ -89,7 +97,7 @@ def _project_video(
     if share.ranks > 1:
         projected = layer(x).view(len(x), heads, dim)
         placed = torch.empty_like(projected)
-        _place(projected, placed, norm, rotation if norm else None, share.ranks)
+        _place(projected, placed, norm, None if norm is None else rotation, share.ranks)
         return out, share.scatter_heads(placed, place)
     torch.addmm(layer.bias, x, layer.weight.t(), out=place.view(len(x), -1))
     if norm is not None:

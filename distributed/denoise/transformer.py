@@ -35,7 +35,7 @@ OnBlock = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Modulation:
-    """Of one step: blocks [layers, 2, 6, D], for video and text; final [1, 2, D]: shift and scale of the output norm.
+    """Of one step: blocks [layers, 2, 6, D], for video and text; final [2, D]: shift and scale of the output norm.
 
     The six: shift, scale and gate of attention, then of the MLP. Scales have their one added.
     """
@@ -90,7 +90,7 @@ class Transformer:
         layers = [(block.norm1.linear, block.norm1_context.linear) for block in self.model.transformer_blocks]
         blocks = torch.stack([layer(temb) for pair in layers for layer in pair], 1)
         blocks = blocks.view(len(temb), len(layers), 2, 6, -1)
-        final = self.model.norm_out.linear(temb).view(len(temb), 1, 2, -1).flip(2)
+        final = self.model.norm_out.linear(temb).view(len(temb), 2, -1).flip(1)
         for scale in blocks[..., 1, :], blocks[..., 4, :], final[..., 1, :]:
             scale += 1
         return [Modulation(*step) for step in zip(blocks, final, strict=True)]
@@ -111,13 +111,15 @@ class Transformer:
         """
         model, share = self.model, share or self.whole(latent)
         rotation = self._rotation_of(latent, share.tokens)
-        following = [*modulation.blocks[:, :, :2], modulation.final]
+        blocks = [tuple(of_stream.unbind() for of_stream in of_block) for of_block in modulation.blocks.unbind()]
+        norms = [(of_video[:2], of_text[:2]) for of_video, of_text in blocks]
+        norms.append((modulation.final.unbind(), None))
         video = F.linear(self.patchify(latent)[share.tokens], *_flat(model.x_embedder.proj))
-        video = Stream(video, following[0][0], model.norm_out.norm.eps)
-        text = Stream(refine(model, context, timestep), following[0][1], video.eps)
+        video = Stream(video, norms[0][0], model.norm_out.norm.eps)
+        text = Stream(refine(model, context, timestep), norms[0][1], model.norm_out.norm.eps)
         pace = _Pace(latent, on_block, len(model.transformer_blocks)) if on_block else None
-        for block, of_block, norm in zip(model.transformer_blocks, modulation.blocks, following[1:], strict=True):
-            run_block(block, video, text, of_block, norm, rotation, share)
+        for block, of_block, following in zip(model.transformer_blocks, blocks, norms[1:], strict=True):
+            run_block(block, video, text, of_block, following, rotation, share)
             if pace:
                 pace.block_done()
         if pace:

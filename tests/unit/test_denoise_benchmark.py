@@ -1,0 +1,37 @@
+"""The benchmark of denoising as it runs without a GPU: small, and only to show that it works."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.unit.test_benchmarks import ROOT, run
+
+FORWARDS = {"diffusers", "ours", "ours without Triton", "ours, step with guidance"}
+CORE = {"ComfyUI, cuDNN first", "ComfyUI, flash first"}
+
+
+def read(folder) -> dict:
+    (report,) = (json.loads(path.read_text()) for path in folder.glob("denoise-*.json"))
+    return report
+
+
+def test_every_variant_is_measured_and_written_down(tmp_path):
+    run("denoise", "--repeat", 1, "--out", tmp_path)
+    (result,) = read(tmp_path)["results"]
+    assert set(result["variants"]) == {"floor"} | FORWARDS | CORE and result["tflop"] >= 0
+    assert all(result["variants"][name]["best_s"] > 0 for name in FORWARDS | CORE)
+    assert all(result["variants"][name]["difference"] < 1e-5 for name in FORWARDS)
+    (table,) = tmp_path.glob("*.md")
+    assert all(f"| {name} |" in table.read_text() for name in FORWARDS | CORE)
+
+
+def test_two_ranks_share_a_forward_and_a_step_and_agree(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "benchmarks.denoise"]
+    command += ["--repeat", "1", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    report = read(tmp_path)
+    (result,) = report["results"]
+    assert report["ranks"] == 2
+    assert set(result["variants"]) == {"floor", "ours, one forward", "ours, step with guidance"}
+    assert result["variants"]["ours, step with guidance"]["difference"] < 1e-5
