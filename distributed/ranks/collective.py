@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import Cancelled
+from .peers import new_group
 
 T = TypeVar("T")
 
@@ -56,5 +57,5 @@ def first_ranks(size: int) -> dist.ProcessGroup | None:
     if size == dist.get_world_size():
         return dist.group.WORLD
     if size not in _groups:
-        _groups[size] = dist.new_group(range(size))
+        _groups[size] = new_group(range(size))
     return _groups[size]

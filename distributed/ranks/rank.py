@@ -6,7 +6,6 @@ whatever end, the process leaves at once.
 """
 
 import contextlib
-import datetime
 import logging
 import os
 import queue
@@ -31,6 +30,7 @@ from .collective import agree, all_or_none
 from .environment import RankEnvironment
 from .listener import connect
 from .output_file import OutputFile
+from .peers import connect_world
 from .protocol import (
     BROKEN,
     MESSAGE_LENGTH,
@@ -102,14 +102,7 @@ class Rank:
         device = devices.Device(self.device)
         if self.world_size == 1:
             return
-        dist.init_process_group(
-            device.collective_backend(self.started.backend),
-            store=dist.FileStore(str(self.started.folder / "store"), self.world_size),
-            rank=self.started.rank,
-            world_size=self.world_size,
-            device_id=device.process_group_device,
-            timeout=datetime.timedelta(days=1),  # hangs are noticed by their lack of progress, not by a fixed time
-        )
+        connect_world(self.started, device)
         dist.all_reduce(torch.zeros(1))
         if not device.is_host:
             dist.all_reduce(torch.zeros(1, device=self.device))

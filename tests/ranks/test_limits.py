@@ -24,7 +24,7 @@ if __name__ == "__main__":
     weights = {f"decoder.{key}": value for key, value in decoder_tensors(open_checkpoint(sys.argv[1])).items()}
     with RankGroup("cpu,cpu", **dict(argument.split("=") for argument in sys.argv[2:])) as group:
         assert group.decode(random_latent(1, 32, 1, 1, 2), weights).isfinite().all()
-        print(os.path.relpath(group._ranks.logs, group._ranks.folder))
+        print(os.path.relpath(group._supervisor.ranks.logs, group._supervisor.ranks.folder))
 """
 
 
@@ -113,7 +113,7 @@ if __name__ == "__main__":
     with RankGroup("cpu", logs="logs") as group:
         print(group.decode(random_latent(1, 32, 1, 1, 2), vae=os.path.basename(sys.argv[1])).shape)
         os.chdir("/")
-        print(os.path.isfile(group._ranks.logs / "rank-0.log"), group._ranks.logs.is_absolute())
+        print(os.path.isfile(group._supervisor.ranks.logs / "rank-0.log"), group._supervisor.ranks.logs.is_absolute())
 """
 
 
@@ -135,7 +135,7 @@ if __name__ == "__main__":
         assert os.wait()[1] == 0
         again = group.decode(random_latent(1, 32, 1, 1, 2), sys.argv[1])
         assert [rank["pid"] for rank in group.status()["ranks"]] == pids and (again == frames).all()
-        assert group._ranks.folder.exists()
+        assert group._supervisor.ranks.folder.exists()
     print("the same ranks")
 """
 
@@ -183,7 +183,7 @@ def test_frames_that_the_container_cannot_hold_are_refused_before_the_machine_ru
     # 237 frames of 1280 x 1280 pixels, three float32 each
     assert re.fullmatch(
         r"Not enough memory for the frames: 4\.34 GiB of memory is needed; [012]\.\d\d GiB is available "
-        r"\(the container's limit is 3\.00 GiB\)\. Decode fewer frames at a time\.",
+        r"\(the container's limit is 3\.00 GiB\)\. Use a smaller or shorter video\.",
         refusal,
     ), ended.stderr[-3000:]
     assert int(available) < 3 * 2**30
