@@ -66,7 +66,7 @@ def test_free_memory_includes_what_torch_keeps_for_later_and_excludes_that_of_ot
     monkeypatch.setattr(torch, "get_device_module", lambda device: Accelerator())
     device = Device(torch.device("cuda:0"))
     assert device.free_bytes() == device.free_bytes(4) == 7 * GIB
-    assert device.held_by_others() == "; other processes hold 2.00 of the 10.00 GiB of cuda:0"
+    assert device.held_by_others() == "other processes hold 2.00 of 10.00 GiB"
 
 
 def test_host_memory_beyond_what_there_is_is_refused_with_the_numbers(monkeypatch):
