@@ -141,7 +141,7 @@ def test_sampling_and_decoding_report_progress(host, prompt):
     [
         (torch.randn(1, 16, 2, 4, 4), "16 channels"),
         (torch.randn(1, 32, 4, 4), "a video latent is"),
-        (torch.full((1, 32, 2, 4, 4), float("nan")), "not finite"),
+        (torch.full((1, 32, 2, 4, 4), float("nan")), "NaN or infinite"),
     ],
 )
 def test_a_bad_latent_is_refused_in_words_and_the_next_prompt_works(host, prompt, latent, words):

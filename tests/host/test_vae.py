@@ -431,7 +431,7 @@ def test_what_another_pack_s_kind_of_vae_does_otherwise_the_drop_in_does_too(pac
         (torch.zeros(1, 32, 4, 4), r"\[1, 32, 4, 4\]; a video latent is"),
         (torch.zeros(32), r"\[32\]; a video latent is"),
         (torch.zeros(1, 16, 1, 2, 2), "16 channels"),
-        (torch.full((1, 32, 1, 2, 2), float("inf")), "128 of the latent's 128 values are not finite"),
+        (torch.full((1, 32, 1, 2, 2), float("inf")), "128 of 128 latent values are NaN or infinite"),
         (torch.zeros(1, 32, 1, 2, 2, dtype=torch.int64), "int64"),
         (torch.zeros(1, 32, 0, 2, 2), "no empty dimension"),
         ([1, 2], "list"),
