@@ -173,13 +173,12 @@ class Listener:
 
     def _welcome(self, handshake: _Handshake, answer: bytes) -> None:
         self._end(handshake, keep=True)
-        connection = handshake.connection
+        channel = Channel(handshake.connection, TO_CONTROLLER)
         try:
-            connection.send(_proof(self._key, b"controller", handshake.challenge, answer))
-            channel = Channel(connection, TO_CONTROLLER)
+            handshake.connection.send(_proof(self._key, b"controller", handshake.challenge, answer))
             threading.Thread(target=self._talk, args=(channel,), name="hv15-rank", daemon=True).start()
         except (OSError, RuntimeError) as error:  # it has hung up, or there can be no more threads
-            connection.close()
+            channel.close()
             log.warning("A rank could not be admitted: %s.", error)
 
     def _talk(self, channel: Channel) -> None:

@@ -33,6 +33,8 @@ from distributed.ranks.protocol import (
     decode,
     encode,
 )
+from distributed.ranks.states import RankState
+from distributed.ranks.status import RankStatus
 
 X = SharedTensor("memfd:somewhere", "float32", (1, 32, 0))
 MESSAGES = [
@@ -106,6 +108,49 @@ def test_a_shared_tensor_that_is_none_is_refused(shared):
     frame = json.dumps({"type": "Load", "id": 1, "kind": "echo", "fields": {}, "inputs": {"x": shared}}).encode()
     with pytest.raises(ValueError, match=r"Load\.inputs"):
         decode(frame, TO_RANK)
+
+
+GARBLED = {
+    "not json": "\x00garbage",
+    "no object": "[1, 2]",
+    "unknown": '{"type": "Dance"}',
+    "no type": "{}",
+    "a list for a type": '{"type": ["Done"]}',
+    "another's": '{"type": "Stop"}',
+    "a field too many": '{"type": "Done", "id": 5, "done": 0, "total": 0, "more": 1}',
+    "a field too few": '{"type": "Done", "id": 5}',
+    "text for a number": '{"type": "Beat", "id": 5, "done": "0", "total": 0, "moved": 1}',
+    "true for a number": '{"type": "Beat", "id": 5, "done": true, "total": 1, "moved": 1}',
+    "NaN": '{"type": "Beat", "id": 5, "done": NaN, "total": 0, "moved": 1}',
+    "an overflow": '{"type": "Beat", "id": 5, "done": 0, "total": 1e999, "moved": 1}',
+    "negative": '{"type": "Beat", "id": 5, "done": -1, "total": 0, "moved": 1}',
+    "too large": '{"type": "Beat", "id": 5, "done": 0, "total": ' + "9" * 400 + ', "moved": 1}',
+    "deep": "[" * 20000 + "]" * 20000,
+    "more done than there is": '{"type": "Beat", "id": 5, "done": 5, "total": 4, "moved": 1}',
+    "a job to come": '{"type": "Beat", "id": 6, "done": 0, "total": 0, "moved": 1}',
+    "done too soon": '{"type": "Done", "id": 5, "done": 1, "total": 100}',
+    "done with the job before": '{"type": "Done", "id": 4, "done": 0, "total": 0}',
+    "failed in the job to come": encode(Failed(6, "error")).decode(),
+    "a reason that is none": encode(Failed(5, "error")).decode().replace('"error"', '"mood"'),
+    "released": '{"type": "Released"}',
+    "ready again": '{"type": "Ready"}',
+    "hello again": '{"type": "Hello", "rank": 1, "pid": 1, "device": "cpu"}',
+}
+
+
+@pytest.mark.parametrize("frame", GARBLED.values(), ids=GARBLED)
+def test_a_busy_rank_is_not_understood_when_it_sends_anything_else_than_its_progress_or_its_answer(frame):
+    status = RankStatus(1, "cpu")
+    status.hear(Ready())
+    status.begin(5, RankState.BUSY)
+    with pytest.raises(ValueError):
+        status.hear(decode(frame.encode(), TO_CONTROLLER))
+    assert status.answer is None and status.done == status.total == 0
+    for message in (Beat(4, 9, 9, 1), Beat(5, 1, 4, 2), Done(5, 4, 4)):  # a late beat of the job before is none of it
+        status.hear(message)
+    assert (status.answer, status.done, status.state) == (Done(5, 4, 4), 4, RankState.READY)
+    with pytest.raises(ValueError, match="unexpected"):
+        status.hear(Done(5, 4, 4))
 
 
 @given(st.binary(max_size=200))
