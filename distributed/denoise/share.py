@@ -49,16 +49,17 @@ class Share:
         """
         if self.group is None:
             return lambda: x.flatten(1)
-        exchange = self.split.exchange(self._index, x.shape[-1]).reverse
+        dim, own = x.shape[-1], self.split.tokens[self._index]
+        exchange = self.split.exchange(self._index, dim).reverse
         out = x.new_empty(sum(exchange.receive))
         wait = self._exchange(x.reshape(-1), out, exchange.send, exchange.receive)
-        own = self.split.tokens[self._index]
 
         def result() -> Tensor:
             wait()
-            return torch.cat([part.view(own, -1) for part in out.split(exchange.receive) if len(part)], dim=1)
+            of_ranks = zip(out.split(exchange.receive), self.split.heads, strict=True)
+            return torch.cat([part.view(own, heads * dim) for part, heads in of_ranks], dim=1)
 
-        return result if own else lambda: (wait(), x.new_empty(0, sum(self.split.heads) * x.shape[-1]))[1]
+        return result
 
     def gather_text(self, x: Tensor) -> Callable[[], Tensor]:
         """The same for text, of which each rank has all tokens: [tokens, own heads, dim] -> [tokens, heads * dim]."""
