@@ -13,13 +13,16 @@ def decode_inputs() -> list:
     """The inputs that the decode nodes share."""
     return [
         sockets.RankGroup.Input(
-            "rank_group", optional=True, tooltip="From Rank Group. Without it, every local accelerator is used."
+            "rank_group",
+            optional=True,
+            tooltip="From Rank Group. If unconnected, every local accelerator is used, or two CPU ranks if there is "
+            "none.",
         ),
         io.Combo.Input(
             "mode",
             options=list(MODES),
             tooltip="seamless: the exact untiled decode, divided between ranks. tiled: overlapping tiles, blended; "
-            "the same bits whatever the number of ranks.",
+            "the same bits for any number of ranks.",
         ),
         advanced(
             io.Int.Input(
@@ -64,10 +67,10 @@ class DistributedVAEDecode(io.ComfyNode):
                     io.Latent.Input(
                         "samples", lazy=True, tooltip="From any HunyuanVideo-1.5 sampler, this pack's or ComfyUI's."
                     ),
-                    io.Vae.Input("vae", tooltip="HunyuanVideo-1.5's VAE, from any loader."),
+                    io.Vae.Input("vae", tooltip="HunyuanVideo-1.5 VAE, from any loader."),
                     *decode_inputs(),
                 ],
-                outputs=[io.Image.Output(tooltip="The frames.")],
+                outputs=[io.Image.Output(tooltip="The video frames.")],
             ),
             "vae decode",
             "multi gpu",

@@ -65,10 +65,10 @@ class DistributeVAE(io.ComfyNode):
                 node_id="HV15DistributeVAE",
                 display_name="Distribute VAE",
                 category=CATEGORY,
-                description="Makes any node that decodes with this VAE decode on a group of ranks. Encoding stays as "
-                "it is. For more than one frame ComfyUI's own decoder differs slightly from the model's definition, "
-                "which ranks follow.",
-                inputs=[io.Vae.Input("vae", tooltip="HunyuanVideo-1.5's VAE, from any loader."), *decode_inputs()],
+                description="Makes every node that decodes with this VAE decode on a group of ranks. Encoding does not "
+                "change. For more than one frame ComfyUI's own decoder differs slightly from the model's definition; "
+                "the ranks follow the definition.",
+                inputs=[io.Vae.Input("vae", tooltip="HunyuanVideo-1.5 VAE, from any loader."), *decode_inputs()],
                 outputs=[io.Vae.Output(tooltip="The same VAE, decoding on ranks.")],
             ),
             "vae decode",

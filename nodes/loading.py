@@ -161,8 +161,8 @@ class LoadPipeline(io.ComfyNode):
                 node_id="HV15LoadPipeline",
                 display_name="Load HunyuanVideo-1.5",
                 category=CATEGORY,
-                description="Loads a HunyuanVideo-1.5 pipeline in diffusers format from models/diffusers, or a tiny "
-                "one with random weights that needs no download.",
+                description="Loads a HunyuanVideo-1.5 pipeline in diffusers format from models/diffusers, or the "
+                "built-in tiny model (random weights, no download).",
                 inputs=[
                     io.Combo.Input(
                         "model",
@@ -172,7 +172,7 @@ class LoadPipeline(io.ComfyNode):
                     io.Combo.Input(
                         "dtype",
                         options=["auto", *DTYPES],
-                        tooltip="Precision of all parts. auto: bfloat16 on accelerators, float32 on the CPU.",
+                        tooltip="Precision of all components. auto: bfloat16 on accelerators, float32 on the CPU.",
                     ),
                     advanced(
                         io.Combo.Input(
@@ -185,7 +185,7 @@ class LoadPipeline(io.ComfyNode):
                     ),
                 ],
                 outputs=[
-                    sockets.Pipeline.Output(display_name="pipeline", tooltip="For the text encoder and the sampler."),
+                    sockets.Pipeline.Output(display_name="pipeline", tooltip="For Text Encode and the Sampler."),
                     io.Vae.Output(display_name="vae", tooltip="The pipeline's VAE, for any node that takes one."),
                 ],
             ),

@@ -18,14 +18,14 @@ class RankGroupNode(io.ComfyNode):
                 node_id="HV15RankGroup",
                 display_name="Rank Group",
                 category=CATEGORY,
-                description="Starts one process for each device, in the background, and keeps them between prompts. "
-                "Place it early: processes and weights come up while the sampler works.",
+                description="Starts one process per device in the background and keeps the processes between prompts. "
+                "It can be placed anywhere in the graph: processes start and load weights while the sampler runs.",
                 inputs=[
                     io.String.Input(
                         "devices",
                         default="auto",
-                        tooltip="auto (every local accelerator, else two CPU ranks), or a list: cuda:0,cuda:1 or "
-                        "npu:0-3 or cpu,cpu.",
+                        tooltip="auto: every local accelerator, or two CPU ranks if there is none. Or a list: "
+                        "cuda:0,cuda:1 or npu:0-3 or cpu,cpu.",
                     ),
                     advanced(
                         io.Combo.Input(
@@ -42,7 +42,8 @@ class RankGroupNode(io.ComfyNode):
                     io.Combo.Input(
                         "keep_loaded",
                         options=list(KEEP),
-                        tooltip="After a decode: keep the weights on the devices, release them, or stop the processes.",
+                        tooltip="After the work is done: keep the weights on the devices, release them, or stop the "
+                        "processes.",
                     ),
                     advanced(
                         io.Int.Input(
@@ -50,7 +51,7 @@ class RankGroupNode(io.ComfyNode):
                             default=180,
                             min=TIMEOUT_LEAST,
                             max=TIMEOUT_MOST,
-                            tooltip="Seconds within which the processes must start.",
+                            tooltip="Time limit in seconds for the processes to start.",
                         )
                     ),
                     advanced(
@@ -59,11 +60,13 @@ class RankGroupNode(io.ComfyNode):
                             default=120,
                             min=TIMEOUT_LEAST,
                             max=TIMEOUT_MOST,
-                            tooltip="Seconds without progress after which a process counts as hung and is replaced.",
+                            tooltip="Seconds without progress after which a process is considered hung and replaced.",
                         )
                     ),
                 ],
-                outputs=[sockets.RankGroup.Output(display_name="rank_group", tooltip="For the decode nodes.")],
+                outputs=[
+                    sockets.RankGroup.Output(display_name="rank_group", tooltip="For the nodes that run on ranks.")
+                ],
             ),
             "multi gpu",
             "parallel",

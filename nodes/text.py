@@ -37,10 +37,14 @@ class TextEncode(io.ComfyNode):
                 "ByT5, so that it can appear in the picture.",
                 inputs=[
                     sockets.Pipeline.Input("pipeline", tooltip="From Load HunyuanVideo-1.5."),
-                    io.String.Input("positive", multiline=True, dynamic_prompts=True, tooltip="What to show."),
-                    io.String.Input("negative", multiline=True, dynamic_prompts=True, tooltip="What to avoid."),
+                    io.String.Input(
+                        "positive", multiline=True, dynamic_prompts=True, tooltip="What the video should show."
+                    ),
+                    io.String.Input(
+                        "negative", multiline=True, dynamic_prompts=True, tooltip="What the video should not show."
+                    ),
                 ],
-                outputs=[sockets.Conditioning.Output(display_name="conditioning", tooltip="For the sampler.")],
+                outputs=[sockets.Conditioning.Output(display_name="conditioning", tooltip="For the Sampler.")],
             ),
             "prompt",
             "text encoder",

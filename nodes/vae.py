@@ -121,17 +121,21 @@ class LoadVAE(io.ComfyNode):
                 node_id="HV15LoadVAE",
                 display_name="Load HunyuanVideo-1.5 VAE",
                 category=CATEGORY,
-                description="Loads HunyuanVideo-1.5's VAE from a single file (ComfyUI's or diffusers' layout) or a "
-                "diffusers folder. Files of other models, and incomplete ones, are refused.",
+                description="Loads the HunyuanVideo-1.5 VAE from a single file (ComfyUI's or diffusers' layout) or a "
+                "diffusers folder. Files of other models and incomplete files are rejected.",
                 inputs=[
-                    io.Combo.Input("vae_name", options=vae_choices(), tooltip="From models/vae and models/diffusers."),
+                    io.Combo.Input(
+                        "vae_name",
+                        options=vae_choices(),
+                        tooltip="A file in models/vae or a folder in models/diffusers.",
+                    ),
                     io.Combo.Input(
                         "dtype",
                         options=["auto", *DTYPES],
-                        tooltip="Precision of ComfyUI's own encoding and decoding. Ranks have a dtype of their own.",
+                        tooltip="Precision of ComfyUI's own encoding and decoding. Rank Group sets that of the ranks.",
                     ),
                 ],
-                outputs=[io.Vae.Output(tooltip="A VAE for any node.")],
+                outputs=[io.Vae.Output(tooltip="VAE for any node.")],
             ),
             "vae loader",
         )

@@ -1,5 +1,4 @@
 """Write example_workflows/: the API prompts as graphs, and ComfyUI's own HunyuanVideo-1.5 graphs with Distribute VAE.
-And locales/en/nodeDefs.json: the nodes' texts as the schemas have them, which translations start from.
 
 Run it after a prompt or a node's inputs changed, and after `make demo`, whose frames become the thumbnails.
 """
@@ -41,8 +40,6 @@ def main() -> None:
             info = host.wait().get("/object_info")
         finally:
             host.close()
-    texts = {id: node_texts(about) for id, about in info.items() if id.startswith("HV15")}
-    (ROOT / "locales" / "en" / "nodeDefs.json").write_text(json.dumps(texts, indent=2) + "\n")
     for name, title in PROMPTS.items():
         prompt = json.loads((ROOT / "api_prompts" / f"{name}.json").read_text())
         prompt["ranks"]["inputs"]["devices"] = "auto"
@@ -50,16 +47,6 @@ def main() -> None:
     stock = Path(find_spec("comfyui_workflow_templates_media_video").origin).parent / "templates"
     for title, file in STOCK.items():
         write(title, distributed(json.loads((stock / file).read_text()), info))
-
-
-def node_texts(about: dict) -> dict:
-    """A node's name and description, and for each input its name and tooltip, from its entry in /object_info."""
-    inputs = {name: spec[1] for part in about["input"].values() for name, spec in part.items()}
-    return {
-        "display_name": about["display_name"],
-        "description": about["description"],
-        "inputs": {name: {"name": name, "tooltip": options["tooltip"]} for name, options in inputs.items()},
-    }
 
 
 def write(name: str, graph: dict) -> None:

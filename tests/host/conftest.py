@@ -1,4 +1,4 @@
-"""The pack's modules in this process, beside a real ComfyUI's and on the CPU."""
+"""The pack's modules in this process, beside a real ComfyUI's modules but without its server."""
 
 import importlib
 import importlib.util
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,27 +17,43 @@ from core_models import core_model, weights_of  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def pack(tmp_path_factory):
-    """The pack's `nodes.vae`, imported as ComfyUI imports it, in this process and on the CPU."""
+def pack(tmp_path_factory) -> SimpleNamespace:
+    """The modules of the pack's `nodes`, and some of their names, imported as ComfyUI imports them."""
     from set_up import comfyui_path
 
-    sys.path.append(str(comfyui_path()))
-    import comfy.cli_args
+    path = str(comfyui_path())
+    sys.path.insert(0, path)  # before the pack's own folder, which has a `nodes` too
+    try:
+        from comfy.cli_args import args
 
-    comfy.cli_args.args.cpu = True
-    comfy.cli_args.args.base_directory = str(tmp_path_factory.mktemp("base"))
-    spec = importlib.util.spec_from_file_location(
-        "hv15_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["hv15_pack"] = importlib.util.module_from_spec(spec)
-    vae, sources = (importlib.import_module(f"hv15_pack.nodes.{name}") for name in ("vae", "sources"))
+        args.base_directory = str(tmp_path_factory.mktemp("comfyui"))
+        args.cpu = not torch.cuda.is_available()
+        spec = importlib.util.spec_from_file_location(
+            "hv15_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        sys.modules["hv15_pack"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        names = ("tiny", "vae", "loading", "text", "sampling", "sources", "model_lists")
+        modules = {name: importlib.import_module(f"hv15_pack.nodes.{name}") for name in names}
+    finally:
+        sys.path.remove(path)
+        sys.path.append(path)
+    vae = modules["vae"]
     return SimpleNamespace(
+        **modules,
+        nodes=sys.modules["hv15_pack.nodes"],
+        module=vae,
         load_vae=vae.load_vae,
         LoadVAE=vae.LoadVAE,
-        module=vae,
         MappedModel=vae.MappedModel,
-        rank_source=sources.rank_source,
+        rank_source=modules["sources"].rank_source,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(pack) -> dict[str, Path]:
+    """The folders of the built-in models, by kind."""
+    return {kind: pack.model_lists.tiny_folder(name) for name, kind in pack.tiny.TINY.items()}
 
 
 @pytest.fixture

@@ -274,7 +274,8 @@ def test_a_transformer_that_streams_its_layers_gives_the_same_latents(pack, tiny
             pack.loading.stream_layers(loaded.pipeline.transformer, torch.device("cpu"))
             del loaded.patchers["transformer"]
         results.append(pack.sampling.sample(loaded, pack.text.encode(loaded, "a fox", ""), **size))
-    assert torch.equal(*results)
+    # Streamed layers run under diffusers' own forward, the others under the fast one: equal up to rounding.
+    assert (results[1] - results[0]).norm() / results[0].norm() < 1e-5
 
 
 def test_group_offload_without_accelerate_is_refused_by_name(pack, tiny_folders, monkeypatch):

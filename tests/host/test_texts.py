@@ -1,0 +1,72 @@
+"""Texts that people read beside the graph: names, tooltips, help pages, in English and Chinese."""
+
+import json
+import re
+from pathlib import Path
+
+import make_texts
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS_AND_NUMBERS = re.compile(r"(?:(?<=^)|(?<=[.] ))[a-z_]+(?=: )|\d+")
+
+
+def locale(language: str) -> dict:
+    return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8"))
+
+
+def test_locales_and_help_pages_say_what_the_schemas_say(pack):
+    """`python scripts/make_texts.py` writes them."""
+    files = make_texts.generated(pack.nodes.NODES)
+    assert len(files) == 1 + 2 * len(pack.nodes.NODES)
+    for path, text in files.items():
+        assert path.read_text("utf-8") == text, path
+
+
+def test_every_input_and_output_has_a_name_and_a_tooltip_in_both_languages(pack):
+    english, chinese = locale("en"), locale("zh")
+    assert set(english) == set(chinese) == {node.define_schema().node_id for node in pack.nodes.NODES}
+    for id, texts in english.items():
+        for language in (texts, chinese[id]):
+            assert language["display_name"] and language["description"]
+            for part in ("inputs", "outputs"):
+                assert set(language[part]) == set(texts[part]), (id, part)
+                assert all(text["name"] and text["tooltip"] for text in language[part].values()), (id, part)
+
+
+def test_the_names_of_inputs_are_chinese_in_the_chinese_texts():
+    english = {
+        name for node in locale("zh").values() for id, text in node["inputs"].items() if (name := text["name"]) == id
+    }
+    assert english == set()
+
+
+def test_a_chinese_tooltip_names_the_options_and_the_numbers_of_the_english_one():
+    chinese = locale("zh")
+    for id, texts in locale("en").items():
+        for name, text in texts["inputs"].items():
+            missing = [
+                word
+                for word in OPTIONS_AND_NUMBERS.findall(text["tooltip"])
+                if word not in chinese[id]["inputs"][name]["tooltip"]
+            ]
+            assert missing == [], (id, name)
+
+
+def test_every_node_is_found_by_the_words_that_people_search_for(pack):
+    schemas = [node.define_schema() for node in pack.nodes.NODES]
+    aliases = {schema.node_id: getattr(schema, "search_aliases", []) for schema in schemas}
+    assert [id for id, words in aliases.items() if "hunyuanvideo" not in words and id != "HV15Sampler"] == []
+    for word in ("multi gpu", "parallel", "vae decode"):
+        assert sum(word in words for words in aliases.values()) >= 2, word
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_generated_page_keeps_its_prose_and_loses_what_is_out_of_date(language):
+    texts = {
+        "display_name": "A",
+        "inputs": {"b": {"name": "b", "tooltip": "New."}},
+        "outputs": {"0": {"name": "C", "tooltip": "Made."}},
+    }
+    page = make_texts.page_with_table("# Old\n\nProse.\n\n| `b` | Old. |\n", texts, language)
+    assert page.startswith("# A\n\nProse.\n\n|") and "| `b` | New. |" in page and "Old" not in page

@@ -1,0 +1,45 @@
+"""The package from plain Python, without ComfyUI: what the README shows, and what an import brings in."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPUTE = ("distributed.ops", "distributed.vae.engine", "distributed.vae.hunyuanvideo15", "distributed.vae.task")
+
+
+def test_the_readmes_python_example_runs(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    spec = spec_from_file_location("hv15_tiny", ROOT / "nodes" / "tiny.py")
+    tiny = module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    vae = tiny.ensure_tiny("t2v", tmp_path) / "vae"
+    code = block.replace('"path/to/vae"', repr(str(vae)))
+    assert code != block
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=200, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 9, 96, 128, 3])" in done.stdout
+
+
+def test_importing_the_ranks_half_brings_in_neither_comfyui_nor_diffusers():
+    code = "import sys, distributed; bad = {'comfy', 'nodes', 'diffusers', 'torch_npu'} & set(sys.modules); print(bad)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def test_importing_the_package_starts_nothing_and_loads_no_decoder_and_no_kernel():
+    code = (
+        "import sys, threading; sys.path.insert(0, sys.argv[1]); import distributed\n"
+        f"heavy = [name for name in sys.modules if name.startswith(({COMPUTE!r})) and 'layout' not in name]\n"
+        "print([name for name in heavy if name != 'distributed.vae.hunyuanvideo15'], 'triton' in sys.modules)\n"
+        "print(threading.active_count())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] False\n1\n", done.stdout
