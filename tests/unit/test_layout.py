@@ -90,6 +90,14 @@ def test_a_model_with_more_blocks_or_other_ones_is_refused(weights, tmp_path, ke
         open_checkpoint(save({**weights, key: torch.zeros(1)}, tmp_path / "a.safetensors"))
 
 
+def test_an_encoder_with_more_blocks_is_refused_where_it_is_needed(weights, tmp_path):
+    more = {"encoder.down_blocks.5.resnets.0.norm1.gamma": torch.zeros(1)}
+    path = save({**weights, **more}, tmp_path / "a.safetensors")
+    assert_same(all_tensors(open_checkpoint(path)), weights)
+    with pytest.raises(CheckpointError, match="more blocks"):
+        open_checkpoint(path, encoder=True)
+
+
 @pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
 @pytest.mark.parametrize(
     ("start", "place"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed.ops import attention
 from distributed.ranks.devices import Device
+from distributed.vae.hunyuanvideo15 import footprint
 from distributed.vae.hunyuanvideo15.footprint import peak_bytes
 from distributed.vae.hunyuanvideo15.weights import Weights
 from distributed.vae.interface import Plan, Steps
@@ -185,3 +186,18 @@ def test_the_benchmarks_work_is_that_of_the_model():
 
     for size, expected in (((9, 30, 53), 338e12), ((31, 30, 53), 1230e12), ((31, 45, 80), 2785e12)):
         assert conv_flops(FULL, *size) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_single_frame_is_planned_as_one(full):
+    one, two = (choose_plan(full, (68, 120), (68, 120), time, False, 2**60)[1] for time in (1, 2))
+    assert 19.1 * 2**30 <= one < 0.85 * two  # 19.1 GiB were allocated on an H100
+
+
+@pytest.mark.parametrize(("device", "counted"), [("cuda", True), ("cpu", False)])
+def test_finished_pixels_on_their_way_to_the_host_are_counted(full_size, monkeypatch, device, counted):
+    weights, size, plan = full_size(), ((68, 120), (68, 120), 31, False), Plan(Steps(2, 4))
+    weights.device = torch.device(device)
+    before = peak_bytes(weights, *size, plan)
+    monkeypatch.setattr(footprint, "SLOTS", footprint.SLOTS + 4)
+    piece = plan.steps.tail * (16 * 68 + 2) * (16 * 120 + 2) * 3 * 4
+    assert peak_bytes(weights, *size, plan) - before == (4 * piece if counted else 0)

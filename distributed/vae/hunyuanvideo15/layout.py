@@ -68,10 +68,10 @@ OTHER_MODELS = (
 WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Names that wrapping a module adds to the keys of its tensors (torch.compile, data parallel, FSDP, checkpointing)."""
 
-FURTHER_BLOCK = re.compile(
-    r"decoder\.(mid_block\.(?:resnets|attentions)\.\d+|up_blocks\.\d+\.(?:resnets|upsamplers|attentions)\.\d+)\."
+BLOCK = re.compile(
+    r"((encoder|decoder)\.(?:mid_block|(?:up|down)_blocks\.\d+)\.(?:resnets|attentions|upsamplers|downsamplers)\.\d+)\."
 )
-"""The part of a key that names a block. A decoder with more blocks than expected is another model's."""
+"""The beginning of a key that names a block. A model with more blocks than expected is another one."""
 
 MOST_RESNETS = 16
 """Residual blocks of a level that are believed. HunyuanVideo-1.5 has 3."""
@@ -251,19 +251,19 @@ def read_architecture(shapes: Mapping[str, tuple[int, ...]], name: str) -> Archi
 def check_tensors(
     expected: Shapes, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, object], name: str
 ) -> None:
-    """Raise CheckpointError unless all expected tensors are there, and no block of the decoder beside them.
+    """Raise CheckpointError unless all expected tensors are there, and no further block of the same half of the VAE.
 
     shapes, dtypes: of the tensors that are there, in diffusers' names. `name` is what messages call the VAE.
     """
     if found := problems(expected, shapes, dtypes):
         raise CheckpointError(f"{name} is not a complete HunyuanVideo-1.5 VAE: it {'; it '.join(found)}.")
-    blocks = {match[1] for key in expected if (match := FURTHER_BLOCK.match(key))}
-    if any(key.startswith("decoder.") for key in expected):
-        further = [key for key in shapes if (match := FURTHER_BLOCK.match(key)) and match[1] not in blocks]
-        if further:
-            raise CheckpointError(
-                f"{name} is not a HunyuanVideo-1.5 VAE: its decoder has more blocks ({first_names(sorted(further))})."
-            )
+    blocks = {match[1]: match[2] for key in expected if (match := BLOCK.match(key))}
+    halves = set(blocks.values())
+    further = [key for key in shapes if (m := BLOCK.match(key)) and m[2] in halves and m[1] not in blocks]
+    if further:
+        raise CheckpointError(
+            f"{name} is not a HunyuanVideo-1.5 VAE: it has more blocks ({first_names(sorted(further))})."
+        )
 
 
 def problems(expected: Shapes, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, object]) -> list[str]:
