@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench soak lint setup browser
+.PHONY: demo check test bench soak setup browser
 
 setup: .venv/.ready
 
@@ -17,8 +17,14 @@ browser: setup
 demo: setup
 	$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
 
-test: browser
-	$(BIN)/python -m pytest tests
+# Format, lint and unit tests, which start no process and so can share the cores. Their tensors are too small for threads.
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit
+
+test: check browser
+	$(BIN)/python -m pytest tests/ranks tests/host tests/browser
 
 bench: setup
 	$(BIN)/python -m benchmarks.decode
@@ -26,7 +32,3 @@ bench: setup
 # The long forms of the reliability tests; `make test` runs short ones.
 soak: setup
 	HV15_SOAK=1 $(BIN)/python -m pytest tests/ranks/test_soak.py -s --timeout 3600
-
-lint: setup
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
