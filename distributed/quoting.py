@@ -14,3 +14,8 @@ def printable(text: object, limit: int = LIMIT) -> str:
 def quote(name: object) -> str:
     """Return a name in quotes, as `printable` shows it."""
     return f"'{printable(name)}'"
+
+
+def first_names(keys: list[str]) -> str:
+    """Return the first three names, quoted, and how many there are beside them."""
+    return ", ".join(map(quote, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

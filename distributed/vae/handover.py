@@ -16,7 +16,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..quoting import quote
 from ..ranks.buffers import SharedMemory
-from .hunyuanvideo15.layout import DTYPES, by_diffusers_name, check_tensors, read_architecture, recognise
+from ..safetensors_files import DTYPES
+from .hunyuanvideo15.layout import by_diffusers_name, check_tensors, read_architecture, recognise
 
 SAMPLES = 64
 """Numbers of each tensor that its fingerprint is taken of."""

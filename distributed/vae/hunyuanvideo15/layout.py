@@ -11,16 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import torch
-
 from ...errors import CheckpointError
-from ...quoting import quote
-
-Shapes = dict[str, tuple[int, ...]]
-"""Shapes of tensors by their names."""
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The dtypes that can be decoded with, by their names in safetensors."""
+from ...quoting import first_names, quote
+from ...safetensors_files import Shapes, problems
 
 DIFFUSERS_CLASS = "AutoencoderKLHunyuanVideo15"
 
@@ -264,20 +257,3 @@ def check_tensors(
         raise CheckpointError(
             f"{name} is not a HunyuanVideo-1.5 VAE: it has more blocks ({first_names(sorted(further))})."
         )
-
-
-def problems(expected: Shapes, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, object]) -> list[str]:
-    """Return what is wrong with the expected tensors: missing, of another shape, or of a dtype that cannot be used."""
-    missing = sorted(expected.keys() - shapes.keys())
-    there = [key for key in expected if key in shapes]
-    wrong = [key for key in there if expected[key] != shapes[key]]
-    unusable = [key for key in there if dtypes[key] not in DTYPES.values()]
-    found = [f"lacks {first_names(missing)}"] * bool(missing)
-    found += [f"has {quote(key)} of shape {shapes[key]} where {expected[key]} belongs" for key in wrong[:3]]
-    found += [f"has {quote(key)} as {dtypes[key]}; float32, bfloat16 and float16 can be used" for key in unusable[:1]]
-    return found
-
-
-def first_names(keys: list[str]) -> str:
-    """Return the first three names, quoted, and how many there are beside them."""
-    return ", ".join(map(quote, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

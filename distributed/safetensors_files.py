@@ -1,0 +1,158 @@
+"""Checkpoints on disk: which files they are, and what tensors are in them. Files are safetensors only."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError
+from .quoting import first_names, printable, quote
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""The dtypes of weights that can be used, by their names in safetensors."""
+
+INDEX = ".safetensors.index.json"
+JSON_LIMIT = 16 * 2**20
+"""Bytes that are read of a config or an index; real ones have some kilobytes."""
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of tensors by their names."""
+
+
+def find_files(path: Path, part: str, diffusers_class: str) -> tuple[Path, ...]:
+    """The files of a checkpoint: a .safetensors file, an index of several, or a diffusers folder.
+
+    part: the folder's name within a diffusers pipeline. A folder of another class than `diffusers_class` is refused.
+    Raises CheckpointError, FileNotFoundError where there is nothing.
+    """
+    if path.is_dir():
+        folder = part_folder(path, part)
+        _check_class(folder, diffusers_class)
+        index = folder / f"diffusion_pytorch_model{INDEX}"
+        if index.is_file():
+            return _shards(index)
+        file = folder / "diffusion_pytorch_model.safetensors"
+        if file.is_file():
+            return (file,)
+        others = sorted(folder.glob("*.safetensors"))
+        if len(others) == 1:  # a variant, such as diffusion_pytorch_model.fp16.safetensors
+            return (others[0],)
+        raise CheckpointError(f"The folder {printable(folder.name)} has no {file.name}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {printable(path.name)}.")
+    if path.name.endswith(INDEX):
+        return _shards(path)
+    if path.suffix != ".safetensors" and not _is_handed_over(path):
+        raise CheckpointError(
+            f"{printable(path.name)} is not a .safetensors file; other formats can run code and are not read."
+        )
+    return (path,)
+
+
+def part_folder(path: Path, part: str) -> Path:
+    """The folder of a part of a diffusers pipeline, or that folder itself."""
+    return path / part if (path / part).is_dir() else path
+
+
+def identity_of(files: tuple[Path, ...]) -> str:
+    """What changes when the files do."""
+    stats = [(path, path.stat()) for path in files]
+    return "|".join(f"{path}:{s.st_size}:{s.st_mtime_ns}" for path, s in stats)
+
+
+def name_of(path: Path, unnamed: str) -> str:
+    """What messages call a checkpoint: its file's name, or `unnamed` for memory of ours, which has none to go by."""
+    return unnamed if _is_handed_over(path) else printable(path.name)
+
+
+def describe_tensors(files: tuple[Path, ...]) -> tuple[Shapes, dict[str, torch.dtype | str]]:
+    """Shapes and dtypes of all tensors in the files; of a dtype that cannot be used, its name."""
+    shapes: Shapes = {}
+    dtypes: dict[str, torch.dtype | str] = {}
+    for file in files:
+        with open_file(file) as tensors:
+            for key in tensors.keys():  # noqa: SIM118  not a mapping
+                header = tensors.get_slice(key)
+                shapes[key] = tuple(header.get_shape())
+                dtypes[key] = DTYPES.get(header.get_dtype(), header.get_dtype())
+    return shapes, dtypes
+
+
+def open_file(file: Path):
+    """The tensors of a file, mapped. Raises CheckpointError for another format."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{printable(file.name)} cannot be read as safetensors ({printable(error)}). "
+            "It may be truncated, or a renamed file of another format."
+        ) from error
+
+
+def problems(expected: Shapes, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, object]) -> list[str]:
+    """Return what is wrong with the expected tensors: missing, of another shape, or of a dtype that cannot be used."""
+    missing = sorted(expected.keys() - shapes.keys())
+    there = [key for key in expected if key in shapes]
+    wrong = [key for key in there if expected[key] != shapes[key]]
+    unusable = [key for key in there if dtypes[key] not in DTYPES.values()]
+    found = [f"lacks {first_names(missing)}"] * bool(missing)
+    found += [f"has {quote(key)} of shape {shapes[key]} where {expected[key]} belongs" for key in wrong[:3]]
+    found += [f"has {quote(key)} as {dtypes[key]}; float32, bfloat16 and float16 can be used" for key in unusable[:1]]
+    return found
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError for anything else."""
+    name = printable(path.name)
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise CheckpointError(f"{name} has more than {JSON_LIMIT / 2**20:g} MiB; it is no config or index.")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{name} cannot be read as JSON: {printable(error)}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{name} cannot be read as JSON: it is nested too deeply.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{name} holds no JSON object.")
+    return found
+
+
+def _is_handed_over(path: Path) -> bool:
+    """Whether this is an open file of a process of ours (memory that ranks map as a file)."""
+    return re.fullmatch(r"/proc/\d+/fd/\d+", str(path)) is not None
+
+
+def _check_class(folder: Path, diffusers_class: str) -> None:
+    """Some models share another one's keys and shapes; a diffusers folder says which model it is."""
+    config = folder / "config.json"
+    if config.is_file():
+        found = read_json(config).get("_class_name", diffusers_class)
+        if found != diffusers_class:
+            model = quote(found) if isinstance(found, str) else "model without a class name"
+            raise CheckpointError(
+                f"The folder {printable(folder.name)} holds a {model}, not HunyuanVideo-1.5's {diffusers_class}."
+            )
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index lists, all of them beside it."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{printable(index.name)} has no weight_map that names the files.")
+    files = tuple(index.parent / Path(name).name for name in sorted(set(shards.values())))
+    missing = [file.name for file in files if file.suffix != ".safetensors" or not _is_file(file)]
+    if missing:
+        raise CheckpointError(f"{printable(index.name)} names files that are not there: {first_names(missing)}.")
+    return files
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
