@@ -21,6 +21,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .denoise.denoiser import Denoiser
+from .denoise.weights import open_transformer
 from .errors import Cancelled, GroupError, JobError, NotLoaded
 from .jobs import Job, Load, TensorSpec
 from .ranks import devices as device_module
@@ -101,10 +103,10 @@ class RankGroup:
     ) -> None:
         """Set the options that a living group may change; a job in hand keeps the dtype that it began with.
 
-        dtype: what ranks compute in, "auto" for what suits their devices. keep_loaded: what happens after a decode:
-        "keep" weights on the devices, "release" them, or "stop" the processes. start_timeout: seconds for the ranks to
-        come up. stall_timeout: seconds without any progress after which a rank counts as hung. Raises ValueError, and
-        then changes nothing.
+        dtype: what ranks compute in, "auto" for what suits their devices. keep_loaded: what happens after a decode, and
+        in `finish`: "keep" weights on the devices, "release" them, or "stop" the processes. start_timeout: seconds for
+        the ranks to come up. stall_timeout: seconds without any progress after which a rank counts as hung. Raises
+        ValueError, and then changes nothing.
         """
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}.")
@@ -171,6 +173,17 @@ class RankGroup:
         outputs = self.run(job, progress=progress, timeout=timeout, cancelled=cancelled, started=started, notice=notice)
         return outputs["frames"]
 
+    def denoiser(self, path: str | Path) -> Denoiser:
+        """The transformer at `path` as a function that ranks compute: velocity = model(latents, timestep, conditions).
+
+        path: a diffusers folder, or a file of either layout. See `Denoiser`. After the last step call `finish`. Raises
+        JobError for what is no HunyuanVideo-1.5 transformer.
+        """
+        try:
+            return Denoiser(open_transformer(path), self.run)
+        except (ValueError, OSError) as error:
+            raise JobError(str(error)) from error
+
     def run(
         self,
         job: Job,
@@ -204,6 +217,11 @@ class RankGroup:
                 if job.last:
                     self._after()
             return filled
+
+    def finish(self) -> None:
+        """Do what `keep_loaded` says, after a series of jobs such as the steps of a sampling."""
+        with self._turns:
+            self._after()
 
     def cancel(self) -> None:
         """End the job in hand and those that wait: they raise Cancelled within a step. The ranks stay warm."""

@@ -1,6 +1,6 @@
 """What ranks agree on: collectives of the world, small and on the CPU, that keep all ranks at the same place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,8 +11,8 @@ from .peers import new_group
 
 T = TypeVar("T")
 
-_groups: dict[int, dist.ProcessGroup] = {}
-"""Process groups of the first ranks, by their size. A process keeps them until it ends."""
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+"""Process groups by their ranks. A process keeps them until it ends."""
 
 
 class Watch(Protocol):
@@ -51,11 +51,17 @@ def all_or_none(prepare: Callable[[], T]) -> T:
 
 
 def first_ranks(size: int) -> dist.ProcessGroup | None:
-    """Return the process group of the first `size` ranks; None for one rank. The first call is a collective."""
-    if size == 1:
+    """Return the process group of the first `size` ranks; see `group_of`."""
+    return group_of(range(size))
+
+
+def group_of(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """Return the process group of these ranks; None for one rank. The first call is a collective of the world."""
+    if len(ranks) == 1:
         return None
-    if size == dist.get_world_size():
+    if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
-    if size not in _groups:
-        _groups[size] = new_group(range(size))
-    return _groups[size]
+    key = tuple(ranks)
+    if key not in _groups:
+        _groups[key] = new_group(key)
+    return _groups[key]

@@ -8,7 +8,16 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPUTE = ("distributed.ops", "distributed.vae.engine", "distributed.vae.hunyuanvideo15", "distributed.vae.task")
+COMPUTE = (
+    "distributed.ops",
+    "distributed.vae.engine",
+    "distributed.vae.hunyuanvideo15",
+    "distributed.vae.task",
+    "distributed.denoise.transformer",
+    "distributed.denoise.block",
+    "distributed.denoise.task",
+    "diffusers",
+)
 
 
 def test_the_readmes_python_example_runs(tmp_path):

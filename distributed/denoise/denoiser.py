@@ -1,0 +1,51 @@
+"""The transformer of a rank group, as a function."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from ..errors import JobError
+from .job import Conditions, DenoiseJob
+from .weights import TransformerCheckpoint
+
+
+class Denoiser:
+    """Predicts velocities on ranks: what `RankGroup.denoiser` returns.
+
+    checkpoint: the transformer. run: `RankGroup.run`. Weights come to the ranks with the first step, and come back by
+    themselves where they were released; conditions travel once.
+    """
+
+    def __init__(self, checkpoint: TransformerCheckpoint, run: Callable[..., dict[str, Tensor]]) -> None:
+        self.checkpoint, self._run = checkpoint, run
+
+    def conditions(self, **tensors: Tensor) -> Conditions:
+        """Prepare the conditions of many steps once; see `Conditions.make`. Raises JobError for what does not fit."""
+        try:
+            return Conditions.make(self.checkpoint, **tensors)
+        except ValueError as error:
+            raise JobError(str(error)) from error
+
+    def __call__(
+        self,
+        latents: Tensor,
+        timestep: float | Tensor,
+        conditions: Sequence[Conditions | Mapping[str, Tensor]],
+        *,
+        timestep_r: float | Tensor | None = None,
+        memory: int | None = None,
+        **watching: object,
+    ) -> Tensor:
+        """The velocity of each condition, [len(conditions), B, C', t, h, w], float32 on the CPU.
+
+        latents: [B, C, t, h, w], where C is what the transformer takes, less the channels of the conditions' latents.
+        timestep: one number, or one for each video, from 0 to 1000. conditions: one, or two with guidance, each made by
+        `conditions` or a mapping of its arguments. timestep_r: the second time, of meanflow transformers. memory: bytes
+        that each rank may use. watching: callbacks and timeout of `RankGroup.run`, which see for the errors too.
+        """
+        prepared = [c if isinstance(c, Conditions) else self.conditions(**c) for c in conditions]
+        try:
+            job = DenoiseJob.make(self.checkpoint, latents, timestep, prepared, timestep_r, memory)
+        except ValueError as error:
+            raise JobError(str(error)) from error
+        return job.velocity(self._run(job, **watching)["rows"])

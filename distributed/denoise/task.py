@@ -1,0 +1,204 @@
+"""What a rank does of a denoising step."""
+
+import traceback
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import Cancelled, NotLoaded, OutOfMemory
+from ..ranks.buffers import local_path
+from ..ranks.collective import Watch, agree, group_of
+from ..ranks.devices import Device
+from .block import MLP_TOKENS
+from .conditions import Condition, Context
+from .job import NOUN, PARTS, DenoiseRequest
+from .layout import Architecture
+from .parallel import Layout, plan
+from .share import Share
+from .transformer import Transformer
+from .weights import TransformerCheckpoint, mapped_tensors, open_transformer
+
+KEPT = 4
+"""Conditions that are kept: those of two prompts."""
+CHECKS = 13
+"""How often in a forward ranks agree on a cancel: every fourth of 54 blocks. It takes two ranks 0.3 ms (gloo, on two
+busy cores), and a block at 480x848x33 as little as 1 ms with eight GPUs."""
+WORKSPACE = 2**27
+"""Bytes that libraries take."""
+ROW_TENSORS = 10
+"""Tensors of a rank's own tokens that a block has at once, at the most: on an H100 6.4 alone, 9.4 with two ranks."""
+
+
+class DenoiseTask:
+    """The transformer of one checkpoint on one device, and the conditions that were sent for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.transformer: Transformer | None = None
+        self.loaded: tuple[str, str] | None = None
+        """Identity and dtype of the checkpoint that the transformer has."""
+        self.checkpoint: TransformerCheckpoint | None = None
+        self.conditions: dict[str, dict[str, Tensor]] = {}
+        """Tensors of conditions by their keys, on the host; the one that was used last comes last."""
+        self.contexts: dict[str, list[Context]] = {}
+        """For each of these, and each video, what the transformer's embedders make of it."""
+
+    def load(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
+        """Keep the conditions that the fields name, or load the weights for a run. Raises NotLoaded, Cancelled."""
+        if "key" in fields:
+            self.conditions[fields["key"]] = {name: tensor.clone() for name, tensor in tensors.items()}
+            for oldest in list(self.conditions)[:-KEPT]:
+                del self.conditions[oldest]
+                self.contexts.pop(oldest, None)
+            return
+        request = DenoiseRequest.from_json(fields["request"])
+        if any(key not in self.conditions for key in request.conditions):
+            raise NotLoaded("the conditions of the step are not there.")
+        for key in request.conditions:
+            self.conditions[key] = self.conditions.pop(key)
+        wanted = fields["identity"], fields["dtype"]
+        if self.loaded != wanted:
+            self.release()
+            self._open(fields)
+            self._load(self.checkpoint, watch)
+            self.loaded = wanted
+
+    @torch.inference_mode()
+    def run(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
+        """Predict this rank's rows of each branch that it has a share of, from the tensor "latents" into "rows"."""
+        request = DenoiseRequest.from_json(fields["request"])
+        layout = self._layout(request)
+        groups = {ranks: group_of(ranks) for ranks in layout.groups}
+        self._reserve(request, layout)
+        try:
+            times = [torch.tensor(times, device=self.device) for times in (request.timesteps, request.timesteps_r)]
+            modulations = self.transformer.modulation(times[0], times[1] if len(times[1]) else None)
+            own = layout.of(self.rank)
+            pace = _Pace(watch, len(own) * request.shape[0], self.world_size)
+            for branch in own:
+                split, key = layout.branches[branch], request.conditions[branch]
+                share = Share(split, split.ranks.index(self.rank), groups[split.ranks])
+                contexts, fixed = self._contexts_of(key), self.conditions[key].get("latents")
+                for video, latent in enumerate(tensors["latents"]):
+                    latent = torch.cat([self._moved(latent), *([] if fixed is None else [self._moved(fixed[video])])])
+                    rows = self.transformer.forward(
+                        latent, times[0][video : video + 1], contexts[video], modulations[video], share, pace.block_done
+                    )
+                    tensors["rows"][branch, video, share.tokens] = rows.to("cpu", torch.float32)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # what they hold is free for the next try
+            Device(self.device).empty_cache()
+            raise self._out_of_memory(self._needed(request), self._free()) from error
+
+    def fits(self, fields: Mapping, free: int) -> bool:
+        """Return whether a step fits. Conditions stay on the host."""
+        if "request" not in fields:
+            return True
+        self._open(fields)
+        return self._needed(DenoiseRequest.from_json(fields["request"])) <= free + self._held()
+
+    def release(self) -> None:
+        """Give the device memory back. Conditions stay on the host; weights have to be loaded again."""
+        self.transformer = self.loaded = None
+        self.contexts.clear()
+        Device(self.device).empty_cache()
+
+    def _open(self, fields: Mapping) -> None:
+        """Know the checkpoint and the dtype that the fields of a run name."""
+        if self.checkpoint is None or self.checkpoint.identity != fields["identity"]:
+            self.checkpoint = open_transformer(local_path(fields["checkpoint"]))
+        self.dtype = getattr(torch, fields["dtype"])
+
+    def _load(self, checkpoint: TransformerCheckpoint, watch: Watch) -> None:
+        """Bring the weights to the device; on the CPU, and in the file's dtype, they stay mapped from the files."""
+        model = _empty_model(checkpoint.architecture)
+        tensors = {}
+        try:
+            for name, tensor in mapped_tensors(checkpoint):
+                if watch.cancelled():  # and a sign of life
+                    raise Cancelled
+                tensors[name] = self._moved(tensor)
+        except torch.OutOfMemoryError as error:
+            held = sum(tensor.nbytes for tensor in tensors.values())
+            tensors.clear()
+            Device(self.device).empty_cache()
+            needed = checkpoint.parameters * self.dtype.itemsize + WORKSPACE
+            raise self._out_of_memory(needed, max(self._free(), held)) from error
+        model.load_state_dict(tensors, assign=True)
+        self.transformer = Transformer(model.eval().requires_grad_(False))
+
+    def _layout(self, request: DenoiseRequest) -> Layout:
+        sizes = self.checkpoint.architecture
+        return plan(self.world_size, len(request.conditions), request.tokens, sizes.heads, sizes.head_dim)
+
+    def _contexts_of(self, key: str) -> list[Context]:
+        if key not in self.contexts:
+            tensors = self.conditions[key]
+            videos = sum(name.startswith("text.") for name in tensors)
+            parts = ([self._moved(tensors[f"{part}.{i}"]) for part in PARTS] for i in range(videos))
+            self.contexts[key] = [self.transformer.encode(Condition(*of_video)) for of_video in parts]
+        return self.contexts[key]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+    def _held(self) -> int:
+        """Bytes of the weights on the device."""
+        return 0 if self.transformer is None else self.checkpoint.parameters * self.dtype.itemsize
+
+    def _free(self) -> int:
+        """Bytes that a step may use on this device, the weights that are there already included."""
+        return Device(self.device).free_bytes(self.world_size) + self._held()
+
+    def _needed(self, request: DenoiseRequest) -> int:
+        """Bytes that a step takes on the busiest rank, weights included."""
+        tokens = max(size for split in self._layout(request).branches for size in split.tokens)
+        sizes = self.checkpoint.architecture
+        mlp = min(tokens, MLP_TOKENS) * int((1 + sizes.mlp_ratio) * sizes.width)
+        numbers = self.checkpoint.parameters + ROW_TENSORS * tokens * sizes.width + mlp
+        return numbers * self.dtype.itemsize + WORKSPACE
+
+    def _reserve(self, request: DenoiseRequest, layout: Layout) -> None:
+        """Take what the step will need from the device, so that memory runs out here, on all ranks, or not at all."""
+        needed = self._needed(request)
+        if request.memory is not None and needed > request.memory:
+            raise self._out_of_memory(needed, request.memory, on_all_ranks=True)
+        lacking = False
+        try:
+            Device(self.device).reserve(needed)
+        except torch.OutOfMemoryError:
+            lacking = True
+        if agree(lacking):
+            raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
+
+    def _out_of_memory(self, needed: int, free: int, on_all_ranks: bool = False) -> OutOfMemory:
+        held = Device(self.device).held_by_others()
+        return OutOfMemory(needed, free, self.device, held, noun=NOUN, smallest_plan=True, on_all_ranks=on_all_ranks)
+
+
+class _Pace:
+    """Counts the blocks of this rank's forwards in a step, and ends them on all ranks at once after a cancel."""
+
+    def __init__(self, watch: Watch, forwards: int, world_size: int) -> None:
+        self.watch, self.forwards = watch, forwards
+        self.world_size = world_size
+        self.done = 0
+
+    def block_done(self, _: int, blocks: int) -> None:
+        self.done += 1
+        self.watch.progress(self.done, self.forwards * blocks)
+        every = max(1, blocks // CHECKS) if self.world_size > 1 else 1
+        if self.done % every == 0 and agree(self.watch.cancelled()):
+            raise Cancelled
+
+
+def _empty_model(architecture: Architecture) -> torch.nn.Module:
+    """diffusers' module, without memory for its weights."""
+    from diffusers import HunyuanVideo15Transformer3DModel  # takes seconds, which ranks that only decode do not need
+
+    with torch.device("meta"):
+        return HunyuanVideo15Transformer3DModel(**architecture.config)

@@ -1,0 +1,140 @@
+"""Checkpoints of the transformer: both layouts, tensor by tensor, and refusals in words."""
+
+import json
+import re
+
+import pytest
+import torch
+from diffusers import HunyuanVideo15Transformer3DModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distributed.denoise.layout import Architecture, source_of
+from distributed.denoise.weights import mapped_tensors, open_transformer
+from distributed.errors import CheckpointError
+from tests.unit.checkpoints import HOSTILE, assert_harmless, assert_same
+from tests.unit.denoise_models import make_model
+
+ORIGINAL = {"num_attention_heads": 1, "attention_head_dim": 128, "rope_axes_dim": (16, 56, 56), "use_meanflow": True}
+"""Sizes that the original layout can have: those of a head are fixed there."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model().save_pretrained(tmp_path / "transformer", max_shard_size="1MB")
+    return tmp_path
+
+
+def in_original_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put together what the original layout has in one tensor, written independently of how it is taken apart."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in weights.items():
+        key, third, swapped = source_of(name)
+        if swapped:
+            scale, shift = tensor.chunk(2)
+            tensor = torch.cat([shift, scale])
+        found.setdefault(key, {})[third or 0] = tensor
+    return {key: torch.cat([parts[i] for i in sorted(parts)]) for key, parts in found.items()}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_attention_heads": 2, "num_layers": 1, "use_meanflow": True}])
+def test_shapes_are_those_of_diffusers_module(sizes):
+    with torch.device("meta"):
+        model = HunyuanVideo15Transformer3DModel(**sizes)
+    heads, layers = sizes.get("num_attention_heads", 16), sizes.get("num_layers", 54)
+    architecture = Architecture(heads=heads, layers=layers, meanflow="use_meanflow" in sizes)
+    assert architecture.shapes() == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert architecture.config.items() <= dict(model.config).items()
+
+
+def test_a_folder_in_parts_gives_all_tensors(folder):
+    checkpoint = open_transformer(folder)
+    assert len(checkpoint.files) > 1 and checkpoint.layout == "diffusers"
+    assert_same(dict(mapped_tensors(checkpoint)), make_model().state_dict())
+    assert checkpoint.parameters == sum(tensor.numel() for tensor in make_model().state_dict().values())
+    assert open_transformer(folder / "transformer").identity == checkpoint.identity
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("norm", ["weight", "scale"])
+def test_a_file_of_the_original_layout_gives_all_tensors(tmp_path, prefix, norm):
+    weights = make_model(**ORIGINAL).state_dict()
+    original = in_original_layout(weights)
+    renamed = {prefix + re.sub(r"_norm\.weight$", f"_norm.{norm}", key): value for key, value in original.items()}
+    path = tmp_path / "model.safetensors"
+    save_file(renamed | ({"vae.conv.weight": torch.zeros(1)} if prefix else {}), path)
+    checkpoint = open_transformer(path)
+    assert checkpoint.layout == "core"
+    assert checkpoint.architecture.config.items() <= dict(make_model(**ORIGINAL).config).items()
+    assert_same(dict(mapped_tensors(checkpoint)), weights)
+
+
+def change_config(folder, **changes):
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "FluxTransformer2DModel"}, "holds a 'FluxTransformer2DModel'"),
+        ({"num_layers": 10**9}, "num_layers is '1000000000'"),
+        ({"num_layers": 1000}, "asks for 1000 and 2 layers"),
+        ({"num_layers": 4}, "lacks 'transformer_blocks.3"),
+        ({"num_layers": 2}, "has further tensors ('transformer_blocks.2"),
+        ({"patch_size": 2}, "patch_size is '2'; HunyuanVideo-1.5 has 1"),
+        ({"rope_axes_dim": [4, 6, 8]}, "three even numbers"),
+        ({"mlp_ratio": "4"}, "mlp_ratio is '4'"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio is 'nan'"),
+        ({"use_meanflow": 1}, "true or false"),
+        ({"text_embed_dim": 25}, "of shape (64, 24) where (64, 25) belongs"),
+        ({"num_attention_heads": True}, "num_attention_heads is 'True'"),
+        ({"qk_norm": HOSTILE}, "qk_norm is"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(folder, changes, words):
+    change_config(folder, **changes)
+    with pytest.raises(CheckpointError) as refusal:
+        open_transformer(folder)
+    assert words in str(refusal.value)
+    assert_harmless(refusal.value)
+
+
+def test_a_file_without_its_config_is_refused(folder):
+    (folder / "transformer" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json beside it"):
+        open_transformer(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop("double_blocks.1.txt_mlp.2.bias"), "lacks 'double_blocks.1.txt_mlp.2.bias'"),
+        (lambda w: w.pop("img_in.proj.weight"), "lacks 'img_in.proj.weight'"),
+        (lambda w: w.update({"single_blocks.0.linear1.weight": torch.zeros(1)}), "single-stream blocks"),
+        (lambda w: w.update({"guidance_in.in_layer.bias": torch.zeros(1)}), "further tensors ('guidance_in"),
+        (lambda w: w.update({"img_in.proj.bias": torch.zeros(128).to(torch.float8_e4m3fn)}), "as F8_E4M3"),
+        (lambda w: w.update({"img_in.proj.bias": torch.zeros(127)}), "of shape (127,) where (128,) belongs"),
+        (lambda w: w.update({"time_in.mlp.0.bias": torch.zeros(128)}), "holds the same tensor twice"),
+        (lambda w: w.clear(), "holds nothing, and is not"),
+        (lambda w: w.pop("cond_type_embedding.weight"), "is not HunyuanVideo-1.5's transformer"),
+    ],
+)
+def test_a_file_of_the_original_layout_that_is_not_whole_is_refused(tmp_path, change, words):
+    weights = in_original_layout(make_model(**ORIGINAL).state_dict())
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as refusal:
+        open_transformer(tmp_path / "model.safetensors")
+    assert words in str(refusal.value)
+    assert_harmless(refusal.value)
+
+
+def test_names_are_those_of_cores_model(tmp_path):
+    """Core's own module takes the keys, and gives them back."""
+    from tests.unit.core_transformer import core_shapes
+
+    with torch.device("meta"):
+        model = HunyuanVideo15Transformer3DModel(num_attention_heads=1, num_layers=1)
+    ours = {key: tuple(tensor.shape) for key, tensor in in_original_layout(model.state_dict()).items()}
+    assert ours == {re.sub(r"_norm\.scale$", "_norm.weight", key): shape for key, shape in core_shapes().items()}
