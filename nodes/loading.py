@@ -47,13 +47,13 @@ class LoadedPipeline:
     offload: "model" puts a part on the device while it works; "none" puts all parts there at once and leaves them;
     "group" does as "model", but streams the transformer through the device layer by layer (diffusers' group
     offloading). With any of them ComfyUI may take parts away when something else needs the room, and other models make
-    room for them. Without an accelerator nothing moves.
+    room for them. Without an accelerator nothing moves. `folder` is where ranks find the same weights.
     """
 
-    def __init__(self, pipeline: object, offload: str) -> None:
+    def __init__(self, pipeline: object, offload: str, folder: Path) -> None:
         if offload == "group" and importlib.util.find_spec("accelerate") is None:
             raise ValueError("Offload group needs the package accelerate: install it, or choose model.")
-        self.pipeline, self.offload = pipeline, offload
+        self.pipeline, self.offload, self.folder = pipeline, offload, folder
         self.device = comfy.model_management.get_torch_device()
         self.patchers = {
             name: WholePatcher(_Holder(part), self.device, comfy.model_management.unet_offload_device())
@@ -70,9 +70,13 @@ class LoadedPipeline:
         return type(self.pipeline).__name__ == PIPELINES[1]
 
     @contextmanager
-    def on_device(self, *names: str, working_memory: int = 0) -> Iterator[None]:
-        """Have the named parts on the device (with "none", all of them), and bytes for their work beside them."""
-        wanted = list(self.patchers) if self.offload == "none" else [name for name in names if name in self.patchers]
+    def on_device(self, *names: str, working_memory: int = 0, elsewhere: str | None = None) -> Iterator[None]:
+        """Have the named parts on the device (with "none", all of them), and bytes for their work beside them.
+
+        elsewhere: a part that works somewhere else and stays off the device.
+        """
+        chosen = self.patchers if self.offload == "none" else [name for name in names if name in self.patchers]
+        wanted = [name for name in chosen if name != elsewhere]
         patchers = [self.patchers[name] for name in wanted]
         if not patchers:  # the part streams itself; its work needs room all the same
             comfy.model_management.free_memory(
@@ -140,7 +144,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, offload: str) -> LoadedPipel
     if name == PIPELINES[1]:
         pipeline.vae.decoder = None  # an image is only encoded; videos are decoded by other nodes
     pipeline.set_progress_bar_config(disable=True)
-    return LoadedPipeline(pipeline, offload)
+    return LoadedPipeline(pipeline, offload, folder)
 
 
 def pipeline_dtype(choice: str) -> torch.dtype:

@@ -1,6 +1,8 @@
 """The one path on which any node of this pack decodes."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -63,8 +65,8 @@ def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tens
         group.start()
         end_neighbours(group)
         make_room(group)
-        try:
-            limit = memory_limit(group, job.memory)
+        limit = memory_limit(group, job.memory)
+        with as_interruption():
             outputs = group.run(
                 job if limit is None else job.limited(limit),
                 progress=progress.update,
@@ -72,13 +74,20 @@ def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tens
                 started=lambda outputs: progress.watch(outputs["frames"]),
                 notice=progress.tell,
             )
-        except Cancelled:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            raise comfy.model_management.InterruptProcessingException() from None
     frames = outputs["frames"]
     if not frames[:, :, ::CHECKED_ROWS].sum().isfinite():
         progress.tell(f"Some pixels are not numbers. {group.dtype} may be too narrow for this latent: try float32.")
     return frames
+
+
+@contextlib.contextmanager
+def as_interruption() -> Iterator[None]:
+    """Have a job that was cancelled end as ComfyUI's own interruptions do."""
+    try:
+        yield
+    except Cancelled:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise comfy.model_management.InterruptProcessingException() from None
 
 
 def preload(vae: object, description: GroupDescription | None) -> None:

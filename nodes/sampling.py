@@ -5,6 +5,7 @@ takes, and the latents stay the pipeline's. The pipeline that was loaded is shar
 shell of its own around the same parts, with its own scheduler and guider, and with the transformer's fast forward.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import comfy.latent_formats
@@ -19,7 +20,10 @@ from torch import Tensor
 from ..distributed.vae.job import TEMPORAL
 from ..distributed.vae.tiling import SPATIAL
 from . import sockets
+from .denoising import transformer_on_ranks
+from .groups import GroupDescription
 from .loading import LoadedPipeline
+from .progress import Progress
 from .sockets import CATEGORY, TextConditioning
 
 
@@ -57,15 +61,18 @@ def sample(
     shift: float,
     seed: int,
     start_image: Tensor | None = None,
+    rank_group: GroupDescription | None = None,
     on_step: Callable[[Tensor], None] = lambda expected: None,
     on_block: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] = lambda message: None,
 ) -> Tensor:
     """Latents [1, 32, t, height / 16, width / 16] in VAE space, float32 on the CPU.
 
     They are those of the diffusers pipeline with output_type "latent" up to rounding, divided by the scaling factor.
-    start_image is an IMAGE, of which the first picture counts. on_block is called between the transformer's blocks with
-    the number of blocks done and of all; what it raises ends the sampling. Raises ValueError for sizes and images that
-    the model cannot take.
+    start_image is an IMAGE, of which the first picture counts. With a rank_group the transformer runs on its ranks.
+    on_block is called between the transformer's blocks with the number of blocks done and of all, of a forward or, on
+    ranks, of a step; what it raises ends the sampling. notice gets sentences for the user. Raises ValueError for sizes
+    and images that the model cannot take.
     """
     from ..distributed.denoise.module import fast_module  # diffusers, which other nodes do without
     from .pipeline_parts import FixedSizeProcessor, ReportingScheduler
@@ -86,8 +93,6 @@ def sample(
             "guider": original.guider.new(guidance_scale=guidance),
         }
     )
-    if "transformer" in loaded.patchers:  # else its layers come to the device as diffusers' own forward calls them
-        pipeline.transformer = fast_module(original.transformer, on_block)
     pipeline.scheduler.on_step = on_step
     pipeline.set_progress_bar_config(disable=True)
     arguments: dict = {"width": width, "height": height}
@@ -97,8 +102,19 @@ def sample(
         pixels = (start_image[0, ..., :3].clamp(0, 1) * 255).round().to(torch.uint8)
         arguments = {"image": Image.fromarray(pixels.cpu().numpy())}
     texts = {k: t.to(loaded.device) for k, t in {**conditioning.positive, **conditioning.negative}.items()}
-    needed = ("transformer", "vae", "image_encoder") if loaded.takes_image else ("transformer",)
-    with loaded.on_device(*needed, working_memory=working_memory(original.transformer, width, height, frames)):
+    encoders = ("vae", "image_encoder") if loaded.takes_image else ()
+    with contextlib.ExitStack() as stack:
+        if rank_group is not None:
+            pipeline.transformer = stack.enter_context(
+                transformer_on_ranks(loaded, pipeline.guider, rank_group, on_block or (lambda *_: None), notice)
+            )
+            if encoders:
+                stack.enter_context(loaded.on_device(*encoders, elsewhere="transformer"))
+        else:
+            if "transformer" in loaded.patchers:  # else its layers come to the device as diffusers' forward calls them
+                pipeline.transformer = fast_module(original.transformer, on_block)
+            memory = working_memory(original.transformer, width, height, frames)
+            stack.enter_context(loaded.on_device("transformer", *encoders, working_memory=memory))
         latents = pipeline(
             **texts,
             **arguments,
@@ -135,24 +151,34 @@ class Sampler(io.ComfyNode):
                 io.Image.Input(
                     "start_image", optional=True, tooltip="The first frame, for image-to-video checkpoints."
                 ),
+                sockets.RankGroup.Input(
+                    "rank_group",
+                    optional=True,
+                    tooltip="From Rank Group. With it, denoising runs on its ranks; without it, in ComfyUI's process.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="For this pack's decode or ComfyUI's.")],
         )
 
     @classmethod
     def execute(cls, pipeline: LoadedPipeline, conditioning: TextConditioning, **options: object) -> io.NodeOutput:
+        on_ranks, taken = options.get("rank_group") is not None, 0
         bar = comfy.utils.ProgressBar(options["steps"])
         previewer = latent_preview.get_previewer(pipeline.device, comfy.latent_formats.HunyuanVideo15())
         scale = pipeline.pipeline.vae.config.scaling_factor
 
         def on_step(expected: Tensor) -> None:
+            nonlocal taken
             comfy.model_management.throw_exception_if_processing_interrupted()
             picture = previewer and previewer.decode_latent_to_preview_image("JPEG", expected.float() / scale)
-            bar.update_absolute(bar.current + 1, preview=picture or None)
+            taken += 1
+            bar.update_absolute(taken, preview=picture or None)
 
         def on_block(done: int, blocks: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
+            if on_ranks and 0 < done < blocks:
+                bar.update_absolute(taken + done / blocks)
 
         comfy.model_management.throw_exception_if_processing_interrupted()
-        latents = sample(pipeline, conditioning, **options, on_step=on_step, on_block=on_block)
-        return io.NodeOutput({"samples": latents})
+        watching = {"on_step": on_step, "on_block": on_block, "notice": Progress().tell}
+        return io.NodeOutput({"samples": sample(pipeline, conditioning, **options, **watching)})

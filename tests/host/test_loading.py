@@ -281,4 +281,4 @@ def test_a_transformer_that_streams_its_layers_gives_the_same_latents(pack, tiny
 def test_group_offload_without_accelerate_is_refused_by_name(pack, tiny_folders, monkeypatch):
     monkeypatch.setattr(pack.loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package accelerate"):
-        pack.loading.LoadedPipeline(object(), "group")
+        pack.loading.LoadedPipeline(object(), "group", Path())

@@ -1,0 +1,64 @@
+"""The transformer of a pipeline on a rank group, for the length of one sampling."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..distributed.denoise.denoiser import Denoiser
+from ..distributed.denoise.weights import open_transformer
+from .groups import GroupDescription, end_neighbours, group_in_use
+from .loading import LoadedPipeline
+from .memory import make_room, memory_limit
+from .on_ranks import as_interruption
+
+
+@contextlib.contextmanager
+def transformer_on_ranks(
+    loaded: LoadedPipeline,
+    guider: object,
+    description: GroupDescription,
+    on_block: Callable[[int, int], None],
+    notice: Callable[[str], None],
+) -> Iterator[torch.nn.Module]:
+    """A stand-in for the pipeline's transformer, whose forward runs on the ranks.
+
+    guider: this run's own. on_block is called several times a second with the part of a step that is done, notice with
+    sentences for the user. ComfyUI's models leave the ranks' devices when the first step begins: until then the
+    pipeline encodes its image. Raises ValueError for weights that are no HunyuanVideo-1.5 transformer's, before
+    anything is started.
+    """
+    from .pipeline_parts import module_on_ranks  # diffusers, which other nodes do without
+
+    checkpoint = open_transformer(loaded.folder)
+    with group_in_use(description) as group:
+        group.start()
+        denoiser = Denoiser(checkpoint, group.run)
+        has_room = False
+
+        def progress(done: int, total: int) -> None:
+            if total:
+                on_block(done, total)
+
+        def predict(*step: object, **options: object) -> Tensor:
+            nonlocal has_room
+            if not has_room:
+                end_neighbours(group)
+                make_room(group)
+                has_room = True
+            return denoiser(
+                *step,
+                **options,
+                memory=memory_limit(group, None),
+                progress=progress,
+                cancelled=comfy.model_management.processing_interrupted,
+                notice=notice,
+            )
+
+        try:
+            with as_interruption():
+                yield module_on_ranks(loaded.pipeline.transformer, guider, predict, denoiser)
+        finally:
+            group.finish()
