@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ class TransformerCheckpoint:
     identity: str
     """Changes when the files do."""
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """How many numbers its weights are."""
         return sum(map(math.prod, self.architecture.shapes().values()))
