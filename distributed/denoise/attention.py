@@ -1,4 +1,4 @@
-"""The transformer's attention: no mask, and the fastest exact kernel that a device has."""
+"""The transformer's attention: without a mask, and with the fastest exact kernel of each device."""
 
 import contextlib
 from functools import cache
@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of every token to all tokens, head by head: [S, heads, dim] each. Returns [S, heads, dim]."""
+    """Return the attention of every token to all tokens. All tensors are [S, heads, dim]."""
     if not query.numel():
         return torch.empty_like(query)  # a rank without heads
     if getattr(query, "is_npu", False):
@@ -26,13 +26,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _kernels(device: torch.device) -> contextlib.AbstractContextManager:
-    """Has PyTorch take the first of the device's kernels that fits, for one call and not for the process."""
+    """Return a context in which PyTorch uses the first supported kernel of `_order`."""
     return sdpa_kernel(_order(torch.cuda.get_device_capability(device)), set_priority=True)
 
 
 @cache
 def _order(capability: tuple[int, int]) -> list[SDPBackend]:
-    """Kernels of a GPU of this compute capability, the fastest first.
+    """Return the kernels for a GPU of this compute capability, fastest first.
 
     On an H100 cuDNN reaches 600 to 630 TFLOP/s with this model's sizes, and PyTorch's flash attention 320 to 380.
     """

@@ -1,7 +1,7 @@
 """One dual-stream block: joint attention of video and text, then an MLP for each.
 
-Every half of a block ends with a gated addition and the next half begins with a modulated norm, so both are one pass
-(`fused.add_norm`), and a stream is carried from half to half as what it is and what it is normed to.
+Each half of a block ends with a gated addition, and the next half begins with a modulated norm. `fused.add_norm` is one
+pass for both, so a stream stores its tokens together with their norm.
 """
 
 import torch
@@ -12,20 +12,20 @@ from .fused import Rotation, add_norm, linear_gelu, modulated_norm, place_heads
 from .share import Share, Wait
 
 MLP_TOKENS = 16_384
-"""Tokens that go through an MLP at a time: its inner tensor stays at 256 MiB in 16 bits, and products are no slower."""
+"""Tokens that an MLP processes at a time. Its inner tensor is at most 256 MiB in 16 bits; products are not slower."""
 
 
 Norm = tuple[Tensor, Tensor]
-"""Shift and scale of a modulated norm, [D] each; the scale has its one added."""
+"""Shift and scale of a modulated norm, [D] each. The scale includes the added 1."""
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Modulation of a stream in a block: shift, scale and gate of attention, then of the MLP, [D] each."""
 
 
 class Stream:
-    """The tokens of video or text: x [tokens, D], and normed: x normed and modulated for what comes next.
+    """The tokens of video or text: x, [tokens, D], and normed, the modulated norm of x for the next layer.
 
-    norm: what it is normed to.
+    norm: shift and scale of the first norm.
     """
 
     def __init__(self, x: Tensor, norm: Norm, eps: float) -> None:
@@ -33,11 +33,11 @@ class Stream:
         self.normed = modulated_norm(x, *norm, eps)
 
     def add(self, gate: Tensor, update: Tensor, following: Norm) -> None:
-        """Add gate * update and norm for what follows. gate: [D], update: [tokens, D]."""
+        """Add gate * update to x, then compute the norm `following`. gate: [D], update: [tokens, D]."""
         add_norm(self.x, gate, update, *following, self.eps, self.normed)
 
     def mlp(self, ff: nn.Module, gate: Tensor, following: Norm) -> None:
-        """Add the gated MLP of what is normed, and norm for what follows."""
+        """Add the gated MLP of the normed tokens to x, then compute the norm `following`."""
         up, down = ff.net[0].proj, ff.net[2]
         strips = -(-len(self.x) // MLP_TOKENS) or 1
         for x, normed in zip(self.x.tensor_split(strips), self.normed.tensor_split(strips), strict=True):
@@ -53,10 +53,10 @@ def run_block(
     rotation: Rotation,
     share: Share,
 ) -> None:
-    """Take both streams through a HunyuanVideo15TransformerBlock; they were normed for it and are for what follows.
+    """Run a HunyuanVideo15TransformerBlock on both streams, in place. They must be normed for this block.
 
-    modulation: of video and text. following: the norms that come next. In the last block there is none for the text,
-    which nothing reads any more: it is left as it is.
+    modulation: of video and text. following: the norms of the next block for video and text. After the last block the
+    text is not used, so its norm is None and the text is not updated.
     """
     attn, (video_norm, text_norm) = block.attn, following
     layers = (
@@ -87,9 +87,9 @@ def run_block(
 def _project_video(
     x: Tensor, layer: nn.Linear, norm: nn.Module | None, heads: int, text: int, rotation: Rotation, share: Share
 ) -> tuple[Tensor, Wait]:
-    """Queries, keys or values of this rank's heads, [all tokens + text, own heads, dim], and what waits for them.
+    """Return queries, keys or values of this rank's heads, [all tokens + text, own heads, dim], and a `Wait` for them.
 
-    x: [own tokens, D]. The rows of the text are left to be written.
+    x: [own tokens, D]. The rows of the text are not written.
     """
     own, dim = share.heads.stop - share.heads.start, layer.out_features // heads
     out = x.new_empty(share.total_tokens + text, own, dim)
@@ -106,7 +106,7 @@ def _project_video(
 
 
 def _project_text(x: Tensor, layer: nn.Linear, norm: nn.Module | None, out: Tensor, share: Share) -> None:
-    """Queries, keys or values of this rank's heads, written to `out`, [text tokens, own heads, dim]."""
+    """Write the text's queries, keys or values of this rank's heads to `out`, [text tokens, own heads, dim]."""
     dim = out.shape[2]
     rows = slice(share.heads.start * dim, share.heads.stop * dim)
     torch.addmm(layer.bias[rows], x, layer.weight[rows].t(), out=out.view(len(x), -1))
@@ -120,4 +120,4 @@ def _place(x: Tensor, out: Tensor, norm: nn.Module | None, rotation: Rotation | 
 
 
 def _nothing() -> None:
-    """Nothing to wait for."""
+    """A `Wait` that returns at once."""

@@ -1,8 +1,8 @@
-"""What the transformer is conditioned on, cut to its valid tokens.
+"""The transformer's conditions, trimmed to their valid tokens.
 
-diffusers pads text to a fixed length and masks the padding in every attention. Valid tokens never read padded ones, so
-without padding the function is the same, and needs no mask. How many tokens are valid is found out here, once per
-prompt: later steps know it from shapes.
+diffusers pads text to a fixed length and masks the padding in every attention. Valid tokens never attend to padding, so
+the result without padding is the same and needs no mask. The number of valid tokens is read once per prompt, in `trim`;
+later steps use the shapes.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """One video's conditions: text [n, C], glyphs [m, C'] (ByT5's text in quotes) and image [k, C''].
+    """One video's conditions: text [n, C], glyphs [m, C'] (the quoted text, encoded by ByT5) and image [k, C''].
 
-    glyphs and image have no tokens where there are none; each has its encoder's channels all the same.
+    m and k may be 0. The number of channels is always that of the encoder.
     """
 
     text: Tensor
@@ -24,10 +24,10 @@ class Condition:
 
 
 def trim(text: Tensor, text_mask: Tensor, glyphs: Tensor, glyphs_mask: Tensor, image: Tensor) -> tuple[Condition, ...]:
-    """The conditions of each video of a batch, from the arguments of diffusers' forward. Waits for the device.
+    """Return the conditions of each video of a batch, from the arguments of diffusers' forward. It synchronises.
 
-    text: [B, N, C] and glyphs: [B, M, C'], with masks of 0 and 1, [B, N] and [B, M]. image: [B, K, C'']; where it is
-    zero for the whole batch there is none. Raises ValueError for a text without a valid token.
+    text: [B, N, C] and glyphs: [B, M, C'], with masks of 0 and 1, [B, N] and [B, M]. image: [B, K, C'']; if it is zero
+    for the whole batch, there is no image. Raises ValueError for a text without valid tokens.
     """
     if not image.any():
         image = image[:, :0]
@@ -45,10 +45,10 @@ def trim(text: Tensor, text_mask: Tensor, glyphs: Tensor, glyphs_mask: Tensor, i
 
 @dataclass(frozen=True)
 class Context:
-    """What of the conditions does not change from step to step.
+    """The encoded conditions, which are the same in all steps.
 
-    text: [n, D] that goes into the token refiner. pooled: [1, D], the whole text in one vector.
-    others: [k + m, D], image and glyph tokens, ready for the blocks.
+    text: [n, D], the input of the token refiner. pooled: [1, D], the embedding of the mean text token.
+    others: [k + m, D], image and glyph tokens, the input of the blocks.
     """
 
     text: Tensor
@@ -57,12 +57,12 @@ class Context:
 
     @property
     def tokens(self) -> int:
-        """Text tokens in each block's attention."""
+        """Number of text, image and glyph tokens in each block."""
         return len(self.text) + len(self.others)
 
 
 def encode(model: torch.nn.Module, condition: Condition) -> Context:
-    """Run the embedders of a HunyuanVideo15Transformer3DModel that depend on nothing but the conditions."""
+    """Run the embedders of a HunyuanVideo15Transformer3DModel that depend only on the conditions."""
     dtype = model.x_embedder.proj.weight.dtype
     text, glyphs, image = (part.to(dtype) for part in (condition.text, condition.glyphs, condition.image))
     kinds = model.cond_type_embed.weight
@@ -73,7 +73,7 @@ def encode(model: torch.nn.Module, condition: Condition) -> Context:
 
 
 def refine(model: torch.nn.Module, context: Context, timestep: Tensor) -> Tensor:
-    """The text tokens of one step, [tokens, D], in diffusers' order: image, glyphs, text. timestep: [1]."""
+    """Return the text tokens of one step, [tokens, D], in diffusers' order: image, glyphs, text. timestep: [1]."""
     refiner, dtype = model.context_embedder, context.text.dtype
     embed = refiner.time_text_embed
     temb = embed.timestep_embedder(embed.time_proj(timestep).to(dtype)) + context.pooled

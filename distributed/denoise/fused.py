@@ -1,10 +1,10 @@
-"""The element-wise work of a block, each piece one pass over memory where the device allows it.
+"""The element-wise operations of a block, fused into single passes over memory on devices that support it.
 
-Two Triton kernels do what PyTorch needs several passes for: `add_norm` closes one half of a block and opens the next,
-and `place_heads` norms queries and keys, rotates them and puts them where they are sent from or attended to. The plain
-forms here are their definitions. On an H100 these and GELU within the matrix product are as fast as the whole block
-compiled by `torch.compile`, which takes 29 s before the first step (0.32 and 0.33 s a forward at 480x848x33,
-2026-11-25).
+Two Triton kernels replace several PyTorch passes each: `add_norm` computes the gated addition at the end of one half of
+a block and the norm at the start of the next, and `place_heads` norms and rotates queries and keys and writes them to
+the buffer that is sent or attended to. The plain forms here are their references. On an H100 these kernels, and GELU
+fused into the matrix product, are as fast as `torch.compile` of the whole block, which takes 29 s before the first step
+(0.32 and 0.33 s per forward at 480x848x33, 2026-11-25).
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ Rotation = tuple[Tensor, Tensor]
 
 @cache
 def _triton():
-    """The Triton kernels, or None where there is no Triton."""
+    """Return the Triton kernels, or None if Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     from . import triton_kernels
@@ -33,12 +33,15 @@ def _kernels(x: Tensor):
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """layer_norm(x) * scale + shift: [tokens, D], with scale and shift [D]."""
+    """Return layer_norm(x) * scale + shift. x: [tokens, D]; scale, shift: [D]."""
     return F.layer_norm(x, scale.shape, scale, shift, eps)
 
 
 def add_norm(x: Tensor, gate: Tensor, update: Tensor, shift: Tensor, scale: Tensor, eps: float, out: Tensor) -> None:
-    """Add gate * update to x, in place, and write its `modulated_norm` to out: [rows, D], the others [D]."""
+    """Add gate * update to x, in place, and write its `modulated_norm` to out.
+
+    x, update, out: [rows, D]; gate, shift, scale: [D].
+    """
     if kernels := _kernels(x):
         return kernels.add_norm(x, gate, update, shift, scale, eps, out)
     x.addcmul_(gate, update)
@@ -46,7 +49,7 @@ def add_norm(x: Tensor, gate: Tensor, update: Tensor, shift: Tensor, scale: Tens
 
 
 def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    """GELU (its tanh form) of a linear layer. On CUDA it is computed before the product is rounded and stored."""
+    """Return GELU (tanh form) of a linear layer. On CUDA it is fused into the matrix product."""
     if x.is_cuda:
         return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)
     return F.gelu(layer(x), approximate="tanh")
@@ -55,11 +58,11 @@ def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
 def place_heads(
     x: Tensor, out: Tensor, *, weight: Tensor | None, eps: float, rotation: Rotation | None, ranks: int
 ) -> None:
-    """Norm each head of x, rotate it, and write it to `out`, ordered by the rank that the head goes to.
+    """Norm each head of x, rotate it, and write it to `out`, ordered by the rank that receives the head.
 
-    x: [tokens, heads, dim], rows apart from each other as they may be. weight: [dim] of the RMS norm; without one, x is
-    not normed. out: as many numbers in one piece: for each rank its part of the heads (as `parallel.parts` divides
-    them), [tokens, its heads, dim]. With one rank out may be x itself.
+    x: [tokens, heads, dim], with any stride between tokens. weight: [dim] of the RMS norm; None: no norm. rotation:
+    None: no rotation. out: contiguous, with the size of x; for each rank [tokens, its heads, dim], where
+    `parallel.parts` divides the heads. With one rank out may be x itself.
     """
     if not x.numel():
         return
@@ -76,7 +79,7 @@ def place_heads(
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate pairs of neighbouring channels: [tokens, heads, dim]."""
+    """Rotate pairs of adjacent channels of x, [tokens, heads, dim]."""
     cos, sin = (part[:, None] for part in rotation)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

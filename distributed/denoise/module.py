@@ -1,4 +1,4 @@
-"""The fast transformer in the shape that diffusers' pipelines expect of theirs."""
+"""The fast transformer with the interface of the transformer in diffusers' pipelines."""
 
 import copy
 
@@ -11,10 +11,10 @@ from .transformer import Modulation, OnBlock, Transformer
 
 
 def fast_module(model: nn.Module, on_block: OnBlock | None = None) -> nn.Module:
-    """A shell around a HunyuanVideo15Transformer3DModel: the same weights and hooks, with a forward of its own.
+    """Return a shallow copy of a HunyuanVideo15Transformer3DModel with the same weights and hooks but the fast forward.
 
-    The model itself stays as it is. The shell keeps what it has computed from conditions and timesteps for as long as
-    it lives, so each sampling takes one of its own. on_block: see `transformer.OnBlock`.
+    The model itself is not changed. The copy caches results for conditions and timesteps for its lifetime, so each
+    sampling run needs its own. on_block: see `transformer.OnBlock`.
     """
     shell = copy.copy(model)
     shell.forward = _Forward(Transformer(model), on_block)
@@ -22,7 +22,7 @@ def fast_module(model: nn.Module, on_block: OnBlock | None = None) -> nn.Module:
 
 
 class _Forward:
-    """diffusers' forward. Inputs are told apart by identity: a pipeline passes the same tensors in every step."""
+    """diffusers' forward. It caches by the identity of inputs: a pipeline passes the same tensors in every step."""
 
     def __init__(self, transformer: Transformer, on_block: OnBlock | None) -> None:
         self.transformer, self.on_block = transformer, on_block
@@ -42,7 +42,7 @@ class _Forward:
         attention_kwargs: dict | None = None,
         return_dict: bool = True,
     ) -> tuple[Tensor] | Transformer2DModelOutput:
-        """See HunyuanVideo15Transformer3DModel.forward. attention_kwargs concern adapters, which there are none of."""
+        """See HunyuanVideo15Transformer3DModel.forward. attention_kwargs is ignored: it concerns adapters only."""
         contexts = self._contexts_of(
             encoder_hidden_states,
             encoder_attention_mask,

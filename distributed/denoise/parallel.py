@@ -1,62 +1,62 @@
-"""How ranks share a denoising step: guidance first, then the sequence. Pure functions of sizes.
+"""The division of a denoising step between ranks: first by guidance branch, then by sequence. Pure functions of sizes.
 
-A step has one branch without guidance and two with it: the transformer's forward with the prompt and with the
-negative prompt. The ranks of a branch divide its video tokens, and for attention its heads (Ulysses); each holds all
-of the text. Parts are uneven where sizes do not divide, as in `torch.tensor_split`: nothing is padded, and every rank
-knows all sizes without asking.
+A step has one branch without guidance and two with guidance: the transformer's forward with the prompt and with the
+negative prompt. The ranks of a branch divide its video tokens and, for attention, its heads (Ulysses). Each rank holds
+all text tokens. If a size is not divisible, parts are uneven, as in `torch.tensor_split`. Nothing is padded, and every
+rank can compute all sizes.
 
-With two branches there are two ways to use the ranks, and `plan` takes the cheaper by the counted cost below:
+With two branches there are two layouts, and `plan` chooses the one with the lower `cost`:
 
-- *halves*: each branch has its own ranks. Little is exchanged, and with one rank per branch nothing at all. With an odd
-  number of ranks the smaller half bounds the step.
-- *in turn*: all ranks compute one branch after the other. No rank idles, but parts get smaller and more is exchanged.
+- *halves*: each branch has its own ranks. Little is exchanged, and with one rank per branch nothing. With an odd number
+  of ranks the smaller half determines the time.
+- *in turn*: all ranks compute one branch after the other. No rank idles, but parts are smaller and more is exchanged.
 
-Even numbers of ranks take halves. With 3 and 5 ranks halves of 1 + 2 and 2 + 3 would be as slow as 2 and 4 ranks, and
-computing in turn wins (3 ranks: 0.71 to 0.74 of one forward's time instead of 1). With 7 ranks attention is bounded by
-3 of 16 heads twice in turn or by 6 once in halves of 3 + 4, which is the same, and the linear layers decide: 2/7 of the
-tokens in turn are less than 1/3.
+Even numbers of ranks use halves. With 3 and 5 ranks, halves of 1 + 2 and 2 + 3 would be as slow as 2 and 4 ranks, so
+the branches are computed in turn (3 ranks: 0.71 to 0.74 of one forward's time instead of 1). With 7 ranks the attention
+costs the same, 3 of 16 heads twice in turn or 6 heads once in halves of 3 + 4, so the linear layers decide: in turn a
+rank computes 2/7 of the tokens, which is less than 1/3.
 
-More ranks than heads: the ranks beyond the last head have no part in attention, but keep their share of everything
-else. More ranks than tokens: the last ranks have no tokens.
+If there are more ranks than heads, the surplus ranks compute no attention, but their share of everything else. If there
+are more ranks than tokens, the last ranks have no tokens.
 """
 
 from dataclasses import dataclass
 
 FLOPS_PER_BYTE = 4000
-"""Cost of sending a byte, in FLOPs: an H100's 600 TFLOP/s over the 147 GB/s that an all-to-all moves by NVLink."""
+"""Cost of sending a byte, in FLOPs: 600 TFLOP/s over 147 GB/s, the rates of an H100 and of an all-to-all on NVLink."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Split sizes of one `all_to_all_single`, in numbers: what goes to each rank, and what comes from each."""
+    """Split sizes of one `all_to_all_single`: numbers of elements sent to and received from each rank."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
 
     @property
     def reverse(self) -> "Exchange":
-        """The exchange that brings everything back."""
+        """The exchange in the opposite direction."""
         return Exchange(self.receive, self.send)
 
 
 @dataclass(frozen=True)
 class Split:
-    """How ranks share the forward of one branch. tokens, heads: how many each of `ranks` has, in order."""
+    """The division of one branch's forward. tokens, heads: the number of each that each of `ranks` has, in order."""
 
     ranks: tuple[int, ...]
     tokens: tuple[int, ...]
     heads: tuple[int, ...]
 
     def token_range(self, index: int) -> range:
-        """Video tokens of the rank at this place in `ranks`."""
+        """Return the video tokens of the rank at this index of `ranks`."""
         return _range(self.tokens, index)
 
     def head_range(self, index: int) -> range:
-        """Attention heads of the rank at this place in `ranks`."""
+        """Return the attention heads of the rank at this index of `ranks`."""
         return _range(self.heads, index)
 
     def exchange(self, index: int, head_dim: int) -> Exchange:
-        """From this rank's tokens with all heads, ordered by the rank that they go to, to all tokens with its heads."""
+        """Return the exchange that sends this rank's tokens of all heads, by rank, and receives all tokens of its heads."""
         own_tokens, own_heads = self.tokens[index], self.heads[index]
         return Exchange(
             tuple(own_tokens * heads * head_dim for heads in self.heads),
@@ -66,28 +66,28 @@ class Split:
 
 @dataclass(frozen=True)
 class Layout:
-    """The branches of a step, the prompt's first. Two branches with the same ranks are computed in turn."""
+    """The branches of a step, first the prompt's. Branches with the same ranks are computed in turn."""
 
     branches: tuple[Split, ...]
 
     def of(self, rank: int) -> tuple[int, ...]:
-        """Branches that this rank computes, in order."""
+        """Return the branches that this rank computes, in order."""
         return tuple(i for i, split in enumerate(self.branches) if rank in split.ranks)
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Sets of ranks that exchange with each other, each once."""
+        """The distinct sets of ranks that communicate with each other."""
         return tuple(dict.fromkeys(split.ranks for split in self.branches))
 
 
 def parts(total: int, count: int) -> tuple[int, ...]:
-    """Sizes of `count` parts of `total`, as `torch.tensor_split` makes them: the first ones are longer by one."""
+    """Return the sizes of `count` parts of `total`, as in `torch.tensor_split`: the first ones may be larger by one."""
     size, longer = divmod(total, count)
     return tuple(size + (i < longer) for i in range(count))
 
 
 def plan(ranks: int, branches: int, tokens: int, heads: int, head_dim: int = 128) -> Layout:
-    """The cheapest layout of a step on ranks 0 to `ranks` - 1. Raises ValueError for sizes that cannot be.
+    """Return the cheapest layout of a step on ranks 0 to `ranks` - 1. Raises ValueError for invalid sizes.
 
     branches: 1, or 2 with guidance. tokens: video tokens of one forward.
     """
@@ -109,10 +109,10 @@ def plan(ranks: int, branches: int, tokens: int, heads: int, head_dim: int = 128
 
 
 def cost(layout: Layout, head_dim: int) -> int:
-    """FLOPs of one block on the busiest rank, what it sends counted as FLOPs too; the text is left out.
+    """Return the cost of one block on the busiest rank in FLOPs, including its communication but not the text.
 
-    Per token, a block's linear layers take 24 width^2 (4 in attention, 8 in the MLP, each multiply and add), and
-    attention 4 x tokens x head_dim per head. Query, key, value and result travel in two bytes per number.
+    Per token, a block's linear layers need 24 width^2 FLOPs (4 width^2 multiply-adds in attention, 8 in the MLP), and
+    attention 4 x tokens x head_dim per head. Query, key, value and result are sent with two bytes per element.
     """
 
     def of_rank(split: Split, index: int) -> int:

@@ -1,8 +1,8 @@
-"""One rank's share of a branch: which tokens and heads are its own, and how it exchanges them with the others.
+"""One rank's share of a branch: its tokens and heads, and their exchange with the other ranks.
 
-Attention needs all tokens of a head. Before it, each rank sends the queries, keys and values of its tokens to the ranks
-that have their heads, and afterwards the results come back (Ulysses). Values leave first and travel while keys and
-queries are computed. What arrives lies in the order of tokens, so it is received where attention reads it.
+Attention needs all tokens of a head. Before attention each rank sends the queries, keys and values of its tokens to the
+ranks that compute their heads, and afterwards it receives the results (Ulysses). Values are sent first, while keys and
+queries are computed. The received data is in token order, so it is received directly into the input of attention.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,17 @@ from torch import Tensor
 from .parallel import Split
 
 Wait = Callable[[], object]
-"""Returns when a transfer's result may be used by what is computed next."""
+"""Waits for a transfer: work launched after the call may use its result."""
 
 
 class Share:
-    """The share of the rank at `index` in a split. group: the split's ranks; None where there is but one."""
+    """The share of the rank at `index` of a split. group: the process group of its ranks; None for a single rank."""
 
     def __init__(self, split: Split, index: int = 0, group: dist.ProcessGroup | None = None) -> None:
         if (group is None) != (len(split.ranks) == 1):
-            raise ValueError(f"A split of {len(split.ranks)} ranks and group {group} do not fit.")
+            raise ValueError(
+                f"A split of {len(split.ranks)} ranks needs {'no group' if group else 'a group'}; group is {group}."
+            )
         self.split, self.group = split, group
         self.ranks = len(split.ranks)
         tokens, heads = split.token_range(index), split.head_range(index)
@@ -31,11 +33,11 @@ class Share:
 
     @property
     def total_tokens(self) -> int:
-        """Video tokens of all ranks."""
+        """Number of video tokens of all ranks."""
         return sum(self.split.tokens)
 
     def scatter_heads(self, x: Tensor, out: Tensor) -> Wait:
-        """Send this rank's tokens, ordered as `fused.place_heads` does, and receive all tokens of its heads.
+        """Send this rank's tokens, in the order of `fused.place_heads`, and receive all tokens of its heads in `out`.
 
         out: [all tokens, own heads, dim].
         """
@@ -45,7 +47,7 @@ class Share:
     def gather_heads(self, x: Tensor) -> Callable[[], Tensor]:
         """Send the results of own heads, [all tokens, own heads, dim], and receive all heads of this rank's tokens.
 
-        What is returned waits for them and returns them, [own tokens, heads * dim].
+        Returns a function that waits for them and returns them, [own tokens, heads * dim].
         """
         if self.group is None:
             return lambda: x.flatten(1)
@@ -62,7 +64,7 @@ class Share:
         return result
 
     def gather_text(self, x: Tensor) -> Callable[[], Tensor]:
-        """The same for text, of which each rank has all tokens: [tokens, own heads, dim] -> [tokens, heads * dim]."""
+        """Gather all heads of the text, x [tokens, own heads, dim], as `gather_heads` does: [tokens, heads * dim]."""
         if self.group is None:
             return lambda: x.flatten(1)
         tokens, _, dim = x.shape

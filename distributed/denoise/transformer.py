@@ -1,15 +1,15 @@
-"""HunyuanVideo-1.5's transformer without what costs: no padding, no mask, no waiting for the device within a forward.
+"""HunyuanVideo-1.5's transformer without padding, masks, or synchronisation with the device within a forward.
 
-The weights are those of diffusers' `HunyuanVideo15Transformer3DModel`, and so is the function. The order of events:
+It uses the weights of diffusers' `HunyuanVideo15Transformer3DModel` and computes the same function. Order of calls:
 
-1. `encode`, once per prompt: the conditions, cut to their valid tokens (`conditions.trim`), through their embedders.
-2. `modulation`, once per step or for all steps at once: what the blocks' norms are modulated with. It depends on the
-   timestep alone; a third of the weights serve nothing else.
-3. `forward`, per step and condition: the latent's patches become tokens, of which a rank takes its share. Each block
-   attends jointly to video and text, then transforms both by an MLP. Rows of the prediction come out.
+1. `encode`, once per prompt: embeds the conditions, trimmed to their valid tokens (`conditions.trim`).
+2. `modulation`, once per step or for all steps at once: computes shifts, scales and gates of the blocks. They depend
+   only on the timestep, and use a third of the weights.
+3. `forward`, per step and condition: converts the latent's patches to tokens, of which each rank computes its share.
+   Each block attends jointly to video and text, then applies an MLP to each. Returns rows of the prediction.
 
-One rank runs what several run, with the communication skipped. Videos of a batch, and the two branches of guidance, go
-one after the other, each with its own number of text tokens.
+A single rank runs the same code without communication. Videos of a batch, and the two branches of guidance, are
+computed one after the other, each with its own number of text tokens.
 """
 
 import collections
@@ -27,17 +27,18 @@ from .parallel import plan
 from .share import Share
 
 AHEAD = 2
-"""Blocks that the host may be ahead of the device when somebody watches, so that a cancel is heard soon."""
+"""Blocks that the host may be ahead of the device if a forward has `on_block`, so that a cancel takes effect soon."""
 
 OnBlock = Callable[[int, int], None]
-"""Called between blocks with the number of blocks done and of all. What it raises ends the forward."""
+"""Called between blocks with the number of finished blocks and of all blocks. An exception from it ends the forward."""
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Of one step: blocks [layers, 2, 6, D], for video and text; final [2, D]: shift and scale of the output norm.
+    """The modulation of one step.
 
-    The six: shift, scale and gate of attention, then of the MLP. Scales have their one added.
+    blocks: [layers, 2, 6, D]: for video and text, shift, scale and gate of attention, then of the MLP. final: [2, D]:
+    shift and scale of the output norm. Scales include the added 1.
     """
 
     blocks: Tensor
@@ -45,9 +46,9 @@ class Modulation:
 
 
 class Transformer:
-    """Runs a HunyuanVideo15Transformer3DModel. Raises ValueError where a layer is not a plain linear one.
+    """Runs a HunyuanVideo15Transformer3DModel. Raises ValueError if a layer has an adapter.
 
-    The model's weights may move between devices from call to call; nothing is kept of them.
+    The model's weights may move between devices between calls; no reference to them is kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,23 +66,23 @@ class Transformer:
         return self.model.x_embedder.proj.weight.dtype
 
     def grid(self, latent: Tensor) -> tuple[int, int, int]:
-        """Tokens of a latent [C, t, h, w] along each axis."""
+        """Return the number of tokens of a latent [C, t, h, w] along t, h and w."""
         t, h, w = (size // patch for size, patch in zip(latent.shape[1:], self.patch, strict=True))
         return t, h, w
 
     def whole(self, latent: Tensor) -> Share:
-        """The share of a process that computes alone."""
+        """Return the share of a single rank: all tokens and heads."""
         t, h, w = self.grid(latent)
         return Share(plan(1, 1, t * h * w, self.heads, self.head_dim).branches[0])
 
     @torch.no_grad()
     def encode(self, condition: Condition) -> Context:
-        """What a prompt gives to all steps."""
+        """Embed a video's conditions, once for all steps."""
         return encode(self.model, condition)
 
     @torch.no_grad()
     def modulation(self, timesteps: Tensor, timesteps_r: Tensor | None = None) -> list[Modulation]:
-        """The modulation of each of these timesteps, [n]. timesteps_r: the second time of meanflow models, [n]."""
+        """Return the modulation of each timestep. timesteps: [n]. timesteps_r: [n], second times of MeanFlow models."""
         embed = self.model.time_embed
         temb = embed.timestep_embedder(embed.time_proj(timesteps).to(self.dtype))
         if timesteps_r is not None:
@@ -105,9 +106,9 @@ class Transformer:
         share: Share | None = None,
         on_block: OnBlock | None = None,
     ) -> Tensor:
-        """The prediction's rows of this rank's tokens, [tokens, channels of a patch]: see `unpatchify`.
+        """Return the prediction for this rank's tokens, [tokens, channels of a patch] (see `unpatchify`).
 
-        latent: [C, t, h, w], with its condition channels. timestep: [1]. Exchanges with the other ranks of the share.
+        latent: [C, t, h, w], with its condition channels. timestep: [1]. A collective of the ranks of the share.
         """
         model, share = self.model, share or self.whole(latent)
         rotation = self._rotation_of(latent, share.tokens)
@@ -127,18 +128,18 @@ class Transformer:
         return model.proj_out(video.normed)
 
     def patchify(self, latent: Tensor) -> Tensor:
-        """[C, t, h, w] -> [tokens, C * patch]."""
+        """Convert a latent [C, t, h, w] to rows [tokens, C * patch]."""
         (t, h, w), (pt, ph, pw) = self.grid(latent), self.patch
         latent = latent[:, : t * pt, : h * ph, : w * pw].unflatten(3, (w, pw)).unflatten(2, (h, ph))
         return latent.unflatten(1, (t, pt)).permute(1, 3, 5, 0, 2, 4, 6).reshape(t * h * w, -1).to(self.dtype)
 
     def unpatchify(self, rows: Tensor, latent: Tensor) -> Tensor:
-        """All rows of the prediction, [tokens, C' * patch] -> [C', t, h, w]; latent: the input, for its shape."""
+        """Convert all rows of a prediction, [tokens, C' * patch], to [C', t, h, w]. latent: the input of the forward."""
         rows = rows.view(*self.grid(latent), -1, *self.patch).permute(3, 0, 4, 1, 5, 2, 6)
         return rows.flatten(5).flatten(3, 4).flatten(1, 2)
 
     def _rotation_of(self, latent: Tensor, tokens: slice) -> Rotation:
-        """Of this rank's tokens; computed when shape, share or device change."""
+        """Return the rotation of this rank's tokens, cached until shape, share or device change."""
         key = latent.shape[1:], tokens.start, tokens.stop, latent.device
         if self._rotation[0] != key:
             cos, sin = (part[tokens, ::2].contiguous() for part in self.model.rope(latent[None]))
@@ -147,32 +148,32 @@ class Transformer:
 
 
 class _Pace:
-    """Tells about blocks as the device finishes them, and keeps the host no more than `AHEAD` blocks ahead of it."""
+    """Reports blocks as the device finishes them, and keeps the host at most `AHEAD` blocks ahead of it."""
 
     def __init__(self, latent: Tensor, on_block: OnBlock, blocks: int) -> None:
-        self.device, self.at_once = latent.device, latent.is_cpu
+        self.device, self.synchronous = latent.device, latent.is_cpu
         self.on_block, self.blocks = on_block, blocks
         self.done, self.events = 0, collections.deque()
 
     def block_done(self) -> None:
-        if self.at_once:
-            self._tell()
+        if self.synchronous:
+            self._report()
             return
         self.events.append(torch.get_device_module(self.device).current_stream(self.device).record_event())
         if len(self.events) > AHEAD:
             self.events.popleft().synchronize()
-            self._tell()
+            self._report()
 
     def finish(self) -> None:
-        """Tell about the last blocks; what reads the prediction waits for the device anyway."""
+        """Report the last blocks without waiting: the reader of the prediction waits for the device."""
         while self.done < self.blocks:
-            self._tell()
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self.done += 1
         self.on_block(self.done, self.blocks)
 
 
 def _flat(layer: nn.Conv3d) -> tuple[Tensor, Tensor | None]:
-    """A patch embedding's weight and bias as those of a linear layer."""
+    """Return the weight and bias of a patch embedding as those of a linear layer."""
     return layer.weight.flatten(1), layer.bias

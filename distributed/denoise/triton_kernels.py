@@ -1,4 +1,4 @@
-"""One-pass Triton forms of functions in `fused`, which defines what each computes."""
+"""Triton forms of functions in `fused`, which defines their results. Each is one pass over memory."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,7 @@ def _place_heads(
     HEADS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     NORM: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one token. All of it is read before any of it is written."""
+    """A program processes one token. It reads all heads before it writes any, so out may be x."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BLOCK_H)[:, None]
     channel = tl.arange(0, BLOCK_D)[None, :]
@@ -31,7 +31,7 @@ def _place_heads(
         even, odd = tl.split(tl.reshape(value.to(tl.float32), (BLOCK_H, BLOCK_D // 2, 2)))
         turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
         value = tl.reshape(turned, (BLOCK_H, BLOCK_D))
-    # The first ranks have one head more than the others.
+    # The first ranks have one more head than the others.
     FEWER: tl.constexpr = HEADS // RANKS
     LONGER: tl.constexpr = HEADS % RANKS
     LATER: tl.constexpr = LONGER * (FEWER + 1)
@@ -59,7 +59,7 @@ def place_heads(
 def _add_norm(
     x_ptr, gate_ptr, update_ptr, scale_ptr, shift_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A program takes one row."""
+    """A program processes one row."""
     channel = tl.arange(0, BLOCK)
     inside = channel < WIDTH
     at = tl.program_id(0).to(tl.int64) * WIDTH + channel
@@ -70,7 +70,7 @@ def _add_norm(
     value = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + gate * update
     rounded = value.to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + at, rounded, mask=inside)
-    value = rounded.to(tl.float32)  # the norm is of what is stored
+    value = rounded.to(tl.float32)  # the norm uses the stored, rounded values
     centred = tl.where(inside, value - tl.sum(value, axis=0) / WIDTH, 0.0)
     variance = tl.sum(centred * centred, axis=0) / WIDTH
     normed = centred * tl.rsqrt(variance + eps) * scale + shift

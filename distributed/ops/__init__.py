@@ -1,1 +1,1 @@
-"""Kernels and their plain twins."""
+"""Kernels: plain PyTorch forms and fused Triton forms."""

@@ -1,12 +1,12 @@
-"""A convolution of pictures, split where cuDNN is known to choose a slow algorithm.
+"""A 2D convolution, split for shapes for which cuDNN is known to choose a slow algorithm.
 
-cuDNN chooses its algorithm by the shape. On an H100 it takes two to six times as long for some shapes as for similar
-ones (cuDNN 9.19, 668 shapes, 2026-11-24). None of these has fewer than 1024 output channels, and all of them are in the
-ranges below, which count output positions: frames times height times width. cuDNN's own search does not find the fast
-algorithm. Measuring at run time would make processes choose differently, and so differ in the last bits.
+cuDNN chooses its algorithm by the shape. On an H100 some shapes take two to six times as long as similar ones (cuDNN
+9.19, 668 shapes, 2026-11-24). All slow shapes have at least 1024 output channels, and a number of output positions
+(frames x height x width) in the ranges below. cuDNN's own algorithm search does not find a fast algorithm. Timing at
+run time would make processes choose differently, so that their results differ in the last bits.
 
-The ranges hold for the GPUs on which they were measured, those of compute capability 9.0. Everywhere else a
-convolution is one call.
+The ranges apply to the GPUs on which they were measured, of compute capability 9.0. On all other devices a convolution
+is one call.
 """
 
 from functools import cache
@@ -18,20 +18,20 @@ from torch import Tensor
 from ..ranks.devices import Device
 
 MEASURED = (9, 0)
-"""The compute capability of the GPUs that the ranges were measured on (H100, H200)."""
+"""Compute capability of the GPUs on which the ranges were measured (H100, H200)."""
 
 MANY = 1024
-"""Output channels. More than these are slow in `FEW`, and more than 4096 everywhere; 1024 are not."""
+"""Output channels. More than these are slow with `FEW` positions, and more than 4096 with any number."""
 
 FEW = range(5_700, 8_200)
 """Positions at which 2048 and 4096 output channels take twice as long."""
 
 MIDDLE, LOW = range(31_000, 53_000), 43
-"""Positions at which pictures of at most `LOW` rows take three times as long, with 1024 output channels or more."""
+"""Positions at which frames of at most `LOW` rows take three times as long, with 1024 or more output channels."""
 
 
 def conv2d(frames: Tensor, taps: Tensor) -> Tensor:
-    """frames [n, C, H + 2, W + 2], taps [out, C, 3, 3] -> [n, out, H, W]."""
+    """Convolve frames [n, C, H + 2, W + 2] with taps [out, C, 3, 3], without padding. Returns [n, out, H, W]."""
     if not is_measured(frames.device):
         return F.conv2d(frames, taps)
     n, _, height, width = frames.shape
@@ -42,14 +42,14 @@ def conv2d(frames: Tensor, taps: Tensor) -> Tensor:
 
 @cache
 def is_measured(device: torch.device) -> bool:
-    """Whether the ranges above hold for this device: an NVIDIA GPU of the measured kind, with cuDNN."""
+    """Return whether the ranges above apply to this device: an NVIDIA GPU of compute capability 9.0, with cuDNN."""
     return Device(device).compute_capability == MEASURED and torch.backends.cudnn.is_available()
 
 
 def pieces(n: int, height: int, width: int, channels: int) -> tuple[int, int]:
-    """Return how many frames and output channels to convolve at a time.
+    """Return the numbers of frames and output channels to convolve at a time.
 
-    n frames of height x width positions are the whole output, with so many `channels`.
+    The whole output has n frames of height x width positions and `channels` channels.
     """
     positions = n * height * width
     wide = channels > MANY and (channels > 4 * MANY or positions in FEW)

@@ -1,8 +1,8 @@
-"""The element-wise work between convolutions, each piece one pass over memory.
+"""The element-wise operations between convolutions. Each function is one pass over memory.
 
-Frames are stored channels-last, [frames, height, width, channels]. The plain-torch form of each function is its
-definition. On devices with fused kernels a Triton kernel in `triton_kernels` computes the same in one pass. Arithmetic
-is float32 whatever the dtype of the tensors, and rounded once when it is stored.
+Frames are channels-last, [frames, height, width, channels]. The plain PyTorch form of each function is its reference.
+On devices with fused kernels a Triton kernel in `triton_kernels` computes the same in one pass. Arithmetic is float32
+for every dtype, and results are rounded once, when they are stored.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from .winograd import Products, sum_products, transform_frames
 
 @cache
 def _triton():
-    """The Triton kernels, or None where there is no Triton (Windows, CPU-only machines, Ascend)."""
+    """Return the Triton kernels, or None if Triton is not installed (Windows, CPU-only machines, Ascend)."""
     if importlib.util.find_spec("triton") is None:
         return None
     from . import triton_kernels
@@ -29,31 +29,31 @@ def _triton():
 
 @cache
 def are_fused(device: torch.device) -> bool:
-    """Whether there are Triton kernels for this device."""
+    """Return whether this device uses the Triton kernels."""
     return Device(device).has_fused_kernels and _triton() is not None
 
 
 def _kernels(x: Tensor):
-    """The Triton kernels, or None if the plain forms are to be used. x: [..., H, W, C]."""
-    within_a_frame = 2**31  # kernels count pixels and channels within a frame with 32 bits
+    """Return the Triton kernels, or None if the plain forms are used for x, [..., H, W, C]."""
+    within_a_frame = 2**31  # kernels use 32-bit offsets within a frame
     return _triton() if are_fused(x.device) and x.stride(-4) < within_a_frame else None
 
 
 STRIP = 16 * 2**20
-"""Bytes of float32 values that a plain form takes at a time. Beside its operands it needs a few times that, however
-large they are. It is also faster than all at once (on 2 cores 1.5 times in float32, 2.3 to 3.1 times in bfloat16,
-2026-11-25; 8 MiB is as fast, 1 and 64 MiB are slower)."""
+"""Bytes of float32 values that a plain form processes at a time. Its working memory is a few times this size for
+operands of any size. It is also faster than processing everything at once (on 2 cores 1.5 times in float32, 2.3 to 3.1
+times in bfloat16, 2026-11-25; 8 MiB is as fast, 1 and 64 MiB are slower)."""
 
 
 def _strips(shape: Sequence[int]) -> Iterator[slice]:
-    """Rows of [n, H, W, C] that make up a strip."""
+    """Return the slices of rows that divide [n, H, W, C] into strips."""
     n, height, width, channels = shape
     rows = max(1, STRIP // (4 * n * width * channels))
     return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
 
 
 def _rows_of(frames: Tensor | None, products: Products | None, rows: slice) -> tuple[Tensor | None, Products | None]:
-    """These rows of [n, H, W, C]."""
+    """Return these rows of frames and products, [n, H, W, C]."""
     if products is not None:
         first = products.first_frame
         transformed = tuple(tensor[:, rows] for tensor in products.transformed)
@@ -62,7 +62,7 @@ def _rows_of(frames: Tensor | None, products: Products | None, rows: slice) -> t
 
 
 def value_of(x: Tensor | None, products: Products | None, bias: Tensor | None) -> Tensor:
-    """x + products + bias, of those that are given: [n, H, W, C], float32, in new memory."""
+    """Return the sum of those of x, products and bias that are not None: [n, H, W, C], float32, in new memory."""
     value = x.to(torch.float32, copy=True) if products is None else sum_products(products)
     if products is not None and x is not None:
         value += x
@@ -70,7 +70,7 @@ def value_of(x: Tensor | None, products: Products | None, bias: Tensor | None) -
 
 
 def activate_(value: Tensor, gamma: Tensor | None) -> Tensor:
-    """silu(rms_norm(value) * gamma), in place, the norm over channels only; without `gamma` the value itself."""
+    """Compute silu(rms_norm(value) * gamma) in place, with the norm over channels. No effect if `gamma` is None."""
     if gamma is None:
         return value
     norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True).clamp_min_(1e-12)
@@ -88,15 +88,15 @@ def fill_groups(
     bias: Tensor | None,
     gamma: Tensor | None,
 ) -> None:
-    """Write what a convolution reads: frames, activated where `gamma` is given, transformed for Winograd's algorithm.
+    """Write the input of a convolution: frames, activated if `gamma` is given, transformed for Winograd's algorithm.
 
-    x, products: n frames [n, H, W, C]. The value is their sum with the bias. If both are given, x becomes the value, in
-    place. past: [2, H, W, C], the two activated frames before these, rounded to its dtype; becomes the last two of
-    these. first_chunk: the video begins with these frames, and the frames before are copies of its first. bias, gamma:
-    [C], float32. out: [m + 2, groups, H', W', C]. corner: the row and the column of `out` at which the frames begin.
-    The pixels around them, usually a border of one, repeat the nearest pixel. n is a multiple of m, or one more in the
-    first chunk: then the video's first frame is written as it is to out[0, 0], and the rest of that group is not
-    written.
+    x, products: n frames [n, H, W, C]. The value is the sum of x, products and bias. If x and products are both given,
+    the value is also stored in x. past: [2, H, W, C], the two activated frames before these, in its dtype; it is
+    overwritten with the last two of these. first_chunk: the video begins with these frames, and copies of its first
+    frame take the place of `past`. bias, gamma: [C], float32. out: [m + 2, groups, H', W', C]. corner: row and column
+    of `out` at which the frames begin. The pixels around them, usually a border of one, repeat the nearest pixel. n is
+    a multiple of m, or one more in the first chunk: then the video's first frame is written without a transform to
+    out[0, 0], and out[1:, 0] is not written.
     """
     kernels = _kernels(out)
     if kernels:
@@ -120,7 +120,7 @@ def fill_groups(
 def fill_window(
     x: Tensor, products: Products, out: Tensor, corner: tuple[int, int], *, bias: Tensor, gamma: Tensor
 ) -> None:
-    """Write what the last layer reads: x + products + bias, activated, [n, H, W, C], without a transform.
+    """Write the input of the last layer: x + products + bias, activated, [n, H, W, C], without a transform.
 
     out: [n, H', W', C]. `corner` and the pixels around the frames are as in `fill_groups`.
     """
@@ -134,13 +134,13 @@ def fill_window(
 
 
 def _inner(window: Tensor, corner: tuple[int, int], frames: Tensor) -> Tensor:
-    """The view of `window`, [..., H', W', C], that frames [n, H, W, C] are written to."""
+    """Return the view of `window`, [..., H', W', C], to which frames [n, H, W, C] are written."""
     (top, left), (height, width) = corner, frames.shape[1:3]
     return window[..., top : top + height, left : left + width, :]
 
 
 def _repeat_border(window: Tensor, corner: tuple[int, int], frames: Tensor) -> None:
-    """Fill the pixels around the frames in `window`, in place, with the nearest of the frames' pixels."""
+    """Fill the pixels around the frames in `window`, in place, with the nearest pixel of the frames."""
     (top, left), (bottom, right) = corner, (corner[i] + frames.shape[1 + i] for i in (0, 1))
     window[..., :top, :, :] = window[..., top : top + 1, :, :]
     window[..., bottom:, :, :] = window[..., bottom - 1 : bottom, :, :]
@@ -153,10 +153,10 @@ def upsample(
 ) -> None:
     """Unpack channels into space and time and add the shortcut (diffusers' HunyuanVideo15Upsample).
 
-    packed: [n, H, W, factor * C], the convolution's products; bias: [factor * C] float32; x: [n, H, W, Cin], the
-    convolution's input, repeated to be the shortcut. factor is 8 with `temporal`, else 4. out: [frames, H', W', C], the
-    region of [frames, 2H, 2W, C] whose first row and column are `corner`. With `first` and `temporal` the first frame
-    is the video's first, which becomes one frame and not two.
+    packed: [n, H, W, factor * C], the convolution's products, where factor is 8 with `temporal` and 4 without.
+    bias: [factor * C], float32. x: [n, H, W, Cin], the convolution's input, whose channels are repeated to form the
+    shortcut. out: [frames, H', W', C], the region of [frames, 2H, 2W, C] whose first row and column are `corner`. With
+    `first` and `temporal` the first frame is the video's first, which becomes one frame instead of two.
     """
     kernels = _kernels(x)
     if kernels:
@@ -185,7 +185,7 @@ def _upsampled(packed: Products, bias: Tensor, x: Tensor, temporal: bool, first:
 
 
 def _unpack(packed: Tensor, rate: int) -> Tensor:
-    """[n, H, W, rate * 2 * 2 * C] -> [rate * n, 2H, 2W, C]."""
+    """Unpack [n, H, W, rate * 2 * 2 * C] to [rate * n, 2H, 2W, C]."""
     n, height, width, total = packed.shape
     channels = total // (rate * 4)
     packed = packed.reshape(n, height, width, rate, 2, 2, channels).permute(0, 3, 1, 4, 2, 5, 6)
@@ -193,19 +193,20 @@ def _unpack(packed: Tensor, rate: int) -> Tensor:
 
 
 def taps(window: Tensor, weight: Tensor) -> Tensor:
-    """Every tap of the last convolution at every position: [n, H + 2, W + 2, C] x [C, 27 * 3] -> [n, H + 2, W + 2, 81].
+    """Apply each tap of the last convolution at each position: [n, H + 2, W + 2, C] to [n, H + 2, W + 2, rows].
 
-    A convolution to 3 channels leaves matrix units idle. A product with 81 channels does not; `sum_taps` adds the taps.
+    weight: [rows, C] with rows >= 27 taps x 3 colours. A convolution to 3 channels would leave matrix units idle; a
+    matrix product with 81 does not. `sum_taps` sums the taps.
     """
     return F.linear(window, weight)
 
 
 def sum_taps(partial: Tensor, bias: Tensor) -> Tensor:
-    """Add up the taps of `taps` in space, and keep those in time separate.
+    """Sum the output of `taps` over height and width, but not over time.
 
-    partial: [n, H + 2, W + 2, >= 81], channels ordered (time, height, width, colour); bias: [3] float32.
-    Returns float32 [n, 3, H, W, 3]; the second dimension is the tap in time. The three, each for its frame, add up to
-    pixels that are 0 for the decoder's -1 and 1 for its 1. Scale and bias are included.
+    partial: [n, H + 2, W + 2, >= 81], channels ordered (time, height, width, colour). bias: [3], float32.
+    Returns float32 [n, 3, H, W, 3]; dimension 1 is the tap in time. The sum of the three taps of a frame is its pixels,
+    scaled from the decoder's range -1..1 to 0..1, with the bias.
     """
     kernels = _kernels(partial)
     if kernels:

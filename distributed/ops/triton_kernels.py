@@ -1,4 +1,4 @@
-"""One-pass Triton forms of the functions in `kernels`, which defines what each computes."""
+"""Triton forms of the functions in `kernels`, which defines their results. Each is one pass over memory."""
 
 import torch
 import triton
@@ -12,9 +12,9 @@ SIZES = [
     "first_chunk",
 ]  # fmt: skip
 JIT = triton.jit(do_not_specialize=SIZES)
-"""Sizes differ from decode to decode; a kernel compiled anew for each kind of them would cost seconds.
+"""Sizes differ between decodes, and recompiling a kernel for new sizes would take seconds.
 
-x_frame, x_row, out_frame, out_row: pixels from one frame, or row, to the next where they are of a larger tensor.
+x_frame, x_row, out_frame, out_row: strides between frames and rows, in pixels.
 """
 
 
@@ -29,7 +29,7 @@ NEAR_2, FAR_2 = (tl.constexpr(point**2) for point in POINTS[4])
 
 @triton.jit
 def _two(value, p0_ptr, p1_ptr, p2_ptr, p3_ptr, at, inside):
-    """A pair of frames: value + products."""
+    """Return value + products for two frames."""
     p1 = _load(p1_ptr, at, inside)
     p2 = _load(p2_ptr, at, inside)
     return value + _load(p0_ptr, at, inside) + p1 + p2, value + p1 - p2 + _load(p3_ptr, at, inside)
@@ -37,7 +37,7 @@ def _two(value, p0_ptr, p1_ptr, p2_ptr, p3_ptr, at, inside):
 
 @triton.jit
 def _four(value, p0_ptr, p1_ptr, p2_ptr, p3_ptr, p4_ptr, p5_ptr, at, inside):
-    """Four frames: value + products. The points are each other's reciprocals."""
+    """Return value + products for four frames."""
     p1 = _load(p1_ptr, at, inside)
     p2 = _load(p2_ptr, at, inside)
     p3 = _load(p3_ptr, at, inside)
@@ -65,7 +65,7 @@ def _repeat_border(
     window_ptr, height, width, top, left, out_height, out_width,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Places go along the rows above and below the frames, then along the columns on both sides of them."""
+    """Index places along the rows above and below the frames first, then along the columns on both sides."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_C)[None, :]
     along = (out_height - height) * out_width
@@ -85,7 +85,7 @@ def _repeat_border(
 
 
 def repeat_border(window: Tensor, corner: tuple[int, int], height: int, width: int) -> None:
-    """window: [n, H', W', C], with frames of height x width pixels from `corner`."""
+    """Fill the pixels around frames of height x width pixels at `corner` in window, [n, H', W', C], in place."""
     n, out_height, out_width, channels = window.shape
     block_c = triton.next_power_of_2(channels)
     block = max(1, 2048 // block_c)
@@ -112,7 +112,7 @@ def _fill(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
     X: tl.constexpr, PRODUCTS: tl.constexpr, NORM: tl.constexpr, TRANSFORM: tl.constexpr,
 ):  # fmt: skip
-    """`fill_groups` with TRANSFORM, else `fill_window`. A program goes through all frames of some pixels."""
+    """Compute `fill_groups` with TRANSFORM, otherwise `fill_window`. A program loops over all frames of its pixels."""
     SUM: tl.constexpr = X and PRODUCTS and TRANSFORM
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_C)[None, :]
@@ -238,7 +238,7 @@ def fill(
     bias: Tensor | None,
     gamma: Tensor | None,
 ) -> None:
-    """`fill_groups` where there is a past, else `fill_window`."""
+    """Compute `kernels.fill_groups` if past is given, otherwise `kernels.fill_window`."""
     n, height, width, channels = (products if x is None else x).shape
     m = len(products.transformed if past is None else out) - 2
     block_c = triton.next_power_of_2(channels)
@@ -253,12 +253,12 @@ def fill(
 
 
 def _steps(frames: Tensor) -> tuple[int, int]:
-    """Pixels from one frame to the next, and from one row to the next."""
+    """Return the strides between frames and between rows, in pixels."""
     return frames.stride(-4) // frames.shape[-1], frames.stride(-3) // frames.shape[-1]
 
 
 def _pointers(products: Products | None, instead: Tensor) -> tuple[Tensor, ...]:
-    """p0 to p5 and the first frame; another tensor, never read, for those that are not there."""
+    """Return p0 to p5 and the first frame, with `instead`, which is never read, for those that are missing."""
     transformed, first_frame = products or ((), None)
     return *transformed, *(instead,) * (6 - len(transformed)), instead if first_frame is None else first_frame
 
@@ -271,7 +271,7 @@ def _upsample(
     BLOCK: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     shift: tl.constexpr = 1 if FIRST else 0
-    # Frames of one place run side by side, because those of a group read the same products.
+    # The frames of one place are adjacent programs, because those of a group read the same products.
     out_frames = frames * RATE - shift
     frame = tl.program_id(0) % out_frames
     pixel = (tl.program_id(0) // out_frames) * BLOCK + tl.arange(0, BLOCK)
@@ -279,7 +279,7 @@ def _upsample(
     out_at = (pixel // out_width) * out_row + pixel % out_width
     column = pixel % out_width + left
     row = pixel // out_width + top
-    # With FIRST the first input frame gives one output frame: everything after it is shifted by one.
+    # With FIRST the first input frame becomes one output frame, so all later frames are shifted by one.
     moved = frame + shift
     source = moved // RATE
     first = (frame == 0) & (shift == 1)

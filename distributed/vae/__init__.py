@@ -1,1 +1,1 @@
-"""One kind of job: decode."""
+"""The decode job: distributed VAE decoding."""

@@ -1,11 +1,11 @@
-"""The borders that blocks of one picture, decoded one after the other, leave for each other.
+"""Rows and columns that one block of a picture stores for the blocks decoded after it.
 
-A block ends where the next one, below it or to its right, begins. That line moves by one pixel with each convolution
-(see `regions.blocks`). Of everything that a block reads, the next one needs the last two rows or columns to continue
-from there. So nothing is computed twice, but those rows and columns have to be kept, for all frames, until the next
-block's turn. They wait in host memory. Copies to it and back run on a stream of their own while the device computes.
+The line between a block and the next one, below it or to its right, moves by one pixel with each convolution (see
+`regions.blocks`). The next block needs the last two rows or columns of every input of the block to continue from there.
+Nothing is computed twice, but those rows and columns must be stored, for all frames, until the next block is decoded.
+They are stored in host memory. Copies to and from the host run on a separate stream while the device computes.
 
-All blocks take the same steps, so a block asks for the pieces in the order in which the one before kept them.
+All blocks run the same steps, so a block reads the pieces in the order in which the previous block stored them.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..ranks.devices import Device, host_memory
 
 CHUNK = 64 * 2**20
-"""Bytes of host memory that are allocated at a time."""
+"""Size in bytes of one allocation of host memory."""
 
 AHEAD = 4
 """Prefetch depth: pieces copied to the device before they are needed, and copies to the host that may be in flight."""
@@ -25,22 +25,22 @@ AHEAD = 4
 
 @dataclass
 class BlockBorder:
-    """What one block keeps for another, in the order in which the other asks for it."""
+    """The pieces that one block stores for another, in the order in which the other reads them."""
 
     kept: deque[Tensor] = field(default_factory=deque)
-    """In host memory."""
+    """Pieces in host memory."""
     prefetched: deque[tuple[Tensor, torch.Event]] = field(default_factory=deque)
-    """On the device, each once its event has come."""
+    """Pieces on the device. Each is valid after its event."""
 
 
 class BlockBorders:
-    """The borders of a grid of blocks, which is gone through row by row, and the copies to host memory and back."""
+    """The borders of a grid of blocks, decoded row by row, and the copies to and from host memory."""
 
     def __init__(self, rows: int, columns: int, device: torch.device) -> None:
         self.rows, self.columns, self.device = rows, columns, device
         self.above: list[BlockBorder | None] = [None] * columns
         self.left: BlockBorder | None = None
-        self.leaving: deque[tuple[list[Tensor], torch.Event]] = deque()
+        self.outgoing: deque[tuple[list[Tensor], torch.Event]] = deque()
         self.chunk = torch.empty(0, dtype=torch.uint8)
         self.on_host = Device(device).is_host
         if not self.on_host:
@@ -49,14 +49,14 @@ class BlockBorders:
             self.stream = self.accelerator.Stream(device)
 
     def edges(self, row: int, column: int) -> "BlockEdges":
-        """Return the edges (see `interface.MovingEdges`) of the block in that row and column, which is the next one."""
+        """Return the edges (see `interface.MovingEdges`) of the next block to decode, at this row and column."""
         above, left = self.above[column], self.left
         self.above[column] = BlockBorder() if row < self.rows - 1 else None
         self.left = BlockBorder() if column < self.columns - 1 else None
         return BlockEdges(self, (above, left), (self.above[column], self.left))
 
     def take(self, border: BlockBorder) -> Tensor:
-        """Return the oldest piece of a border, on the device, ready for whatever is computed next."""
+        """Return the oldest piece of a border, on the device, valid for work launched after this call."""
         if self.on_host:
             return border.kept.popleft()
         if not border.prefetched:
@@ -66,7 +66,7 @@ class BlockBorders:
         return piece
 
     def carry(self, pieces: list[tuple[BlockBorder, Tensor]], wanted: list[BlockBorder]) -> None:
-        """Keep copies of `pieces`, each for its border, and prefetch from the borders that are wanted."""
+        """Store copies of `pieces` in their borders, and prefetch from the borders in `wanted`."""
         if self.on_host:
             for border, piece in pieces:
                 border.kept.append(piece.clone())
@@ -77,7 +77,7 @@ class BlockBorders:
             for border in wanted
             for place in [border.kept.popleft() for _ in range(min(AHEAD - len(border.prefetched), len(border.kept)))]
         ]
-        # The main stream makes what goes out, and may still be using the memory that what comes back is given.
+        # The main stream computes the pieces, and may still use the memory that the prefetched ones are allocated in.
         self.stream.wait_stream(self.main)
         with self.accelerator.stream(self.stream):
             for piece, place in out:
@@ -89,18 +89,19 @@ class BlockBorders:
             border.kept.append(place)
         for piece, _, border in back:
             border.prefetched.append((piece, done))
-        # Waiting for old copies lets their memory be used again in the stream's order, however far launches run ahead.
-        self.leaving.append(([piece for piece, _ in out], done))
-        if len(self.leaving) > AHEAD:
-            self.main.wait_event(self.leaving.popleft()[1])
+        # Once the main stream has waited for a copy, the allocator may reuse its memory in stream order, even if kernel
+        # launches run far ahead.
+        self.outgoing.append(([piece for piece, _ in out], done))
+        if len(self.outgoing) > AHEAD:
+            self.main.wait_event(self.outgoing.popleft()[1])
 
     def close(self) -> None:
-        """Make whatever is computed next wait for the copies in flight, because it may be given their memory."""
+        """Make the main stream wait for the copies in flight, because later allocations may reuse their memory."""
         if not self.on_host:
             self.main.wait_stream(self.stream)
 
     def allocate(self, piece: Tensor) -> Tensor:
-        """Return host memory for a piece. Torch keeps pinned memory for later decodes."""
+        """Return host memory for a piece. PyTorch caches pinned memory for later decodes."""
         needed = -(-piece.nbytes // 256) * 256
         if self.chunk.numel() < needed:
             self.chunk = host_memory(max(CHUNK, needed), torch.uint8)
@@ -109,10 +110,10 @@ class BlockBorders:
 
 
 class BlockEdges:
-    """One block's `interface.MovingEdges`. Nothing is waited for.
+    """The `interface.MovingEdges` of one block. It never blocks the host.
 
-    earlier: the borders with the blocks above and to the left. later: those with the blocks below and to the right.
-    None where there is no such block.
+    earlier: borders with the blocks above and to the left. later: borders with the blocks below and to the right. An
+    entry is None if there is no such block.
     """
 
     in_flight = 1
@@ -123,15 +124,15 @@ class BlockEdges:
         self.borders, self.earlier, self.later = borders, earlier, later
 
     def start(self, window: Tensor) -> "BlockEdges":
-        """Fill in what earlier blocks kept of `window`, [n, H + 2, W + 2, C], and keep what later ones need of it."""
+        """Fill the border of `window`, [n, H + 2, W + 2, C], from earlier blocks; store its last rows and columns."""
         self.move(window, 2)
         return self
 
     def move(self, frames: Tensor, by: int) -> None:
-        """Fill in the first `by` rows and columns of `frames` from earlier blocks; keep the last ones for later blocks.
+        """Fill the first `by` rows and columns of `frames` from earlier blocks; store the last ones for later blocks.
 
-        A kept row begins with columns of the block before, and a kept column with rows of the block above. That is how
-        corners travel.
+        A stored row begins with columns of the block to the left, and a stored column with rows of the block above, so
+        corners are passed on too.
         """
         for border, place in zip(self.earlier, (frames[:, :by], frames[:, :, :by]), strict=True):
             if border is not None:
@@ -143,4 +144,4 @@ class BlockEdges:
         )
 
     def finish(self) -> None:
-        """Everything was there at once."""
+        """Do nothing: `start` has already filled the border."""

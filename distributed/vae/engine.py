@@ -1,9 +1,9 @@
-"""One rank's decoding: from a request, a latent and the shared frames to its own pixels in them.
+"""One rank's decode: it reads a request and a latent and writes its own pixels to the shared frames.
 
 `Engine.decode` is a collective: every rank of the world calls it with the same request and latent. It plans, dispatches
-to `seamless` or `tiled`, and writes the finished pixels. Nobody gathers the video: ranks write disjoint pixels. Between
-chunks all ranks agree whether to continue (one small all-reduce on the CPU), so that a cancel, or a rank that is out of
-memory, ends the decode on all of them at the same place and leaves them ready for the next.
+to `seamless` or `tiled`, and writes the finished pixels. The video is never gathered: ranks write disjoint pixels.
+Between chunks all ranks agree whether to continue (one small all-reduce on the CPU). So a cancel, or a rank that is out
+of memory, ends the decode on all ranks after the same chunk, and all of them are ready for the next job.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from .tiling import SPATIAL, Tile, assign, tile_grid
 
 
 class _VideoWatch:
-    """Reports the progress of one video of a batch as progress of the batch."""
+    """Convert the progress of one video of a batch to progress of the batch."""
 
     def __init__(self, watch: Watch, index: int, count: int) -> None:
         self.watch, self.index, self.count = watch, index, count
@@ -44,8 +44,9 @@ class _VideoWatch:
 class Engine:
     """The decoder of one checkpoint on one rank's device.
 
-    `tensors` are the decoder's, in diffusers' names without "decoder.". If torch.distributed is initialised, its
-    default group is the world; otherwise this rank is the only one. Raises OutOfMemory if the weights do not fit.
+    `tensors` are the decoder's, with diffusers' names without the prefix "decoder.". If torch.distributed is
+    initialised, its default group is the world; otherwise the world is this rank. Raises OutOfMemory if the weights do
+    not fit.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
@@ -54,10 +55,10 @@ class Engine:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.weights = self._load_weights(tensors)
         self.writer = PixelWriter(device)
-        # Between 0 and 1 bfloat16 is eight times as coarse as float16.
+        # bfloat16 is eight times coarser than float16 between 0 and 1.
         self.tile_dtype = torch.float16 if dtype == torch.bfloat16 else dtype
         self.needed = 0
-        """Bytes that the current decode was planned to need."""
+        """Peak memory in bytes that the current decode is planned to use."""
 
     def _load_weights(self, tensors: Mapping[str, Tensor]) -> Weights:
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -70,7 +71,7 @@ class Engine:
         )
 
     def release(self) -> None:
-        """Free what the engine holds on the device. It cannot be used again."""
+        """Free the engine's device memory. The engine cannot be used afterwards."""
         self.writer.close()
         del self.weights, self.writer
         self._empty_cache()
@@ -82,7 +83,7 @@ class Engine:
     def decode(self, request: DecodeRequest, latent: Tensor, frames: Tensor, watch: Watch) -> None:
         """Decode this rank's share of `latent`, float32 [B, C, T, H, W], into `frames`, float32 [B, T', H', W', 3].
 
-        Raises Cancelled, on all ranks at the same place, OutOfMemory, and ValueError for a request that cannot be done.
+        Raises Cancelled (on all ranks after the same chunk), OutOfMemory, and ValueError for an invalid request.
         """
         check_request(request, self.world_size)
         decode = self._tiled if request.mode == "tiled" else self._seamless
@@ -90,7 +91,7 @@ class Engine:
             for index, (video, place) in enumerate(zip(latent, frames, strict=True)):
                 decode(request, video.permute(1, 2, 3, 0), place, _VideoWatch(watch, index, len(latent)))
         except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # so that what they hold is free for the retry
+            traceback.clear_frames(error.__traceback__)  # frees the tensors they hold before a retry
             self._empty_cache()
             raise self._out_of_memory(self.needed, self._free()) from error
         finally:
@@ -106,7 +107,7 @@ class Engine:
         allow_blocks: bool = True,
         held: int = 0,
     ) -> Plan:
-        """The plan of least work that fits every rank (see `choose_plan`), beside `held` bytes for other things."""
+        """Return the cheapest plan that fits on every rank (see `choose_plan`) in addition to `held` bytes."""
         free = request.memory or self._free()
         free = agree(free, dist.ReduceOp.MIN)
         plan, needed = choose_plan(
@@ -118,21 +119,21 @@ class Engine:
         return plan
 
     def _free(self) -> int:
-        """Bytes that a decode may use on this device, including those of the weights, which are there already."""
+        """Return the bytes that a decode may use on this device, including the weights, which are already loaded."""
         return Device(self.device).free_bytes(self.world_size) + self.weights.nbytes
 
     def _reserve(self, needed: int) -> None:
-        """Reserve what the decode will need on the device, so that memory runs out here, on all ranks, or not at all.
+        """Reserve the planned memory on the device. If that fails on one rank, all ranks raise OutOfMemory here.
 
-        Torch's allocator allocates it once and keeps it for the decode.
+        PyTorch's allocator allocates it once and keeps it cached for the decode.
         """
         self.needed = needed
-        lacking = False
+        failed = False
         try:
             Device(self.device).reserve(needed)
         except torch.OutOfMemoryError:
-            lacking = True
-        if agree(lacking):
+            failed = True
+        if agree(failed):
             raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
 
     def _out_of_memory(
@@ -150,7 +151,7 @@ class Engine:
         shared = division.size > 1
         plan = self._plan(request, (largest.height, largest.width), picture, shared=shared)
         group = first_ranks(division.size)
-        if self.rank >= division.size:  # there are more ranks than the picture can be divided between
+        if self.rank >= division.size:  # the picture cannot be divided between so many ranks
             keep_in_step(video, plan, watch)
             return
         halo = Halo(division, self.rank, group) if shared else None
@@ -180,7 +181,7 @@ class Engine:
         for tile, rank in zip(grid.tiles, owners, strict=True):
             costs[rank] += tile.cost
         like = torch.empty(0, dtype=self.tile_dtype, device=self.device)
-        held = max(costs) * SPATIAL**2 * len(frames) * 3 * like.itemsize  # tiles that wait to be blended
+        held = max(costs) * SPATIAL**2 * len(frames) * 3 * like.itemsize  # decoded tiles, before blending
         size = tuple(min(request.tile_size // SPATIAL, side) for side in picture)
         plan = self._plan(request, size, size, allow_blocks=False, held=held)
         own = [tile for tile, rank in zip(grid.tiles, owners, strict=True) if rank == self.rank]
@@ -196,7 +197,7 @@ class Engine:
                     done += tile.cost * count
                     watch.progress(done, total)
         except Cancelled:
-            pass  # the others learn of it at the next line, where all ranks meet
+            pass  # the next line is a collective; it raises Cancelled on all ranks
         check_cancel(watch)
 
         def write(tile: Tile, pixels: Tensor) -> None:

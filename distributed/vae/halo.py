@@ -1,11 +1,11 @@
-"""What ranks send each other while they decode one picture.
+"""Communication between ranks during the seamless decode of one picture.
 
-Every rank holds one region of the picture. Before a convolution it fetches a border of one pixel, the halo, from its
-neighbours. For the attention all ranks gather keys and values. If ranks continue in blocks, they gather the trunk's
-output too. Nothing else travels, and no rank ever holds the whole video.
+Every rank holds one region of the picture. Before a convolution it receives a border of one pixel, the halo, from its
+neighbours. For the attention all ranks gather keys and values. If the tail is decoded in blocks, they also gather the
+trunk's output. Nothing else is exchanged, and no rank ever holds the whole video.
 
-All ranks of the division make the same calls here in the same order, because all of them run the same `Steps` on the
-same job. Whether to continue is agreed on between chunks (see `seamless`).
+All ranks of the division make the same calls in the same order, because they run the same `Steps` on the same job.
+Between chunks they agree whether to continue (see `seamless`).
 """
 
 from collections import deque
@@ -17,12 +17,12 @@ from torch import Tensor
 from .regions import Division
 
 IN_FLIGHT = 2
-"""Steps in progress at once while borders travel: one computes while the other's borders are on their way."""
+"""Number of steps in progress at once: one computes while the borders of the other are in flight."""
 
 
 class Exchange:
-    """The borders of one window on their way. Rows travel first, then columns with the corners that the rows
-    brought."""
+    """The exchange of one window's borders. Rows are exchanged first, then columns, which include the corners that
+    the rows filled."""
 
     def __init__(self, halo: "Halo", window: Tensor) -> None:
         self.halo, self.window = halo, window
@@ -30,34 +30,34 @@ class Exchange:
         self.begin()
 
     def begin(self) -> None:
-        """Start the next dimension, if there is one left."""
-        self.works, self.arrived = [], []
+        """Start the exchange of the next dimension, if any is left."""
+        self.works, self.received = [], []
         if not self.dims:
             return
         dim = self.dims.pop(0)
         operations = []
         for peer, inner, border in self.halo.neighbours[dim]:
-            leaving = self.window.select(dim, inner).contiguous()
-            arriving = torch.empty_like(leaving)
-            operations.append(dist.P2POp(dist.isend, leaving, peer))
-            operations.append(dist.P2POp(dist.irecv, arriving, peer))
-            self.arrived.append((self.window.select(dim, border), arriving))
+            outgoing = self.window.select(dim, inner).contiguous()
+            incoming = torch.empty_like(outgoing)
+            operations.append(dist.P2POp(dist.isend, outgoing, peer))
+            operations.append(dist.P2POp(dist.irecv, incoming, peer))
+            self.received.append((self.window.select(dim, border), incoming))
         self.works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> None:
-        """Wait, on the device's stream if it has one, and copy what has arrived into the window's border."""
+        """Wait, on the device's stream if it has one, and copy the received rows and columns into the border."""
         while self.works:
             for work in self.works:
                 work.wait()
-            for border, arriving in self.arrived:
-                border.copy_(arriving)
+            for border, incoming in self.received:
+                border.copy_(incoming)
             self.begin()
         if self in self.halo.pending:
             self.halo.pending.remove(self)
 
 
 class Halo:
-    """One rank's place in a division of the picture. The first `division.size` ranks of the world take part."""
+    """One rank's place in a division of the picture between the first `division.size` ranks of the world."""
 
     in_flight = IN_FLIGHT
 
@@ -82,21 +82,20 @@ class Halo:
         return sum(self.sizes)
 
     def start(self, window: Tensor) -> Exchange:
-        """Begin to fetch the border of `window`, [n, H + 2, W + 2, C], from the neighbours."""
+        """Start receiving the border of `window`, [n, H + 2, W + 2, C], from the neighbours."""
         exchange = Exchange(self, window)
         self.pending.append(exchange)
         return exchange
 
     def drain(self) -> None:
-        """Finish the pending exchanges, after a decode that ended early at the same step on every rank."""
+        """Finish the pending exchanges after a cancel, which ends the decode at the same step on every rank."""
         while self.pending:
             self.pending[0].finish()
 
     def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values, [n, positions, C] each, of the whole picture.
 
-        They are in the picture's order, whatever the division, so that attention adds up in the same order for any
-        number of ranks.
+        They are in the picture's order for any division, so attention sums in the same order for any number of ranks.
         """
         n, _, channels = keys.shape
         whole = keys.new_empty(2 * n, self.division.row_cuts[-1], self.division.column_cuts[-1], channels)
@@ -104,16 +103,16 @@ class Halo:
         return whole[:n].flatten(1, 2), whole[n:].flatten(1, 2)
 
     def assemble(self, own: Tensor, picture: Tensor) -> None:
-        """Put every rank's `own`, [n, positions, C], into its region of `picture`, [n, H, W, C], on every rank."""
+        """Gather every rank's `own`, [n, positions, C], into its region of `picture`, [n, H, W, C], on every rank."""
         for region, positions in zip(self.division.regions, self._all(own), strict=True):
             place = picture[:, region.top : region.bottom, region.left : region.right]
             place.copy_(positions.unflatten(1, (region.height, region.width)))
 
     def _all(self, own: Tensor) -> list[Tensor]:
-        """Every rank's [n, positions, C].
+        """Return every rank's [n, positions, C].
 
-        Regions differ by a row or a column, and not every backend gathers tensors of different sizes (gloo refuses).
-        So each is padded to the size of the largest.
+        Regions can differ by a row or a column, and not every backend can gather tensors of different sizes (Gloo
+        cannot), so each is padded to the largest.
         """
         padded = own.new_zeros(own.shape[0], max(self.sizes), own.shape[2])
         padded[:, : own.shape[1]] = own

@@ -1,7 +1,7 @@
-"""Weights that exist only in memory, handed over to the ranks: copied once, for all ranks of a host to map.
+"""Transfer of in-memory weights to the ranks: copied once to shared memory, which all ranks of a host map.
 
-A VAE in memory may hold more than a checkpoint does, its modules may be wrapped, and its tensors may be on several
-devices. Only what the decoder needs is looked at.
+A VAE in memory may hold more tensors than a checkpoint, its modules may be wrapped, and its tensors may be on several
+devices. Only the decoder's tensors are read.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from ..safetensors_files import DTYPES
 from .hunyuanvideo15.layout import by_diffusers_name, check_tensors, read_architecture, recognise
 
 SAMPLES = 64
-"""Numbers of each tensor that its fingerprint is taken of."""
+"""Number of values per tensor that a fingerprint includes."""
 
 
 class SharedWeights:
-    """Weights in memory, copied into memory that ranks map as a safetensors file. `mark` says which they are.
+    """Weights copied to shared memory as a safetensors file that ranks map. `mark` identifies the weights.
 
-    The copy goes with this object; ranks that have mapped it keep what they have. `path` leads to it in this process,
-    and `place_of` says how ranks get it. Nobody can write to it. Raises CheckpointError as `open_checkpoint` does,
-    MemoryError, with the numbers, where the copy does not fit into memory, and OSError.
+    The copy is freed together with this object; ranks that have mapped it keep their mapping. `path` is its path in
+    this process, and `place_of` returns how ranks open it. It is read-only. Raises CheckpointError as `open_checkpoint`
+    does, MemoryError, with the numbers, if the copy does not fit into memory, and OSError.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], mark: str) -> None:
@@ -39,8 +39,8 @@ class SharedWeights:
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> SharedMemory:
-    """Tensors of any device as a safetensors file in shared memory, with no other copy of them in between."""
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # so that all are aligned
+    """Copy tensors on any device to a safetensors file in shared memory, without an intermediate copy."""
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # keeps all of them aligned
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {}, 0
     for name, tensor in ordered.items():
@@ -68,13 +68,13 @@ def _fill(mapping: mmap.mmap, offset: int, tensor: Tensor) -> None:
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> str:
-    """Return the layout of weights in memory. Raises CheckpointError as `open_checkpoint` does for a decoder."""
+    """Check weights in memory and return their layout. Raises CheckpointError as `open_checkpoint` does."""
     _decoder(state_dict)
     return recognise({key: tuple(tensor.shape) for key, tensor in state_dict.items()}, "The VAE")
 
 
 def _decoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that the decoder needs, checked, in diffusers' names."""
+    """Check the state dict and return the decoder's tensors with diffusers' names."""
     odd = [key for key, tensor in state_dict.items() if not (isinstance(key, str) and isinstance(tensor, Tensor))]
     if odd:
         raise CheckpointError(f"The VAE is not a state dict: {quote(odd[0])} is not the name of a tensor.")
@@ -91,11 +91,11 @@ def _decoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Some numbers of every tensor that the decoder needs: cheap, and the same wherever the weights are moved.
+    """Return a hash of a sample of each of the decoder's tensors. It is cheap and does not depend on their devices.
 
-    The weights may be on several devices. Raises CheckpointError for what `check_state_dict` refuses, and where the
-    numbers show that a tensor was never loaded: core only warns of keys that a file lacks, which is all of a
-    diffusers-layout file's, and leaves the memory as it found it.
+    Raises CheckpointError as `check_state_dict` does, and if the sample shows that a tensor was never loaded: if a file
+    has none of the expected keys, as in diffusers' layout, ComfyUI's loader only logs a warning and leaves the weights
+    uninitialised.
     """
     decoder = dict(sorted(_decoder(weights).items()))
     samples = {key: t.detach().flatten()[:: max(1, t.numel() // SAMPLES)].float() for key, t in decoder.items()}
@@ -111,7 +111,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def _on_cpu(samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, in one copy for each device."""
+    """Return the tensors on the CPU, with one transfer per device."""
     moved: dict[str, Tensor] = {}
     for device in {tensor.device for tensor in samples.values()}:
         here = {key: tensor for key, tensor in samples.items() if tensor.device == device}

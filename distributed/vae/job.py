@@ -1,4 +1,4 @@
-"""What the controller knows of a decode: the request, its checks and the number of frames. Imports no compute."""
+"""A decode as the controller describes it: the request, its checks and its frame count. Imports no compute code."""
 
 import operator
 import os
@@ -16,10 +16,10 @@ from .handover import SharedWeights, fingerprint
 from .tiling import SPATIAL, check_tile
 
 KIND = NOUN = "decode"
-"""How the group's status shows this kind of job, and what messages call it."""
+"""Name of this kind of job in the group's status and in messages."""
 
 TEMPORAL = 4
-"""Frames of a latent frame, but for the first, which is one frame."""
+"""Frames per latent frame, except for the first, which decodes to one frame."""
 
 MODES = ("seamless", "tiled")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,10 +27,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """The one description of a decode. JSON-able through `dataclasses.asdict`.
+    """The description of a decode. `dataclasses.asdict` converts it to JSON.
 
-    latent_shape is [B, C, T, H, W] in VAE space; tile_size and overlap are pixels; memory is what each rank may use,
-    weights included, in bytes (None: all that is free).
+    latent_shape is [B, C, T, H, W] in VAE space. tile_size and overlap are in pixels. memory is the limit per rank in
+    bytes, including weights (None: all free memory).
     """
 
     latent_shape: tuple[int, int, int, int, int]
@@ -41,7 +41,7 @@ class DecodeRequest:
 
     @classmethod
     def from_json(cls, value: Mapping) -> "DecodeRequest":
-        """Return the request that became this in JSON."""
+        """Return the request of which `value` is the JSON form."""
         return cls(**{**value, "latent_shape": tuple(value["latent_shape"])})
 
     @property
@@ -52,12 +52,12 @@ class DecodeRequest:
 
 
 def frame_count(time: int) -> int:
-    """Frames that `time` latent frames decode to."""
+    """Return the number of frames that `time` latent frames decode to."""
     return TEMPORAL * (time - 1) + 1
 
 
 def check_request(request: DecodeRequest, world_size: int) -> None:
-    """Refuse, with a ValueError for the person at the graph, a job that no group of this size could do."""
+    """Raise ValueError, with a message for the user, for a request that a group of this size cannot decode."""
     if len(request.latent_shape) != 5 or min(request.latent_shape) < 1:
         raise ValueError(
             f"The latent has shape {list(request.latent_shape)}; a video latent is "
@@ -67,7 +67,7 @@ def check_request(request: DecodeRequest, world_size: int) -> None:
     if request.mode not in MODES:
         raise ValueError(f"mode is {request.mode!r}; it must be one of {', '.join(MODES)}.")
     if request.memory is not None and not 0 < request.memory < 2**63:
-        raise ValueError(f"memory is {request.memory}; it must be a number of bytes, or None for whatever is free.")
+        raise ValueError(f"memory is {request.memory}; it must be a number of bytes, or None for all free memory.")
     if world_size < 1:
         raise ValueError(f"A group of {world_size} ranks cannot decode; it needs at least one.")
     if request.mode == "tiled":
@@ -75,14 +75,14 @@ def check_request(request: DecodeRequest, world_size: int) -> None:
 
 
 def check_latent(latent: Tensor, channels: int) -> None:
-    """Refuse, with a ValueError, a latent [B, C, T, H, W] that a VAE of `channels` cannot decode, or a spoiled one."""
+    """Raise ValueError for a latent [B, C, T, H, W] with wrong channels or dtype, or with NaN or infinite values."""
     if latent.shape[1] != channels:
         raise ValueError(
-            f"The latent has {latent.shape[1]} channels and the VAE decodes {channels}. They are not of the same model."
+            f"The latent has {latent.shape[1]} channels; the VAE decodes {channels}. They belong to different models."
         )
     if not latent.is_floating_point():
-        raise ValueError(f"The latent holds {latent.dtype}; it must hold floating point numbers.")
-    bad = latent.numel() - int(torch.isfinite(latent.float()).sum())  # 8 bit floats cannot be asked
+        raise ValueError(f"The latent has dtype {latent.dtype}; it must be a floating-point dtype.")
+    bad = latent.numel() - int(torch.isfinite(latent.float()).sum())  # isfinite does not support 8-bit floats
     if bad:
         raise ValueError(
             f"{bad} of {latent.numel()} latent values are NaN or infinite. Check the sampler's settings and dtype."
@@ -91,20 +91,21 @@ def check_latent(latent: Tensor, channels: int) -> None:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A VAE that was recognised and checked, and the file or folder from which ranks load it."""
+    """A recognised and checked VAE, and the file or folder from which ranks load it."""
 
     path: Path
     checkpoint: Checkpoint
     shared: SharedWeights | None = None
-    """Keeps weights in memory at their path."""
+    """The shared memory at `path`, for weights that exist only in memory. It is freed with this object."""
 
     @classmethod
     def find(
         cls, vae: str | os.PathLike | Mapping[str, Tensor], before: "WeightSource | None" = None
     ) -> "WeightSource":
-        """Check a checkpoint's path, or share a state dict's weights. `before` is returned if it has the same ones.
+        """Check a checkpoint's path, or share a state dict's weights. `before` is returned if its weights are the same.
 
-        Raises ValueError, OSError where there is nothing, MemoryError where there is no memory to share them.
+        Raises ValueError for an unusable VAE, OSError if the file is missing or unreadable, and MemoryError if the
+        weights do not fit into shared memory.
         """
         if isinstance(vae, str | os.PathLike):
             path = Path(vae).absolute()  # ranks have another working directory
@@ -116,13 +117,13 @@ class WeightSource:
         return cls(shared.path, open_checkpoint(shared.path), shared)
 
     def load(self, host_only: Collection[str]) -> Load:
-        """Return what has ranks load this; on the devices in `host_only` only into the host's memory."""
+        """Return the `Load` of these weights. Ranks on the devices in `host_only` only read them into host memory."""
         return Load(KIND, {"checkpoint": place_of(self.path), "host_only": list(host_only)})
 
 
 @dataclass(frozen=True, eq=False)
 class DecodeJob:
-    """A decode of `latent` to the output "frames", checked. A `Job`; make it with `DecodeJob.make`."""
+    """A checked decode of `latent` to the output "frames". It is a `Job`; create it with `DecodeJob.make`."""
 
     request: DecodeRequest
     source: WeightSource
@@ -144,9 +145,10 @@ class DecodeJob:
         memory: int | None = None,
         world_size: int = 1,
     ) -> "DecodeJob":
-        """Check everything about a decode. Raises ValueError for the person at the graph.
+        """Check all arguments of a decode and return the job. Raises ValueError with a message for the user.
 
-        latent is [B, C, t, h, w] in VAE space; tile_size and overlap are pixels; memory is a limit per rank in bytes.
+        latent is [B, C, t, h, w] in VAE space; tile_size and overlap are in pixels; memory is a limit per rank in
+        bytes.
         """
         pixels = _whole("tile_size", tile_size), _whole("overlap", overlap)
         limit = None if memory is None else _whole("memory", memory)

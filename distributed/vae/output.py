@@ -1,9 +1,9 @@
-"""Finished pixels on their way from a device into the shared frame buffer.
+"""Copies of finished pixels from a device to the shared frame buffer.
 
-On an accelerator the copy runs on a stream of its own into pinned memory, and a thread copies from there into the
+On an accelerator a separate stream copies the pixels into pinned memory, and a thread copies them from there into the
 buffer, so neither delays the decoder. Pinned memory is slow to allocate (1.34 GB took 1.13 s on an H100 host,
-2026-11-23), so it is kept for the life of the writer. The number of slots limits how far the decoder's launches can run
-ahead, and with it how many pieces of finished pixels are on the device.
+2026-11-23), so the writer keeps it for its lifetime. The number of slots limits how far the decoder's launches can run
+ahead, and so how many pieces of finished pixels are on the device.
 """
 
 import queue
@@ -16,11 +16,11 @@ from torch import Tensor
 from ..ranks.devices import Device, host_memory
 
 SLOTS = 4
-"""Pieces that may be on their way at once."""
+"""Number of pieces in flight at once."""
 
 
 class PixelWriter:
-    """Copies pixels into places of a CPU tensor, in order."""
+    """Copies pixels into views of a CPU tensor, in order."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -33,11 +33,11 @@ class PixelWriter:
             for _ in range(SLOTS):
                 self.free.put(None)
             self.ready: queue.Queue = queue.Queue()
-            self.thread = threading.Thread(target=self._carry, name="pixel-writer", daemon=True)
+            self.thread = threading.Thread(target=self._copy_staged, name="pixel-writer", daemon=True)
             self.thread.start()
 
     def write(self, pixels: Tensor, place: Tensor, written: Callable[[], None]) -> None:
-        """Copy `pixels` into `place`, a CPU view of the same shape, then call `written`, in some thread."""
+        """Copy `pixels` into `place`, a CPU view of the same shape, then call `written`, possibly in another thread."""
         if self.direct:
             place.copy_(pixels)
             written()
@@ -59,13 +59,13 @@ class PixelWriter:
         self.ready.put((slot, staged, done, place, written))
 
     def flush(self) -> None:
-        """Wait until everything written so far is in its place."""
+        """Wait until all pixels passed to `write` so far are copied."""
         if not self.direct:
             self.ready.join()
             self._check()
 
     def close(self) -> None:
-        """End the thread; the writer cannot be used again."""
+        """Stop the thread. The writer cannot be used afterwards."""
         if not self.direct:
             self.ready.put(None)
             self.thread.join()
@@ -75,15 +75,15 @@ class PixelWriter:
             error, self.error = self.error, None
             raise RuntimeError("Finished pixels could not be copied to the shared frames.") from error
 
-    @torch.inference_mode()  # as the decoder: views made there cannot be written outside it
-    def _carry(self) -> None:
+    @torch.inference_mode()  # inference tensors, as the decoder's views are, cannot be written outside of it
+    def _copy_staged(self) -> None:
         while (item := self.ready.get()) is not None:
             slot, staged, done, place, written = item
             try:
                 done.synchronize()
                 place.copy_(staged)
                 written()
-            except Exception as error:  # raised by the next `write` or `flush`, which must not wait for ever
+            except Exception as error:  # raised by the next `write` or `flush`, so that they do not hang
                 self.error = error
             finally:
                 self.free.put(slot)

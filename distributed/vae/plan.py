@@ -1,7 +1,6 @@
 """The search for a plan: in which steps, and in how many blocks, a rank decodes its region of the picture.
 
-Everything here is a pure function of its arguments. Every rank computes the same plan from the same request, so nothing
-is negotiated between them.
+All functions here are pure. Every rank computes the same plan from the same request, so ranks need not negotiate.
 """
 
 import math
@@ -17,15 +16,15 @@ if TYPE_CHECKING:
     from .hunyuanvideo15.weights import Weights
 
 FULL_STEP = 12_500
-"""Latent positions (frames x height x width) of a step that keeps a large GPU busy. A larger one only costs memory."""
+"""Latent positions (frames x height x width) of a step that keeps a large GPU busy. Longer steps waste memory."""
 
 LONGEST_STEP = 16
-"""Latent frames of a step of a small picture."""
+"""Latent frames in the longest step, for small pictures."""
 
 USABLE = 0.95
-"""Fraction of the free memory that a plan may need, if another plan needs less. The rest is lost between torch's
-allocations: with 0.96 planned for, torch rearranged its memory 142 times and the decode took 11 % longer; with 0.98 it
-ran out of memory; with 0.86 all went well (H100, 2026-11-24)."""
+"""Fraction of the free memory that a plan may use if a smaller plan exists. The rest is lost to fragmentation. With a
+plan of 0.96, PyTorch's allocator reorganised its blocks 142 times and the decode took 11 % longer. A plan of 0.98 ran
+out of memory; a plan of 0.86 had no problem (H100, 2026-11-24)."""
 
 
 def choose_plan(
@@ -38,13 +37,13 @@ def choose_plan(
     *,
     allow_blocks: bool = True,
 ) -> tuple[Plan | None, int]:
-    """Return the plan by which a region of the picture is decoded within `free` bytes, and the bytes that it needs.
+    """Return the plan for decoding a region of the picture within `free` bytes, and the bytes that it needs.
 
-    If the region fits without blocks, it has none. Else the plan with the fewest passes is taken: blocks repeat no
-    work, but a pass over few positions leaves a device partly idle (benchmarks/README.md, Memory).
+    A region that fits without blocks is not divided. Otherwise the plan with the fewest passes is chosen: blocks repeat
+    no work, but a pass over few positions leaves a device partly idle (benchmarks/README.md, Memory).
 
     region, picture: height and width in latent positions. time: latent frames. shared: other ranks decode the rest of
-    the picture. If not even the smallest plan fits, the plan is None and the bytes are those that it would need.
+    the picture. If even the smallest plan does not fit, the plan is None and the bytes are those of the smallest plan.
     """
     smallest = None, math.inf
     for plan in _plans(weights, region, time, allow_blocks):
@@ -57,11 +56,11 @@ def choose_plan(
 
 
 def _plans(weights: "Weights", region: tuple[int, int], time: int, allow_blocks: bool) -> list[Plan]:
-    """All plans, the best first: no blocks, fewest passes, fewest blocks, longest steps, shortest lines between blocks.
+    """Return all plans, best first: no blocks, fewest passes, fewest blocks, longest steps, shortest lines.
 
-    A pass is one step of one block, of the trunk or at the video's full frame rate.
+    A pass is one step of one block, in the trunk or at the video's full frame rate. Lines separate the blocks.
     """
-    # The lines between blocks move up and left by `drift`, and the last block must still have a position.
+    # The lines move up and left by `drift`; every block must still have a position at the first convolution.
     smallest_side = drift(weights.convs) + 1
     rows, columns = ([n for n in range(1, side + 1) if n == 1 or side // n >= smallest_side] for side in region)
 
@@ -77,7 +76,7 @@ def _plans(weights: "Weights", region: tuple[int, int], time: int, allow_blocks:
 
 
 def _steps_to_try(region: tuple[int, int], blocks: tuple[int, int], time: int) -> list[int]:
-    """Lengths of the trunk's steps, the longest first: powers of 2, up to what keeps a device busy with one block."""
+    """Return step lengths for the trunk, longest first: powers of 2, up to the one that keeps a device busy."""
     positions = math.prod(-(-region[i] // blocks[i]) for i in (0, 1))
     wanted = min(-(-FULL_STEP // positions), LONGEST_STEP, time)
     doublings = (wanted - 1).bit_length()

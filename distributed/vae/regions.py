@@ -1,4 +1,4 @@
-"""Rectangles of the picture: which rank has which, and what a block reads beyond its own pixels."""
+"""Rectangles of the picture: the region of each rank, and the extents that a block computes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -45,16 +45,16 @@ class Division:
 
     @property
     def regions(self) -> list[Region]:
-        """All regions, in the order of their ranks."""
+        """All regions in rank order."""
         return [self.region(index) for index in range(self.size)]
 
     @property
     def largest(self) -> Region:
-        """The region that takes the most time."""
+        """The region with the most positions, which takes the most time."""
         return max(self.regions, key=lambda region: region.height * region.width)
 
     def region(self, index: int) -> Region:
-        """The region of rank `index`; regions are numbered row by row."""
+        """Return the region of rank `index`. Regions are numbered row by row."""
         row, column = divmod(index, self.columns)
         return Region(
             self.row_cuts[row], self.row_cuts[row + 1], self.column_cuts[column], self.column_cuts[column + 1]
@@ -62,17 +62,17 @@ class Division:
 
 
 def cuts(start: int, stop: int, count: int) -> tuple[int, ...]:
-    """Return the bounds of `count` runs of the positions from `start` to `stop`. Their lengths differ by at most
-    one."""
+    """Return the bounds that divide the positions from `start` to `stop` into `count` runs, of lengths that differ by
+    at most one."""
     return tuple(start + (stop - start) * i // count for i in range(count + 1))
 
 
 def divide(height: int, width: int, world_size: int) -> Division:
     """Divide a latent of height x width between at most `world_size` ranks.
 
-    The largest region determines the time, so it is made as small as possible. Of the divisions with the same largest
-    region the one with the shortest cuts is taken, because borders travel. If the picture is too small to give every
-    rank a position, some ranks have none.
+    The largest region determines the time, so it is made as small as possible. Among divisions with the same largest
+    region the one with the shortest cuts is chosen, because borders along the cuts are exchanged. If the picture has
+    too few positions, some ranks get no region.
     """
     options = [
         (rows, columns)
@@ -90,11 +90,11 @@ def divide(height: int, width: int, world_size: int) -> Division:
 
 
 Extents = tuple[tuple[Region, ...], ...]
-"""What is computed, level by level: the region that each convolution reads and, last, the one that the last one
-gives."""
+"""The regions computed at each level: the input region of each convolution, then the output region of the last
+convolution."""
 
 Line = tuple[tuple[int, ...], ...]
-"""One side of `Extents`: a row or a column for each of its regions."""
+"""One side of `Extents`: the row or column at which each of its regions begins or ends."""
 
 
 def hull(regions: Iterable[Region]) -> Region:
@@ -104,9 +104,9 @@ def hull(regions: Iterable[Region]) -> Region:
 
 
 def whole(height: int, width: int, convs: Sequence[int]) -> Extents:
-    """Return the extents of a picture of height x width latent positions, or of a region whose borders others fill in.
+    """Return the extents of a whole picture of height x width latent positions, or of a region with exchanged borders.
 
-    convs: convolutions of each level (see `Weights.convs`).
+    convs: number of convolutions per level (see `Weights.convs`).
     """
     return tuple(
         (Region(0, height * 2**level, 0, width * 2**level),) * (count + 1) for level, count in enumerate(convs)
@@ -116,13 +116,13 @@ def whole(height: int, width: int, convs: Sequence[int]) -> Extents:
 def blocks(
     region: Region, rows: int, columns: int, height: int, width: int, convs: Sequence[int]
 ) -> list[tuple[int, int, Extents]]:
-    """Cut a region of a picture of height x width latent positions into rows x columns blocks.
+    """Divide a region of a picture of height x width latent positions into rows x columns blocks.
 
-    Returns the row, the column and the extents of each, row by row. A convolution reads one pixel beyond what it gives.
-    Towards a later block there is none to read, so the convolution gives one pixel less, and the later block computes
-    it. So nothing is computed twice (see `block_borders`). From the first convolution to the pixels the line between
-    two blocks moves up and left by `drift` latent positions. Towards the regions of other ranks a block reads as much
-    more as its own pixels need.
+    Returns the row, column and extents of each block, row by row. A convolution reads one pixel more on each side than
+    it computes. On the side of a later block that pixel is not available, so the convolution computes one pixel less,
+    and the later block computes it. Nothing is computed twice (see `block_borders`). From the first convolution to the
+    pixels, the line between two blocks moves up and left by `drift` latent positions. On the sides of other ranks'
+    regions a block reads the full receptive field of its own pixels.
     """
     down = _spans(region.top, region.bottom, rows, height, convs)
     across = _spans(region.left, region.right, columns, width, convs)
@@ -132,20 +132,19 @@ def blocks(
 
 
 def drift(convs: Sequence[int]) -> int:
-    """Return the receptive field's radius: how far the input reaches beyond the pixels, in latent positions, rounded
-    up."""
+    """Return the radius of the tail's receptive field in latent positions, rounded up."""
     scale = 2 ** (len(convs) - 1)
     return -(-sum(count * scale // 2**level for level, count in enumerate(convs)) // scale)
 
 
 def _spans(start: int, stop: int, count: int, side: int, convs: Sequence[int]) -> list[tuple[Line, Line]]:
-    """Where each of `count` blocks of the positions from `start` to `stop` begins and ends. The picture has `side`."""
+    """Return the two lines of each of `count` blocks of the positions `start` to `stop`, in a picture of `side`."""
     between = (_cut(cut + drift(convs), convs) for cut in cuts(start, stop, count)[1:-1])
     return list(pairwise([_reach(start, -1, side, convs), *between, _reach(stop, 1, side, convs)]))
 
 
 def _cut(at: int, convs: Sequence[int]) -> Line:
-    """The line between two blocks. It is before latent position `at` at the first convolution, and moves from there."""
+    """Return the line between two blocks, which starts before latent position `at` at the first convolution."""
     line = []
     for count in convs:
         line.append(tuple(at - done for done in range(count + 1)))
@@ -154,8 +153,8 @@ def _cut(at: int, convs: Sequence[int]) -> Line:
 
 
 def _reach(at: int, step: int, side: int, convs: Sequence[int]) -> Line:
-    """How far each convolution reads for pixels to end at latent position `at`: `step` more each, within the
-    picture."""
+    """Return the line of inputs for pixels that end at latent position `at`: each convolution reads one pixel further
+    in direction `step`, within the picture."""
     line, end = [], at * 2 ** (len(convs) - 1)
     for level, count in reversed(tuple(enumerate(convs))):
         line.append(tuple(min(max(0, end + step * left), side * 2**level) for left in range(count, -1, -1)))

@@ -1,12 +1,12 @@
-"""The seamless decode: the untiled decode itself, divided between ranks.
+"""The seamless decode: the untiled decode, divided between ranks.
 
-Pixels are pulled: whoever wants the next ones asks for them, and so sets in motion what they are made of. So read the
-call from the bottom: `finished_pixels` pulls from the tail, the tail pulls from the trunk, and the trunk pulls from
-`checked_chunks`, which asks all ranks whether to continue.
+It is a chain of generators that its consumer drives: each request for pixels computes the inputs that they need.
+`finished_pixels` pulls from the tail, the tail pulls from the trunk, and the trunk pulls from `checked_chunks`, where
+all ranks agree whether to continue.
 
-    latent -> checked_chunks -> Trunk -> Tail -> pixels                                           everything streams
-    latent -> checked_chunks -> Trunk -> the whole picture, then for each block
-                    its part of that -> checked_chunks -> Tail -> pixels                          in blocks
+    streaming    latent -> checked_chunks -> Trunk -> Tail -> pixels
+    in blocks    latent -> checked_chunks -> Trunk -> features of the whole picture
+                 for each block: its features -> checked_chunks -> Tail -> pixels
 """
 
 from collections.abc import Generator, Iterator
@@ -27,20 +27,20 @@ from .tiling import SPATIAL
 
 
 def check_cancel(watch: Watch) -> None:
-    """Raise Cancelled on all ranks if the watch of one of them asks for it. A collective of the world."""
+    """Raise Cancelled on all ranks if any rank's watch reports a cancel. A collective of the world."""
     if agree(watch.cancelled()):
         raise Cancelled
 
 
 def checked_chunks(video: Tensor, plan: Plan, watch: Watch) -> Iterator[Tensor]:
-    """Yield a video in the trunk's steps. Before each, all ranks of the world agree whether to continue."""
+    """Yield a video in chunks of one trunk step. Before each, all ranks of the world agree whether to continue."""
     for chunk in split(video, plan.steps.trunk):
         check_cancel(watch)
         yield chunk
 
 
 def keep_in_step(video: Tensor, plan: Plan, watch: Watch) -> None:
-    """Take part in the agreements of a decode in which this rank has no region."""
+    """Take part in the collectives of a decode in which this rank has no region."""
     down, across = plan.blocks
     for _ in range(1 + down * across if plan.in_blocks else 1):
         for _ in checked_chunks(video, plan, watch):
@@ -52,9 +52,9 @@ def finished_pixels(
 ) -> Generator[tuple[Region, Iterator[Tensor]], None, None]:
     """Decode a rank's region of `video`, [T, H, W, C] of the whole picture.
 
-    Yields, for each block or for the whole region, where its pixels are in the picture, in pixels, and an iterator over
-    them, [frames, height, width, 3] a few frames at a time. The iterator must be exhausted before the next block, which
-    frees the memory of its tail. halo: given if other ranks have the rest of the picture.
+    Yields, for each block or for the whole region, its region of the picture in pixels and an iterator over its pixels,
+    [frames, height, width, 3], a few frames at a time. The iterator must be exhausted before the next block is
+    requested; then its tail's memory is freed. halo: given if other ranks decode the rest of the picture.
     """
     w = weights
     own = video[:, region.top : region.bottom, region.left : region.right]
@@ -66,7 +66,7 @@ def finished_pixels(
         yield shown, Tail(w, whole(region.height, region.width, w.convs), plan.steps, halo).run(features)
         return
     picture = _whole_picture(features, own, video.shape[:3], w.widths[0], plan, halo)
-    del trunk, features  # and the memory of their caches
+    del trunk, features  # frees their caches
     borders = BlockBorders(*plan.blocks, w.device)
     try:
         for row, column, extents in blocks(region, *plan.blocks, *video.shape[1:3], w.convs):
@@ -80,7 +80,7 @@ def finished_pixels(
 def _whole_picture(
     features: Iterator[Tensor], like: Tensor, size: torch.Size, channels: int, plan: Plan, halo: Halo | None
 ) -> Tensor:
-    """What the trunks of all ranks give, [T, H, W, C] of the whole picture, on every rank."""
+    """Gather the trunk's output of all ranks: [T, H, W, C] of the whole picture, on every rank."""
     picture = like.new_empty(*size, channels)
     for place, chunk in zip(split(picture, plan.steps.trunk), features, strict=True):
         if halo:

@@ -1,4 +1,4 @@
-"""What a rank does of a decode."""
+"""The rank's side of a decode."""
 
 from collections.abc import Mapping
 
@@ -25,17 +25,17 @@ class DecodeTask:
         self.device = device
         self.engine: Engine | None = None
         self.loaded: tuple[str, str] | None = None
-        """Identity and dtype of the checkpoint that the engine has."""
+        """Identity of the checkpoint in the engine, and its dtype."""
         self.read: tuple[str, str] | None = None
-        """The same of the one that was read into the host's memory last."""
+        """Identity and dtype of the checkpoint that was last read into host memory."""
 
     def load(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
-        """Load the checkpoint; on the devices in `host_only` only read it, and compile what decoding it will need."""
+        """Load the checkpoint, or only read it on the devices in `host_only`, and compile the decoder's kernels."""
         checkpoint = open_checkpoint(local_path(fields["checkpoint"]))
         wanted = checkpoint.identity, fields["dtype"]
         if self.loaded == wanted:
             return
-        if "host_only" not in fields:  # a run
+        if "host_only" not in fields:  # called by a run, which loads on every device
             self._load(checkpoint, wanted, watch)
             return
         if str(self.device) not in fields["host_only"]:
@@ -46,12 +46,12 @@ class DecodeTask:
         warm_up(checkpoint.architecture, self.device, getattr(torch, fields["dtype"]))
 
     def run(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
-        """Decode this rank's part of the tensor "latent" into "frames"."""
+        """Decode this rank's share of the tensor "latent" into "frames"."""
         request = DecodeRequest.from_json(fields["request"])
         self.engine.decode(request, tensors["latent"], tensors["frames"], watch)
 
     def fits(self, fields: Mapping, free: int) -> bool:
-        """Return whether a decode without blocks fits, or what is loaded ahead. False until the weights are loaded."""
+        """Return whether a decode without blocks, or a load, fits in `free` bytes. False until weights are loaded."""
         if str(self.device) in fields.get("host_only", ()):
             return True
         if self.engine is None or "request" not in fields:
@@ -65,7 +65,7 @@ class DecodeTask:
         return min(needed, request.memory or needed) <= free + weights.nbytes
 
     def release(self) -> None:
-        """Give the device memory back. The checkpoint has to be loaded again."""
+        """Free the device memory. The next job loads the checkpoint again."""
         if self.engine:
             self.engine.release()
         self.engine = self.loaded = self.read = None
@@ -78,7 +78,7 @@ class DecodeTask:
 
 
 def _read(checkpoint: Checkpoint, watch: Watch) -> None:
-    """Read the files, so that they are in the host's memory when they are wanted."""
+    """Read the files once, so that they are in the page cache when they are loaded."""
     for file in checkpoint.files:
         with open(file, "rb") as content:
             while content.read(READ_BYTES):

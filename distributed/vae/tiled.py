@@ -1,7 +1,7 @@
 """The tiled decode: diffusers' overlapping tiles, divided between ranks and blended in diffusers' order.
 
-Each rank decodes its tiles one after the other and keeps their pixels. When all ranks are done, tiles are blended in
-reading order, and what remains of each is written. Only the edges of blended tiles travel between ranks.
+Each rank decodes its tiles one after the other and keeps their pixels. When all ranks have finished, tiles are blended
+in reading order, and the kept part of each is written. Ranks exchange only the edges of blended tiles.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +17,8 @@ from .tiling import SPATIAL, Tile, TileGrid, blend, blend_width
 
 
 def decode_tile(weights: Weights, plan: Plan, latent: Tensor, pixels: Tensor) -> Iterator[int]:
-    """Decode one tile's latent, [T, h, w, C], into `pixels`, [frames, 16h, 16w, 3]. Yields how many frames were
-    added."""
+    """Decode one tile's latent, [T, h, w, C], into `pixels`, [frames, 16h, 16w, 3]. Yields the number of frames
+    written by each step."""
     time, height, width, _ = latent.shape
     trunk = Trunk(weights, height, width, time)
     tail = Tail(weights, whole(height, width, weights.convs), plan.steps)
@@ -43,21 +43,22 @@ def blend_tiles(
 ) -> None:
     """Blend each tile with its upper and left neighbours, and write the part of it that is kept. A collective.
 
-    owners: the rank of each tile. decoded: this rank's tiles, [frames, height, width, 3] each; emptied on the way.
-    like: a tensor of their device and dtype. write gets a tile and its kept pixels, float32.
+    owners: the rank of each tile. decoded: this rank's tiles, [frames, height, width, 3] each; they are removed from it
+    as they are blended. like: a tensor of their device and dtype. write: called with a tile and its kept pixels,
+    float32.
 
-    All ranks go through all tiles in reading order, and the edges of a tile are sent right after it is blended. So
-    sends and receives are posted in the same order everywhere, which no backend can deadlock on.
+    All ranks iterate over all tiles in reading order, and the edges of a tile are sent right after it is blended. Sends
+    and receives are therefore posted in the same order on all ranks, so that no backend can deadlock.
     """
     edges: dict[tuple[int, int], tuple[Tensor, dist.Work | None]] = {}
-    leaving: list[tuple[Tensor, dist.Work]] = []
+    outgoing: list[tuple[Tensor, dist.Work]] = []
     for index, tile in enumerate(grid.tiles):
         pixels = decoded.pop(tile, None)
         if pixels is not None:
             for dim in (1, 2):
-                edge, arrival = edges.pop((index, dim), (None, None))
-                if arrival:
-                    arrival.wait()
+                edge, work = edges.pop((index, dim), (None, None))
+                if work:
+                    work.wait()
                 if edge is not None:
                     blend(edge, pixels, dim)
         for other, dim in _followers(grid, index):
@@ -72,13 +73,13 @@ def blend_tiles(
             if source == target:
                 edges[other, dim] = edge, None
             elif source == rank:
-                leaving.append((edge, _post(dist.isend, edge, target)))
+                outgoing.append((edge, _post(dist.isend, edge, target)))
             else:
                 edges[other, dim] = edge, _post(dist.irecv, edge, source)
         if pixels is not None:
             write(tile, pixels[:, : tile.height, : tile.width].float())
-    for _, departure in leaving:
-        departure.wait()
+    for _, work in outgoing:
+        work.wait()
 
 
 def _empty_edge(tile: Tile, dim: int, extent: int, frames: int, like: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def _empty_edge(tile: Tile, dim: int, extent: int, frames: int, like: Tensor) ->
 
 
 def _followers(grid: TileGrid, index: int) -> list[tuple[int, int]]:
-    """The tiles that are blended with this one, each with the dimension they are blended along: below 1, right 2."""
+    """Return the later neighbours, each with the dimension it is blended along: 1 for below, 2 for right."""
     tile = grid.tiles[index]
     followers = []
     if tile.row + 1 < grid.rows:

@@ -1,9 +1,9 @@
-"""The tile grid of a tiled decode: where tiles are, who decodes them, how neighbours are blended.
+"""The tile grid of a tiled decode: the tiles, the rank of each, and the blending of neighbours.
 
-The grid, the overlap and the blend are those of `AutoencoderKLHunyuanVideo15.tiled_decode` in diffusers, so that a
-tiled decode here gives its pixels. The order of blending matters and is kept: a tile is first blended with its upper
-neighbour, then with its left one, and both of them have been blended themselves by then. Reading row by row from the
-top left, every tile therefore needs only tiles that come before it.
+Grid, overlap and blend are those of `AutoencoderKLHunyuanVideo15.tiled_decode` in diffusers, so a tiled decode gives
+the same pixels. The order of blending is also the same, because it changes the result: a tile is blended first with its
+upper and then with its left neighbour, after both have been blended themselves. In reading order every tile therefore
+depends only on earlier tiles.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 SPATIAL = 16
-"""Pixels along one side of a latent position."""
+"""Side of a latent position in pixels."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile: latent rows [top, bottom) and columns [left, right), and its place in the grid.
+    """One tile: latent rows [top, bottom) and columns [left, right), and its row and column in the grid.
 
-    `height` and `width` are the pixels of the decoded tile that are kept: its top left corner, up to where the next
-    tile begins.
+    `height` and `width` are the size in pixels of the part of the decoded tile that is kept: its top left corner, up to
+    the next tile.
     """
 
     row: int
@@ -34,13 +34,13 @@ class Tile:
 
     @property
     def cost(self) -> int:
-        """Latent positions, to which the work of decoding is proportional."""
+        """Latent positions of the tile, to which its decoding time is proportional."""
         return (self.bottom - self.top) * (self.right - self.left)
 
 
 @dataclass(frozen=True)
 class TileGrid:
-    """All tiles in reading order, and the pixels over which neighbours are blended."""
+    """All tiles in reading order, and the overlap of neighbours in pixels."""
 
     tiles: tuple[Tile, ...]
     rows: int
@@ -48,15 +48,15 @@ class TileGrid:
     overlap: int
 
     def at(self, row: int, column: int) -> int:
-        """Index in `tiles` of the tile in that row and column."""
+        """Return the index in `tiles` of the tile in this row and column."""
         return row * self.columns + column
 
 
 def tile_grid(height: int, width: int, tile_size: int, overlap: int) -> TileGrid:
-    """Cover a latent of `height` x `width` positions with tiles of `tile_size` pixels that share `overlap` pixels.
+    """Cover a latent of `height` x `width` positions with tiles of `tile_size` pixels that overlap by `overlap` pixels.
 
-    A latent that is no larger than a tile is one tile, as in diffusers. Raises ValueError where the grid does not allow
-    the sizes: both must be multiples of 16, and overlap less than a tile.
+    A latent that is no larger than a tile is one tile, as in diffusers. Raises ValueError unless both sizes are
+    multiples of 16 and overlap is less than tile_size.
     """
     check_tile(tile_size, overlap)
     side, stride = tile_size // SPATIAL, (tile_size - overlap) // SPATIAL
@@ -81,7 +81,7 @@ def tile_grid(height: int, width: int, tile_size: int, overlap: int) -> TileGrid
 
 
 def check_tile(tile_size: int, overlap: int) -> None:
-    """Refuse a tile size and an overlap, both in pixels, that the latent grid cannot hold."""
+    """Raise ValueError for a tile size or an overlap, in pixels, that do not match the latent grid."""
     if tile_size < SPATIAL or tile_size % SPATIAL:
         nearest = max(SPATIAL, round(tile_size / SPATIAL) * SPATIAL)
         raise ValueError(f"tile_size is {tile_size} pixels; it must be a multiple of {SPATIAL}. Try {nearest}.")
@@ -94,10 +94,11 @@ def check_tile(tile_size: int, overlap: int) -> None:
 
 
 def assign(grid: TileGrid, world_size: int) -> tuple[int, ...]:
-    """Give each tile a rank: largest first, always to the rank with the least work (LPT; Graham, 1969).
+    """Return the rank of each tile. The largest remaining tile is assigned to the rank with the least work (LPT
+    scheduling; Graham, 1969).
 
-    Ties go to the earlier tile and the lower rank, so every rank computes the same answer. With more ranks than
-    tiles, some ranks get none.
+    Ties are resolved in favour of the earlier tile and the lower rank, so every rank computes the same result. If there
+    are more ranks than tiles, some ranks get no tile.
     """
     load = [0] * world_size
     owner = [0] * len(grid.tiles)
@@ -109,15 +110,15 @@ def assign(grid: TileGrid, world_size: int) -> tuple[int, ...]:
 
 
 def blend_width(before: int, after: int, overlap: int) -> int:
-    """Return how many pixels of two neighbouring tiles of these extents are blended: never more than either has."""
+    """Return the width in pixels of the blend of two neighbouring tiles of these extents, at most either extent."""
     return min(before, after, overlap)
 
 
 def blend(edge: Tensor, tile: Tensor, dim: int) -> None:
-    """Blend, in place, the beginning of `tile` along `dim` with `edge`, the end of the neighbour before it.
+    """Blend the beginning of `tile` along `dim`, in place, with `edge`, the end of the previous neighbour.
 
-    The weight of the tile grows linearly from 0, as in diffusers' blend_v and blend_h. `edge` is as long along `dim`
-    as the blend; nothing happens for an edge of length 0.
+    The tile's weight increases linearly from 0, as in diffusers' blend_v and blend_h. The size of `edge` along `dim` is
+    the width of the blend; with size 0 the tile is unchanged.
     """
     extent = edge.shape[dim]
     if extent == 0:

@@ -1,1 +1,1 @@
-"""What is HunyuanVideo-1.5's own: its decoder."""
+"""The parts of a decode that are specific to HunyuanVideo-1.5."""

@@ -1,39 +1,42 @@
 """HunyuanVideo-1.5's VAE decoder, run forward in time.
 
-The function is that of `AutoencoderKLHunyuanVideo15.decoder` in diffusers (models/autoencoders/
-autoencoder_kl_hunyuanvideo15.py), computed a few frames at a time. What makes that exact:
+It computes the same function as `AutoencoderKLHunyuanVideo15.decoder` in diffusers (models/autoencoders/
+autoencoder_kl_hunyuanvideo15.py), a few frames at a time. The result is exact because of the following state:
 
-- A causal convolution of 3 frames needs the last two frames of its input. They stay in the `CausalCache` of its level.
-- The attention needs the keys and values of earlier frames. They stay in `KeyValues`.
-- An upsampling in time makes two frames of one, except of the video's first, which stays one.
+- A causal convolution over 3 frames needs the last two frames of its earlier input: the `CausalCache` of its level.
+- The attention needs the keys and values of earlier frames: `KeyValues`.
+- Temporal upsampling makes two frames of each frame, except of the video's first, which stays one.
 
-The order of events, for one chunk of latent frames [n, H, W, 32]:
+Order of operations for one chunk of latent frames [n, H, W, 32]:
 
     trunk   conv_in, mid block (resnet, attention, resnet), resnets of the first up block     latent resolution
-    tail    upsampler of the first up block; then level after level: resnets, upsampler       doubling each time
+    tail    upsampler of the first up block; then for each level: resnets, upsampler          doubled at each level
             norm_out, conv_out -> pixels, float32, black 0, white 1, not clamped
 
-Where each of diffusers' modules (HunyuanVideo15...) went:
+diffusers' modules (HunyuanVideo15...) and the code here:
 
-    Decoder3D       `Trunk._step`, then `Tail.run`; norm_out, conv_act and conv_out are `Tail._pixels` MidBlock
-    `Trunk._step`, as are the resnets of the first UpBlock3D UpBlock3D       `Tail._level`, the first one's upsampler
-    too ResnetBlock     `_Stage._resnet` RMS_norm, SiLU  `kernels.activate_`, in the pass before a convolution
-    CausalConv3d    `_Stage._conv`: `kernels.fill_groups` pads, `winograd.convolve` convolves; `CausalCache` pads in
-    time AttnBlock       `Trunk._attention` and `attention.KeyValues` Upsample        `Tail._upsample` and
-    `kernels.upsample`
+    Decoder3D         `Trunk._step`, then `Tail.run`; norm_out, conv_act and conv_out are in `Tail._pixels`
+    MidBlock          `Trunk._step`, which also has the resnets of the first UpBlock3D
+    UpBlock3D         `Tail._level`, which also has the upsampler of the first UpBlock3D
+    ResnetBlock       `_Stage._resnet`
+    RMS_norm, SiLU    `kernels.activate_`, in the pass before a convolution
+    CausalConv3d      `_Stage._conv`: `kernels.fill_groups` pads in space, `CausalCache` pads in time, and
+                      `winograd.convolve` convolves
+    AttnBlock         `Trunk._attention` and `attention.KeyValues`
+    Upsample          `Tail._upsample` and `kernels.upsample`
 
-The decoder runs depth first: a level passes its few output frames on before it takes more input. So only a few frames
-of each level are alive at any moment, whatever the length of the video.
+The decoder runs depth first: a level passes its few output frames to the next level before it reads more input. So only
+a few frames of each level are in memory at any time, for a video of any length.
 
-Convolutions take frames in groups of m (`winograd`, `weights.frames_per_group`). Between two convolutions there is one
-pass over memory (`kernels.fill_groups`): it adds up the products, the bias and the residual, normalises, activates, and
-writes what the next convolution reads, with a border of one. The sum of a residual block is therefore carried as its
-terms, a `LazySum`, until the next pass adds them. The length of steps does not change which frames form a group, so
-frames are the same to the last bit.
+Convolutions process frames in groups of m (`winograd`, `weights.frames_per_group`). One pass over memory runs between
+two convolutions (`kernels.fill_groups`): it sums the products, the bias and the residual, normalises, activates, and
+writes the input of the next convolution, with a border of one pixel. The sum of a residual block is therefore passed on
+as its terms, a `LazySum`, until the next pass adds them. The step length does not change which frames form a group, so
+frames are bitwise the same for any step length.
 
-If the picture is divided, between ranks or into blocks, `edges` overwrites the border with the neighbours' pixels
-before each convolution. `edges` None means that the whole picture is here. A rank's region stays where it is. A block
-moves over the picture, by one pixel with each convolution (see `Tail._residual`).
+If the picture is divided between ranks or into blocks, `edges` overwrites the border with the neighbours' pixels before
+each convolution. With `edges` None the picture is not divided. The region of a rank is fixed. A block moves over the
+picture by one pixel with each convolution (see `Tail._residual`).
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -55,7 +58,7 @@ from .weights import Conv, Resnet, Weights
 
 @dataclass
 class LazySum:
-    """x + products + bias, of those that are given, not yet added up. If x is given, the sum is formed in it."""
+    """The sum of those of x, products and bias that are not None, not computed yet. `form` computes it in x."""
 
     x: Tensor | None
     products: Products | None = None
@@ -67,21 +70,21 @@ class LazySum:
         return (self.products if self.x is None else self.x).shape
 
     def form(self) -> Tensor:
-        """Return the sum, in x."""
+        """Compute the sum in x, in place, and return it."""
         if self.products is not None:
             self.x.copy_(kernels.value_of(self.x, self.products, self.bias))
             self.release_terms()
         return self.x
 
     def release_terms(self) -> None:
-        """Free the terms that have been added to x."""
+        """Free the terms that were added to x."""
         self.products = self.bias = None
 
 
 class CausalCache:
-    """The last two frames of what each convolution of a level has read.
+    """The last two input frames of each convolution of a level.
 
-    extents: the region of the picture that each convolution reads and, last, the one that the last convolution gives.
+    extents: the input region of each convolution, then the output region of the last convolution.
     """
 
     def __init__(self, extents: Sequence[Region], channels: int, like: Tensor) -> None:
@@ -91,11 +94,11 @@ class CausalCache:
 
 
 Step = Generator[None, None, Any]
-"""Work that yields whenever borders are on their way, and returns its result."""
+"""A coroutine that yields while borders are in flight, and returns its result."""
 
 
 class _Stage:
-    """What trunk and tail have in common: convolutions and residual blocks on windows, and steps that take turns."""
+    """Base of trunk and tail: convolutions and residual blocks on windows, and the interleaving of steps."""
 
     def __init__(self, weights: Weights, edges: Edges | None) -> None:
         self.weights, self.edges = weights, edges
@@ -103,9 +106,9 @@ class _Stage:
         self.like = weights.taps
 
     def _interleave(self, steps: Iterable[Step]) -> Iterator[Tensor]:
-        """Run steps, `in_flight` at a time: while one waits for borders, the next continues, or a new one begins.
+        """Run steps, `in_flight` at a time: while one waits for borders, the next one continues or a new one starts.
 
-        They take turns, the oldest first, so no step overtakes another. The caches rely on that.
+        They run in turn, the oldest first, so no step overtakes another. The caches depend on that order.
         """
         coming = iter(steps)
         running: list[Step] = []
@@ -133,7 +136,7 @@ class _Stage:
             exchange.finish()
 
     def _conv(self, cache: CausalCache, index: int, x: LazySum, conv: Conv, gamma: Tensor | None = None) -> Step:
-        """Convolution `index` of a level, with norm and activation before it if `gamma` is given. `x` is formed."""
+        """Run convolution `index` of a level, with norm and activation before it if `gamma` is given. Forms `x`."""
         n, channels = x.shape[0], x.shape[-1]
         groups, first_frame = divmod(n, conv.m)  # the video's first frame is in no group
         size, corner = _window(*cache.extents[index : index + 2])
@@ -150,7 +153,7 @@ class _Stage:
 class Trunk(_Stage):
     """The first stage of the decoder, at latent resolution, for one video or one region of its picture.
 
-    time: latent frames in all. edges: given if the rest of the picture is on other ranks.
+    time: latent frames of the video. edges: given if other ranks decode the rest of the picture.
     """
 
     def __init__(self, weights: Weights, height: int, width: int, time: int, edges: WholeEdges | None = None) -> None:
@@ -163,7 +166,7 @@ class Trunk(_Stage):
         self.memory = KeyValues(time, positions, weights.widths[0], weights.dtype, weights.device)
 
     def run(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Consecutive chunks of latent frames, [n, H, W, latent channels] -> [n, H, W, C] each, sums formed."""
+        """Map consecutive chunks of latent frames, [n, H, W, latent channels], to features, [n, H, W, C] each."""
         return self._interleave(map(self._step, chunks))
 
     def _step(self, latent: Tensor) -> Step:
@@ -180,7 +183,7 @@ class Trunk(_Stage):
         return x.form()
 
     def _attention(self, x: Tensor) -> Tensor:
-        """x + attention(x): [n, H, W, C], each frame to itself and to all earlier frames."""
+        """Return x + attention(x), [n, H, W, C]. Each frame attends to itself and to all earlier frames."""
         weights = self.weights.attention
         n, height, width, channels = x.shape
         positions = x.view(n, height * width, channels)
@@ -198,10 +201,10 @@ class Trunk(_Stage):
 
 
 class Tail(_Stage):
-    """The rest of the decoder, from the first upsampling to pixels.
+    """The second stage of the decoder, from the first upsampling to pixels.
 
-    extents: what is computed, level by level. edges: given if the rest of the picture is on other ranks or in other
-    blocks.
+    extents: the regions computed at each level. edges: given if the rest of the picture is decoded by other ranks or in
+    other blocks.
     """
 
     def __init__(
@@ -210,7 +213,7 @@ class Tail(_Stage):
         super().__init__(weights, edges)
         self.extents, self.steps = extents, steps
         self.bounds = [hull(level) for level in extents]
-        """Of each level the region that its residual stream covers."""
+        """The region that the residual stream covers at each level."""
         *others, last = extents  # conv_out has a cache of its own
         self.caches = [
             CausalCache(level, width, self.like)
@@ -220,9 +223,9 @@ class Tail(_Stage):
         self.conv_out_cache: tuple[Tensor, Tensor] | None = None
 
     def run(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The trunk's output within the first level's bounds, chunk by chunk -> pixels [frames, H, W, 3].
+        """Map chunks of the trunk's output, within the first level's bounds, to pixels [frames, H, W, 3].
 
-        They are those of the last extent: float32, black 0 and white 1, not clamped, a few frames at a time.
+        The pixels are those of the last extent, a few frames at a time: float32, black 0, white 1, not clamped.
         """
         full_rate = self.weights.full_rate_level
         for level in range(full_rate):
@@ -232,13 +235,13 @@ class Tail(_Stage):
         return self._interleave(map(partial(self._finish, full_rate), pieces))
 
     def _finish(self, level: int, x: Tensor) -> Step:
-        """The levels at the full frame rate, one after the other, to pixels."""
+        """Run the levels at the full frame rate one after the other. Returns pixels."""
         for i in range(level, len(self.weights.resnets)):
             x = yield from self._level(i, x)
         return x
 
     def _level(self, level: int, x: Tensor) -> Step:
-        """One level of the tail. x: [n, H, W, C] within the level's bounds -> the same of the next level, or pixels."""
+        """Run one level. x: [n, H, W, C] within its bounds. Returns the next level's x, or pixels."""
         w, cache = self.weights, self.caches[level]
         pending = LazySum(_crop(x, self.bounds[level], cache.extents[0]))
         resnets = w.resnets[level] if level else ()
@@ -252,20 +255,20 @@ class Tail(_Stage):
         return self._upsample(level, packed, self._residual(x, level, last, last + 1))
 
     def _residual(self, x: Tensor, level: int, before: int, after: int) -> Tensor:
-        """The residual stream, cropped to the region of convolution `after`. `before` is the one it last matched.
+        """Return the residual stream cropped to the region of convolution `after`. It last matched that of `before`.
 
-        A convolution needs one pixel beyond what it gives. A block has no pixels of the next block, so at their common
-        line it gives one pixel less, and the next block computes that pixel. The line moves by one with each
-        convolution. Here are the last columns of block a and the first ones of block b, its right neighbour, in one
-        row:
+        A convolution reads one pixel more on each side than it computes. A block has no pixels of the next block, so at
+        their common line it computes one pixel less, and the next block computes that pixel. The line moves by one
+        pixel with each convolution. These are the last columns of block a and the first ones of its right neighbour,
+        block b, in one row:
 
             convolution 0 reads   a a a a a a|b b b b b      = extents[level][0]
-            convolution 1 reads   a a a a a|b b b b b b      = extents[level][1]: what convolution 0 gives
-            convolution 2 reads   a a a a|b b b b b b b      = extents[level][2]: what convolution 1 gives
+            convolution 1 reads   a a a a a|b b b b b b      = extents[level][1]: output of convolution 0
+            convolution 2 reads   a a a a|b b b b b b b      = extents[level][2]: output of convolution 1
 
-        Where b begins, a convolution of b reads two columns of a. Block a has kept them of its own windows (see
-        `block_borders`). The residual stream stays behind: it has been in memory since convolution 0. Before it is
-        added to what convolution 1 gives, a drops its last two columns, and b prepends the same two, which a has kept.
+        At the line a convolution of b reads two columns of a. Block a stored them from its own windows (see
+        `block_borders`). The residual stream does not move by itself: it has the region of convolution 0. Before it is
+        added to the output of convolution 1, a drops its last two columns and b prepends these two, which a stored.
         """
         old, new = self.extents[level][before], self.extents[level][after]
         if self.edges and old != new:
@@ -285,7 +288,7 @@ class Tail(_Stage):
         return out
 
     def _pixels(self, x: LazySum) -> Step:
-        """norm_out and conv_out. The sum over time comes last, so that the cache is two maps of 3 channels."""
+        """Run norm_out and conv_out. The sum over time comes last, so the cache is only two maps of 3 channels."""
         w = self.weights
         n, channels = x.shape[0], x.shape[-1]
         size, corner = _window(*self.extents[-1][-2:])
@@ -302,7 +305,7 @@ class Tail(_Stage):
 
 
 def split(frames: Tensor, step: int) -> tuple[Tensor, ...]:
-    """Split into pieces of `step` frames, the remainder first: a video's first frame is in no group of frames."""
+    """Split frames into pieces of `step`, the shorter piece first: a video's first frame is in no group."""
     first = (len(frames) - 1) % step + 1
     return frames.split([first] + [step] * ((len(frames) - first) // step))
 
@@ -312,11 +315,11 @@ def _pieces(chunks: Iterable[Tensor], step: int) -> Iterator[Tensor]:
 
 
 def _window(read: Region, given: Region) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The size of a window for a convolution that gives `given`, and where in it what was read begins."""
+    """Return the window size of a convolution that computes `given`, and the corner of its input `read` in it."""
     return (given.height + 2, given.width + 2), (read.top - given.top + 1, read.left - given.left + 1)
 
 
 def _crop(frames: Tensor, bounds: Region, region: Region) -> Tensor:
-    """A region of frames [n, H, W, C] that cover `bounds`."""
+    """Return the view of `region` in frames [n, H, W, C] that cover `bounds`."""
     top, left = region.top - bounds.top, region.left - bounds.left
     return frames[:, top : top + region.height, left : left + region.width]

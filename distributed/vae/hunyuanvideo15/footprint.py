@@ -1,8 +1,8 @@
-"""How much device memory a decode needs, from the shapes of what the decoder allocates.
+"""The peak device memory of a decode, computed from the shapes of the decoder's allocations.
 
-This module follows `decoder` step by step: whoever changes what is allocated there changes it here. Frames are counted
-as [height + 2, width + 2, C], the size in a window. Two tests hold it to the truth: the bytes that are alive in a
-decode on tensors without memory, and torch's own peak on a GPU.
+This module mirrors `decoder` step by step and must be changed together with its allocations. Frames are counted as
+[height + 2, width + 2, C], their size in a window. Two tests check it: against the live bytes of a decode on meta
+tensors, and against the peak that PyTorch reports on a GPU.
 """
 
 import math
@@ -18,16 +18,16 @@ from ..regions import Region, blocks, hull, whole
 from .weights import Weights
 
 WORKSPACE = 256 * 2**20
-"""What the convolution library and the plain forms of kernels may need beside what is counted here."""
+"""Bytes allowed for the workspace of the convolution library and of the plain forms of kernels."""
 
 
 def window_frames(n: int, m: int) -> int:
-    """Frames in the window that a convolution of n frames reads, in groups of m."""
+    """Return the frames in the window of a convolution of n frames in groups of m."""
     return (m + 2) * -(-n // m)
 
 
 def product_frames(n: int, m: int) -> int:
-    """Frames of products that a convolution of n frames gives, in groups of m. The video's first is in no group."""
+    """Return the frames of products of a convolution of n frames in groups of m. The first frame is in no group."""
     return (m + 2) * (n // m) + n % m
 
 
@@ -37,7 +37,7 @@ def level_sizes(
 ) -> list[tuple[int, int]]:
     """Return the largest height and width that a block computes at each level.
 
-    convs: see `Weights.convs`. The region lies in the middle of the picture, both given in latent positions.
+    convs: see `Weights.convs`. The region is placed in the middle of the picture; both are in latent positions.
     """
     top, left = ((picture[i] - region[i]) // 2 for i in (0, 1))
     if grid == (1, 1):
@@ -52,8 +52,7 @@ def level_sizes(
 def peak_bytes(
     weights: Weights, region: tuple[int, int], picture: tuple[int, int], time: int, shared: bool, plan: Plan
 ) -> int:
-    """Return the bytes on the device at the fullest moment of a decode: weights, caches, keys and values, working
-    tensors.
+    """Return the peak device memory of a decode in bytes: weights, caches, keys and values, working tensors.
 
     region, picture: height and width in latent positions. time: latent frames. shared: other ranks decode the rest of
     the picture.
@@ -64,10 +63,10 @@ def peak_bytes(
         return (height + 2) * (width + 2) * weights.widths[level] * size
 
     base = weights.nbytes + WORKSPACE
-    waiting = IN_FLIGHT - 1 if shared else 0  # steps that wait for borders, each with its stream and its window
+    waiting = IN_FLIGHT - 1 if shared else 0  # steps waiting for borders, each with its residual stream and window
     picture_frame = math.prod(picture) * weights.widths[0] * size
 
-    # The trunk: caches, keys and values of the whole video, and one step.
+    # The trunk: caches, keys and values of the whole video, and the tensors of one step.
     n, latent = min(steps.trunk, time), frame(0, *region)
     convs = 2 * len(weights.mid) + 2 * len(weights.resnets[0])
     trunk = 2 * time * picture_frame + (2 * convs + 2) * latent
@@ -76,9 +75,9 @@ def peak_bytes(
         trunk_working += 4 * n * picture_frame  # keys and values, gathered
     trunk_working += score_bytes(weights.device, math.prod(region), time * math.prod(picture))
 
-    # The tail, level by level: caches and what waits between levels add up, the working tensors are one level's.
+    # The tail: caches and chunks between levels add up over the levels; only one level at a time has working tensors.
     waiting = 0 if plan.in_blocks else waiting
-    only_chunk = time <= steps.trunk  # the first chunk gives one frame less wherever time is doubled
+    only_chunk = time <= steps.trunk  # the first chunk has one frame less after each temporal upsampling
     tail = working = borders = 0
     incoming = n
     for level, sides in enumerate(level_sizes(weights.convs, region, picture, plan.blocks)):
@@ -102,10 +101,10 @@ def peak_bytes(
             pixels = n * (sides[0] + 2) * (sides[1] + 2)
             level_working = max(level_working, 2 * n * here + pixels * (len(weights.taps) * size + 72))
             if not on_host:
-                tail += SLOTS * pixels * 12  # float32 pixels on their way to the host
+                tail += SLOTS * pixels * 12  # float32 pixels being copied to the host
         tail += 2 * convs * here
         if plan.in_blocks:
-            # Two rows and columns of each window and of the stream. On the CPU all wait here, else those in flight.
+            # Two rows and columns of each window and of the residual stream: all on the CPU, else those in flight.
             ends = (plan.blocks[0] > 1) * (sides[1] + 2), (plan.blocks[1] > 1) * (sides[0] + 2)
             pixel = 2 * weights.widths[level] * size
             if on_host:
@@ -122,5 +121,5 @@ def peak_bytes(
 
     if not plan.in_blocks:
         return int(base + trunk + tail + max(trunk_working, working))
-    between = time * picture_frame  # the trunk's output, which waits for the blocks' turns
+    between = time * picture_frame  # the trunk's output, stored until all blocks are decoded
     return int(base + between + max(trunk + trunk_working, tail + borders + working))

@@ -1,4 +1,4 @@
-"""Compile the fused kernels that a decoder will call, before it does."""
+"""Compile the decoder's fused kernels ahead of the first decode."""
 
 from itertools import pairwise
 
@@ -11,14 +11,14 @@ from .layout import TEMPORAL_UPSAMPLERS, Architecture
 from .weights import TAP_ROWS, frames_per_group
 
 CORNER = 1, 1
-"""Where frames begin in a window with a border of one."""
+"""Row and column of the first pixel of frames in a window with a border of one."""
 
 
 def warm_up(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
-    """Compile all kernels that a decoder of these sizes will call. Does nothing where there are no fused kernels.
+    """Compile all kernels of a decoder of these sizes. Does nothing on devices without fused kernels.
 
-    Each form of a kernel is compiled when it is first called: 20 s in all on an H100's host, 2 s if Triton finds them
-    on disk (2026-11-24). This takes a few kilobytes of the device.
+    Each specialisation of a kernel is compiled when it is first called: 20 s in total on an H100 host, 2 s with
+    Triton's cache on disk (2026-11-24). It uses a few kilobytes of device memory.
     """
     if kernels.are_fused(device):
         call_every_form(architecture, device, dtype)
@@ -26,7 +26,7 @@ def warm_up(architecture: Architecture, device: torch.device, dtype: torch.dtype
 
 @torch.inference_mode()
 def call_every_form(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> None:
-    """Call each form of each kernel once, on a pixel or two. A form is what is compiled by itself."""
+    """Call each specialisation of each kernel once, on one or two pixels."""
 
     def frames(channels: int, n: int = 1, border: int = 0) -> Tensor:
         return torch.zeros(n, 1 + border, 1 + border, channels, device=device, dtype=dtype)
@@ -49,7 +49,7 @@ def call_every_form(architecture: Architecture, device: torch.device, dtype: tor
     fill(architecture.latent_channels, groups[0], convolved=False, norm=False)  # conv_in
     for level, (width, m) in enumerate(zip(widths, groups, strict=True)):
         fill(width, m)  # the first convolution of a residual block
-        fill(width, m, convolved=False)  # the same where no convolution came before
+        fill(width, m, convolved=False)  # the same without a preceding convolution
         fill(width, m, stream=False)  # the second convolution of a residual block
         if level < len(widths) - 1:
             fill(width, m, convolved=level > 0, norm=False)  # an upsampler's

@@ -11,12 +11,12 @@ from torch import Tensor
 from ...ops.winograd import transform_taps
 
 TAP_ROWS = 96
-"""Output channels of the last convolution's taps: 27 taps of 3 colours, padded to a multiple of 16."""
+"""Rows of the last convolution's taps: 27 taps x 3 colours, padded to a multiple of 16."""
 
 
 class Conv(NamedTuple):
     m: int
-    """Frames that are convolved together: F(m, 3) of `ops.winograd`."""
+    """Frames per group: F(m, 3) of `ops.winograd`."""
     taps: Tensor
     """[>= m + 2, out, in, 3, 3], transformed (see `ops.winograd`)."""
     bias: Tensor
@@ -44,10 +44,10 @@ class Attention(NamedTuple):
 
 
 def frames_per_group(rate: int) -> int:
-    """Return how many frames a level convolves together (m), by its frames per latent frame.
+    """Return the frames per group (m) of a level with `rate` frames per latent frame.
 
-    Four at the video's full rate, with half of the multiplications, and two before, with two thirds. Four one level
-    earlier would make bfloat16's error larger than diffusers' own.
+    It is 4 at the video's full rate, with half of the multiplications, and 2 at earlier levels, with two thirds. With 4
+    one level earlier, the error in bfloat16 would exceed that of diffusers.
     """
     return 4 if rate % 4 == 0 else 2
 
@@ -55,8 +55,8 @@ def frames_per_group(rate: int) -> int:
 class Weights:
     """The decoder's weights on a device, in the order in which they are used.
 
-    `tensors` has diffusers' names without the leading "decoder."; widths, depth and which upsamplers double time are
-    read off the shapes.
+    `tensors` has diffusers' names without the prefix "decoder."; widths, depth and the temporal upsamplers are derived
+    from the shapes.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
@@ -91,7 +91,7 @@ class Weights:
             *(matrix(f"{name}.{key}") for key in ("to_q", "to_k", "to_v", "proj_out")),
         )
         self.resnets: list[tuple[Resnet, ...]] = []
-        """Residual blocks of each level."""
+        """The residual blocks of each level."""
         self.upsamplers: list[Upsampler] = []
         self.rates: list[int] = []
         """Frames of each level per latent frame. The video's first latent frame is one frame on every level."""
@@ -120,12 +120,12 @@ class Weights:
 
     @property
     def convs(self) -> tuple[int, ...]:
-        """Convolutions of each level of the tail. A level's last one is its upsampler's, or the one to pixels."""
+        """Number of convolutions per level of the tail, including the level's upsampler or the last convolution."""
         return (1, *(2 * len(resnets) + 1 for resnets in self.resnets[1:]))
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of the weights on the device."""
+        """Size in bytes of the weights on the device."""
         total = 0
         stack: list = [v for v in vars(self).values()]
         while stack:
