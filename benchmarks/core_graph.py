@@ -1,12 +1,12 @@
-"""Measure decodes inside a graph of ComfyUI's own nodes: core's VAE, and the same VAE through Distribute VAE.
+"""Measure decodes in a graph of ComfyUI's own nodes: with core's VAE, and with the same VAE through Distribute VAE.
 
     python -m benchmarks.core_graph
 
-A real ComfyUI (COMFYUI_PATH, or .comfyui) loads one VAE file of full size with random weights and decodes a series of
-latents: with core's decoder, on one rank, on every GPU, with core's decoder again. The series shows whether one kind of
-decode harms the next. A row has the seconds of the VAE Decode node, and the memory in use on each GPU before the
-prompt, at its highest point, after it, and after `POST /free`. Without a GPU the latent is small and the run only shows
-that everything works. Writes JSON and a Markdown table.
+A ComfyUI process (COMFYUI_PATH, or .comfyui) loads a full-size VAE file with random weights and decodes a series of
+latents: with core's decoder, on one rank, on all GPUs, and with core's decoder again. The series shows whether one kind
+of decode slows down the next. Each row has the seconds of the VAE Decode node, and the memory in use on each GPU before
+the prompt, at the peak, and after it. The last row is measured after `POST /free`. Without a GPU the latent is small
+and the run is only a functional test. Writes JSON and a Markdown table.
 """
 
 import argparse
@@ -33,7 +33,7 @@ POLL_SECONDS = 0.1
 
 
 def save_vae(path: Path, device: torch.device) -> None:
-    """Write a whole VAE, encoder and decoder, with random weights in core's layout, float16."""
+    """Write a VAE with encoder and decoder, random float16 weights, in core's layout."""
     from diffusers import AutoencoderKLHunyuanVideo15
 
     with device:
@@ -43,7 +43,7 @@ def save_vae(path: Path, device: torch.device) -> None:
 
 
 def graph(latent: str, devices: str | None) -> dict:
-    """A prompt that decodes `latent` with core's VAE, on ranks where `devices` names some, and saves one frame."""
+    """Return a prompt that decodes `latent` with core's VAE, on ranks if `devices` is given, and saves one frame."""
     prompt = {
         "latent": node("LoadLatent", latent=latent),
         "vae": node("VAELoader", vae_name="full.safetensors"),
@@ -61,7 +61,7 @@ def graph(latent: str, devices: str | None) -> dict:
 
 
 def memory_in_use() -> list[float]:
-    """GiB in use on each GPU, by all processes."""
+    """Return the memory in use on each GPU by all processes, in GiB."""
     if not torch.cuda.is_available():
         return []
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -70,7 +70,7 @@ def memory_in_use() -> list[float]:
 
 
 class Highest:
-    """The most memory in use on each GPU while the context is open, in GiB."""
+    """Records the peak memory in use on each GPU while the context is open, in GiB."""
 
     def __enter__(self) -> "Highest":
         self.gib = memory_in_use()
@@ -89,7 +89,7 @@ class Highest:
 
 
 def measure(host: Host, name: str, devices: str | None) -> dict:
-    """Run one prompt. Raises RuntimeError where it fails."""
+    """Run one prompt and return its row. Raises RuntimeError if the prompt fails."""
     before = memory_in_use()
     with Highest() as highest:
         run = host.run(graph(name, devices))
@@ -106,7 +106,7 @@ def measure(host: Host, name: str, devices: str | None) -> dict:
 
 
 def free(host: Host) -> list[float]:
-    """Ask ComfyUI to unload everything; the memory in use once it has settled."""
+    """Make ComfyUI unload all models, and return the memory in use on each GPU after 4 seconds."""
     host.post("/free", {"unload_models": True, "free_memory": True})
     time.sleep(4)
     return memory_in_use()
@@ -138,7 +138,7 @@ def main() -> None:
             report["comfyui"] = host.wait().get("/system_stats")["system"]["comfyui_version"]
             for size in sizes:
                 for index, devices in enumerate(series):
-                    name = f"{size}-{index}.latent"  # another one each time, so that no result comes from the cache
+                    name = f"{size}-{index}.latent"  # a new name and seed, so that ComfyUI's cache is not used
                     host.save_latent(name, random_latent(1, 32, *SIZES[size], seed=index))
                     report["prompts"].append({"size": size, **measure(host, name, devices)})
                     print(report["prompts"][-1], flush=True)
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def write(report: dict, folder: Path) -> None:
-    """JSON for machines, a Markdown table for people."""
+    """Write the report as JSON and as a Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
     name = "core-graph-" + ("cpu" if not torch.cuda.is_available() else f"gpu-x{torch.cuda.device_count()}")
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

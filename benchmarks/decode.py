@@ -1,15 +1,15 @@
-"""Measure decodes side by side: this engine, its rivals, and the floor, all in one run.
+"""Measure decodes in one run: this engine's, other implementations', and the floor.
 
     python -m benchmarks.decode                                   one device
     python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.decode     two devices of one host
 
-Weights are full size and random on a GPU, small on the CPU, where the run only shows that everything works. Every
-variant decodes the same latent, alone on the device, once to warm up and then `--repeat` times; the best time counts.
-The floor is the decoder's convolution FLOPs over a matrix product measured in the same run: briefly (the chip cool),
-and for two seconds (as hot as a decode makes it).
+Weights are random, full size on a GPU and small on the CPU, where the run is only a functional test. Every variant
+decodes the same latent, alone on the device, once to warm up and then `--repeat` times; the best time is reported. The
+floor is the number of FLOPs of the decoder's convolutions divided by the rate of a matrix product measured in the same
+run: briefly, on a cool GPU, and for two seconds, at the temperature of a decode.
 
-Rivals are taken where they are installed: diffusers' tiled decode, ComfyUI's own decoder (COMFYUI_PATH or .comfyui),
-DistVAE's tile decode on several devices. Rank 0 writes JSON and a Markdown table.
+Other implementations are measured if they are installed: diffusers' tiled decode, ComfyUI's own decoder (COMFYUI_PATH
+or .comfyui) and, on several devices, DistVAE's tiled decode. Rank 0 writes JSON and a Markdown table.
 """
 
 import argparse
@@ -48,7 +48,7 @@ SIZES = {
 
 
 class Quiet:
-    """A watch that nobody looks through."""
+    """A watch that ignores progress and never cancels."""
 
     def progress(self, done: int, total: int) -> None: ...
 
@@ -57,7 +57,7 @@ class Quiet:
 
 
 def conv_flops(widths: tuple[int, ...], time_: int, height: int, width: int) -> float:
-    """FLOPs of the decoder's convolutions, two for a multiply and add. Frames and pixels double level by level."""
+    """Return the FLOPs of the decoder's convolutions, two per multiply-add."""
     total, frames = 0.0, time_
     for level, channels in enumerate(widths):
         pixels = frames * height * width * 4**level
@@ -69,7 +69,7 @@ def conv_flops(widths: tuple[int, ...], time_: int, height: int, width: int) -> 
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for this device, then for the other ranks."""
+    """Synchronise with this device, then with the other ranks."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
     if dist.is_initialized():
@@ -77,7 +77,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(device: torch.device, decode: Callable[[], object], repeat: int) -> dict:
-    """First and best time of `decode` in seconds, and the peak memory of the best runs in GiB."""
+    """Return the first and the best time of `decode` in seconds, and the peak memory of the last run in GiB."""
     times = []
     for attempt in range(repeat + 1):
         gc.collect()
@@ -99,7 +99,7 @@ def measure(device: torch.device, decode: Callable[[], object], repeat: int) -> 
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """FLOP/s of square matrix products kept up for `seconds`."""
+    """Return the FLOP/s of square matrix products that run for `seconds`."""
     side = 8192 if device.type != "cpu" else 512
     a = torch.randn(side, side, device=device, dtype=dtype)
     b = torch.randn_like(a)
@@ -116,7 +116,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
 
 
 def diffusers_vae(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype):
-    """diffusers' own model with these decoder weights, or None where diffusers is not installed."""
+    """Return diffusers' model with these decoder weights, or None if diffusers is not installed."""
     try:
         from diffusers import AutoencoderKLHunyuanVideo15
     except ImportError:
@@ -130,7 +130,7 @@ def diffusers_vae(tensors: dict, widths: tuple[int, ...], device: torch.device, 
 
 
 def core_decoder(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype):
-    """ComfyUI's decoder with these weights, or None where no ComfyUI is found."""
+    """Return ComfyUI's decoder with these weights, or None if there is no ComfyUI."""
     home = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
     if not (home / "comfy").is_dir():
         return None
@@ -156,7 +156,7 @@ def core_decoder(tensors: dict, widths: tuple[int, ...], device: torch.device, d
 
 
 Decode = Callable[[Tensor], object]
-"""Takes a latent [1, 32, T, H, W] on the CPU, float32."""
+"""Decodes a latent [1, 32, T, H, W], float32 on the CPU."""
 
 
 def diffusers_tiled(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Decode | None:
@@ -167,7 +167,7 @@ def diffusers_tiled(tensors: dict, widths: tuple[int, ...], device: torch.device
 
 
 def tiled(vae, device: torch.device, dtype: torch.dtype) -> Decode:
-    """A diffusers model's tiled decode, or what has been put in its place."""
+    """Return the tiled decode of a diffusers model."""
     vae.enable_tiling()
     return lambda z: vae.decode(z.to(device, dtype)).sample.float().cpu()
 
@@ -188,9 +188,9 @@ def core(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: to
 
 
 class Held:
-    """How long exchanges hold this rank's stream: until what travels has come and is in its place.
+    """Measures how long this rank's stream waits for exchanges, including the copies of received data.
 
-    In tiled mode that is all of the blending, which begins when the last rank has decoded its tiles.
+    In tiled mode this is the whole blending, which starts when the last rank has decoded its tiles.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -216,7 +216,7 @@ class Held:
         return event
 
     def seconds(self) -> float:
-        """Of the decode that has ended last; begins to count anew."""
+        """Return the seconds since the last call, and reset the measurement."""
         spans, self.spans = self.spans, []
         if self.device.type == "cpu":
             return sum(end - start for start, end in spans)
@@ -224,7 +224,7 @@ class Held:
 
 
 class Ours:
-    """This engine in one mode; says how long after the last kernel the last pixel was in its place."""
+    """This engine in one mode. It also measures the time from the last kernel to the last written pixel."""
 
     def __init__(
         self,
@@ -267,7 +267,7 @@ def machine(device: torch.device) -> str:
 
 
 def target(local: int) -> tuple[torch.device, torch.dtype, tuple[int, ...]]:
-    """The device that is measured, the dtype, and the decoder's widths: full size on a GPU, small on the CPU."""
+    """Return the device, the dtype and the decoder's widths: full size on a GPU, small on the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", local), torch.bfloat16, FULL
     return torch.device("cpu"), torch.float32, TINY
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=None, help="comma-separated, of: " + ", ".join(SIZES))
     parser.add_argument("--variants", default="", help="only the variants whose name contains one of these words")
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--memory-gib", type=float, default=None, help="budget of each rank for this engine")
+    parser.add_argument("--memory-gib", type=float, default=None, help="memory limit per rank for this engine")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
 
@@ -286,7 +286,7 @@ def main() -> None:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-        torch.set_num_threads(COPIERS)  # as ranks have
+        torch.set_num_threads(COPIERS)  # as in rank processes
     if "RANK" in os.environ:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -335,7 +335,7 @@ def main() -> None:
                 rows[key] = row
                 if rank == 0:
                     print(name, key, row, flush=True)
-                    write(report, options.out)  # a run that is cut short keeps what it has
+                    write(report, options.out)  # an interrupted run keeps its rows
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -349,7 +349,7 @@ def measure_alone(
     dtype: torch.dtype,
     repeat: int,
 ) -> dict | None:
-    """What one variant takes, with nothing else on the device; None for a rival that is not installed."""
+    """Measure one variant, alone on the device. Returns None if it is not installed."""
     gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
@@ -364,7 +364,7 @@ def measure_alone(
 
 
 def largest(value: float) -> float:
-    """The largest of all ranks' values. A collective."""
+    """Return the largest of all ranks' values. A collective."""
     if not dist.is_initialized():
         return value
     tensor = torch.tensor(value, dtype=torch.float64)
@@ -373,7 +373,7 @@ def largest(value: float) -> float:
 
 
 def write(report: dict, folder: Path) -> None:
-    """JSON for machines, a Markdown table for people."""
+    """Write the report as JSON and as a Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{report['machine'].replace(' ', '-').lower()}-x{report['ranks']}"
     name = "".join(c for c in name if c.isalnum() or c in "-_")

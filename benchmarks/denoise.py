@@ -1,17 +1,17 @@
-"""Measure forwards of the denoising transformer side by side: ours, its rivals, and the floor, all in one run.
+"""Measure forwards of the denoising transformer in one run: this project's, other implementations', and the floor.
 
     python -m benchmarks.denoise                                   one device
     python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.denoise     two devices of one host
 
-Weights are full size and random on a GPU, small on the CPU, where the run only shows that everything works. A forward
-has one prompt of 100 valid text tokens, no glyphs and no image; rivals that pad it get it padded. Every variant runs
-once to warm up and then `--repeat` times; the best time counts. The floor is the FLOPs of our forward, counted by
-PyTorch, over a matrix product kept up for two seconds in the same run.
+Weights are random, full size on a GPU and small on the CPU, where the run is only a functional test. A forward has one
+prompt of 100 valid text tokens, no glyphs and no image; implementations that pad the prompt get it padded. Every
+variant runs once to warm up and then `--repeat` times; the best time is reported. The floor is the number of FLOPs of
+our forward, counted by PyTorch, divided by the rate of a matrix product that runs for two seconds in the same run.
 
-On several devices there are two measurements: one forward whose sequence all ranks share, and a step with guidance, two
-forwards as `distributed.denoise.parallel.plan` lays them out. Rivals are taken where they are installed: diffusers, and
-ComfyUI's own model (COMFYUI_PATH or .comfyui) with each order of attention kernels. Rank 0 writes JSON and a Markdown
-table.
+On several devices there are two variants: one forward whose sequence is divided between all ranks, and a step with
+guidance, which is two forwards in the layout of `distributed.denoise.parallel.plan`. On one device the other
+implementations are measured if they are installed: diffusers, and ComfyUI's own model (COMFYUI_PATH or .comfyui) with
+either cuDNN's or the flash attention kernel first. Rank 0 writes JSON and a Markdown table.
 """
 
 import argparse
@@ -39,20 +39,21 @@ from distributed.denoise.share import Share
 from distributed.denoise.transformer import Transformer
 
 FULL: dict = {}
-"""diffusers' defaults are the real sizes."""
+"""diffusers' defaults are the full sizes."""
 SMALL = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "rope_axes_dim": (4, 6, 6)}
 SMALL |= {"text_embed_dim": 32, "text_embed_2_dim": 32, "image_embed_dim": 32}
 
 TEXT, PADDED, GLYPHS, IMAGE = 100, 1000, 256, 729
-"""Valid text tokens, and the lengths that diffusers' pipeline pads to."""
+"""Valid text tokens, and the lengths to which diffusers' pipeline pads text, glyphs and image."""
 
 Forward = Callable[[], Tensor]
 
 
 @torch.no_grad()
 def random_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """Give a model on the meta device seeded weights that keep the variance of what goes through them."""
-    torch.nn.Module.to(model, dtype).to_empty(device=device)  # diffusers' own warns of layers that this model lacks
+    """Give a model on the meta device seeded weights that preserve the variance of activations."""
+    # The `to` of diffusers warns about layers that this model does not have.
+    torch.nn.Module.to(model, dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
@@ -79,7 +80,7 @@ class Inputs:
         self.glyphs, self.image = draw(0, config.text_embed_2_dim), draw(0, config.image_embed_dim)
 
     def padded(self) -> dict[str, Tensor]:
-        """Arguments of diffusers' forward, as its pipeline makes them."""
+        """Return the arguments of diffusers' forward, padded as in its pipeline."""
         text = self.text.new_zeros(1, PADDED, self.text.shape[1])
         text[0, :TEXT] = self.text
         mask = self.text.new_zeros(1, PADDED)
@@ -98,7 +99,7 @@ class Inputs:
 def ours(
     model: torch.nn.Module, inputs: Inputs, branches: int = 1, group: Callable[[Layout], dict] = lambda _: {}
 ) -> Forward:
-    """A forward, or a step's two, shared by all ranks. What is computed once per prompt is done before."""
+    """Return our forward, or the two of a step, divided between all ranks. Conditions are encoded beforehand."""
     transformer = Transformer(model)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     t, h, w = transformer.grid(inputs.latent)
@@ -122,7 +123,7 @@ def diffusers(model: torch.nn.Module, inputs: Inputs) -> Forward:
 
 
 def plain(model: torch.nn.Module, inputs: Inputs) -> Forward:
-    """Ours as it runs where there is no Triton."""
+    """Return our forward with the plain kernels, as on machines without Triton."""
     forward = ours(model, inputs)
 
     def without_triton() -> Tensor:
@@ -136,10 +137,10 @@ def plain(model: torch.nn.Module, inputs: Inputs) -> Forward:
 
 
 def core_model(config: object, device: torch.device, dtype: torch.dtype) -> torch.nn.Module | None:
-    """ComfyUI's transformer with random weights of the same sizes, or None where no ComfyUI is found."""
+    """Return ComfyUI's transformer with random weights of the same sizes, or None if there is no ComfyUI."""
     home = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
     if not (home / "comfy").is_dir():
-        print(f"No ComfyUI at {home}: its model is left out. Set COMFYUI_PATH.")
+        print(f"No ComfyUI at {home}: its model is not measured. Set COMFYUI_PATH.")
         return None
     sys.path.append(str(home))
     from comfy.cli_args import args
@@ -175,7 +176,7 @@ def core_model(config: object, device: torch.device, dtype: torch.dtype) -> torc
 
 
 def core(model: torch.nn.Module, inputs: Inputs, first: SDPBackend) -> Forward:
-    """ComfyUI's forward with one attention kernel before the others."""
+    """Return ComfyUI's forward with the attention kernel `first` preferred."""
     kernels = [first, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     kernels += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -187,7 +188,7 @@ def core(model: torch.nn.Module, inputs: Inputs, first: SDPBackend) -> Forward:
 
 
 def count_flops(config: dict, size: tuple[int, int, int]) -> int:
-    """FLOPs of our forward: matrix products and attention, two for a multiply and add."""
+    """Return the FLOPs of our forward: matrix products and attention, two per multiply-add."""
     meta = torch.device("meta")
     with meta:
         model = HunyuanVideo15Transformer3DModel(**config)
@@ -203,12 +204,12 @@ def count_flops(config: dict, size: tuple[int, int, int]) -> int:
 
 
 def make_groups(layout: Layout) -> dict[tuple[int, ...], dist.ProcessGroup]:
-    """The process groups of a layout. A collective."""
+    """Create the process groups of a layout. A collective."""
     return {ranks: dist.new_group(ranks) for ranks in layout.groups if len(ranks) > 1}
 
 
 def variants(world: int) -> dict[str, Callable]:
-    """What is measured: from a model and inputs to a forward."""
+    """Return the variants by name: functions from a model and inputs to a forward."""
     if world > 1:
         return {
             "ours, one forward": lambda model, inputs: ours(model, inputs, 1, make_groups),
@@ -278,7 +279,7 @@ def main() -> None:
                     result["variants"][name] = row
                     if rank == 0:
                         print(result["size"], name, row, flush=True)
-                        write(report, options.out)  # a run that is cut short keeps what it has
+                        write(report, options.out)  # an interrupted run keeps its rows
             del model, forward
             gc.collect()
     if dist.is_initialized():
@@ -288,7 +289,7 @@ def main() -> None:
 def measure_forward(
     device: torch.device, forward: Forward, repeat: int, references: dict[str, Tensor], size: str, of_core: bool
 ) -> dict:
-    """Times and memory of a forward, and how far its prediction is from that of the first variant of this size."""
+    """Measure time and memory of a forward, and its relative difference to the first variant of this size."""
     predictions: list[Tensor] = []
     try:
         row = measure(device, lambda: predictions.append(forward()), repeat)
@@ -303,7 +304,7 @@ def measure_forward(
 
 
 def whole(rows: Tensor, size: str) -> Tensor:
-    """The prediction, of which ranks have rows: both branches have the same inputs here. A collective."""
+    """Gather the rows of the prediction from all ranks. Both branches have the same inputs here. A collective."""
     if not dist.is_initialized():
         return rows.float()
     parts: list = [None] * dist.get_world_size()
@@ -312,7 +313,7 @@ def whole(rows: Tensor, size: str) -> Tensor:
 
 
 def write(report: dict, folder: Path) -> None:
-    """JSON for machines, a Markdown table for people."""
+    """Write the report as JSON and as a Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"denoise-{report['machine'].replace(' ', '-').lower()}-x{report['ranks']}"
     name = "".join(c for c in name if c.isalnum() or c in "-_")

@@ -1,10 +1,10 @@
-"""Measure whole prompts in a real, headless ComfyUI: how long each stage takes, with one rank and with two.
+"""Measure whole prompts in a headless ComfyUI: the time of each stage with one rank and with two.
 
     python -m benchmarks.end_to_end
 
-Where there are two GPUs the model is of full size, with random weights, written to a temporary folder in diffusers'
-format; without, it is the tiny built-in one, which only shows that everything works. Each number of ranks runs two
-prompts, the first of which has the ranks to start. Writes JSON and a Markdown table.
+With two GPUs the model is full size with random weights, written to a temporary folder in diffusers' format. Otherwise
+it is the tiny built-in model, and the run is only a functional test. Each number of ranks runs two prompts; the ranks
+start during the first. Writes JSON and a Markdown table.
 """
 
 import argparse
@@ -32,7 +32,7 @@ NAME = "HunyuanVideo-1.5-480p_t2v-random"
 def save_full_size(folder: Path, device: torch.device) -> None:
     """Write a text-to-video pipeline of the real widths (Tencent's 480p checkpoint) with random weights, bfloat16.
 
-    Tokenizers are the tiny model's, which need no download.
+    The tokenizers are those of the tiny model, which need no download.
     """
     from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
     from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
@@ -74,12 +74,12 @@ def save_full_size(folder: Path, device: torch.device) -> None:
 
 
 def measure(host: Host, graph: dict) -> Iterator[dict]:
-    """Seconds of each stage of every prompt."""
+    """Yield a row with the seconds of each stage for every prompt."""
     for devices in two_choices():
         graph["ranks"]["inputs"]["devices"] = devices
         for attempt in ("first", "second"):
             graph["sampler"]["inputs"]["seed"] += 1
-            graph["text"]["inputs"]["positive"] += " Again."  # so that nothing but the model comes from the cache
+            graph["text"]["inputs"]["positive"] += " Again."  # only the model's node may be cached
             bar = ProgressBar(f"{rank_count(devices)}, {attempt}")
             run = host.run(graph, bar.follow)
             bar.end()
@@ -89,7 +89,7 @@ def measure(host: Host, graph: dict) -> Iterator[dict]:
 
 
 def seconds(run: Run) -> dict[str, float]:
-    """How long each stage of a prompt took."""
+    """Return the seconds of each stage of a prompt."""
     times = {stage: round(run.seconds.get(node, 0), 2) for stage, node in STAGES.items()}
     return times | {"total": round(sum(run.seconds.values()), 2)}
 
@@ -123,13 +123,13 @@ def main() -> None:
             for row in measure(host.wait(), graph):
                 print(row, flush=True)
                 report["prompts"].append(row)
-                write(report, options.out)  # a run that is cut short keeps what it has
+                write(report, options.out)  # an interrupted run keeps its rows
         finally:
             host.close()
 
 
 def write(report: dict, folder: Path) -> None:
-    """JSON for machines, a Markdown table for people."""
+    """Write the report as JSON and as a Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"end-to-end-{'gpu' if report['model'] != 'tiny' else 'cpu'}"
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""Predict how the seamless decode scales where there are not as many devices as ranks.
+"""Predict the scaling of the seamless decode to more ranks than there are devices.
 
     python -m benchmarks.predict
 
-One rank's share is decoded on one device: the largest region of the division, with its windows, its steps in flight and
-attention to the whole picture, but with borders that stay as they are. That is measured. The traffic is counted, in
-bytes and in messages, and converted to seconds with a stated bandwidth and latency. A prediction is a range: the
-measured compute and the keys and values, with all of the borders' traffic hidden behind compute, or with none of it.
+The compute time is measured: one device decodes one rank's share, the largest region of the division, with its windows,
+its steps in flight and attention to the whole picture, but without exchanging borders. The traffic is counted in bytes
+and messages and converted to seconds with a given bandwidth and latency. A prediction is a range: compute plus the
+exchange of keys and values, with all of the border traffic hidden behind compute, or with none of it.
 """
 
 import argparse
@@ -29,11 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class CountedEdges:
-    """Takes the place of the other ranks: counts what would travel, and sends nothing."""
+    """A fake of the other ranks that counts the traffic and sends nothing."""
 
     positions: int
     sides: tuple[int, int]
-    """Neighbours above and below, left and right, of the rank in the middle of the division."""
+    """Number of vertical and of horizontal neighbours of the rank in the middle of the division."""
     border_bytes: int = 0
     border_messages: int = 0
     gathered_bytes: int = 0
@@ -57,7 +57,7 @@ class CountedEdges:
 
 
 def share(weights: Weights, size: tuple[int, int, int], ranks: int, device: torch.device) -> tuple[dict, CountedEdges]:
-    """What the largest region of `ranks` takes on one device, and what would travel."""
+    """Measure the largest region of `ranks` on one device. Returns its row and the counted traffic."""
     time, height, width = size
     division = divide(height, width, ranks)
     region = division.largest

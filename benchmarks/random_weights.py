@@ -1,4 +1,4 @@
-"""Random weights and latents. A decoder of any width, sane enough that activations neither vanish nor explode."""
+"""Random weights and latents. The weights are scaled so that activations neither vanish nor explode."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from distributed.vae.hunyuanvideo15.layout import Architecture
 
 FULL = (1024, 1024, 512, 256, 128)
-"""HunyuanVideo-1.5's widths, deepest level first."""
+"""HunyuanVideo-1.5's channels per level, lowest resolution first."""
 TINY = (32, 32, 16, 16, 8)
 
 
 def decoder_tensors(widths: tuple[int, ...], device: torch.device, seed: int = 0) -> dict[str, Tensor]:
-    """Tensors of a decoder with these widths, in diffusers' names without "decoder.", seeded."""
+    """Return seeded tensors of a decoder of these widths, with diffusers' names without the prefix "decoder."."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -30,5 +30,5 @@ def decoder_tensors(widths: tuple[int, ...], device: torch.device, seed: int = 0
 
 
 def random_latent(*shape: int, seed: int = 0) -> Tensor:
-    """A latent of this shape, float32 on the CPU, seeded."""
+    """Return a seeded latent of this shape, float32 on the CPU."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

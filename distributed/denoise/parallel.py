@@ -56,7 +56,7 @@ class Split:
         return _range(self.heads, index)
 
     def exchange(self, index: int, head_dim: int) -> Exchange:
-        """Return the exchange that sends this rank's tokens of all heads, by rank, and receives all tokens of its heads."""
+        """Return the exchange that sends this rank's tokens of all heads and receives all tokens of its heads."""
         own_tokens, own_heads = self.tokens[index], self.heads[index]
         return Exchange(
             tuple(own_tokens * heads * head_dim for heads in self.heads),

@@ -134,7 +134,7 @@ class Transformer:
         return latent.unflatten(1, (t, pt)).permute(1, 3, 5, 0, 2, 4, 6).reshape(t * h * w, -1).to(self.dtype)
 
     def unpatchify(self, rows: Tensor, latent: Tensor) -> Tensor:
-        """Convert all rows of a prediction, [tokens, C' * patch], to [C', t, h, w]. latent: the input of the forward."""
+        """Convert all rows of a prediction, [tokens, C' * patch], to [C', t, h, w]. latent: the forward's input."""
         rows = rows.view(*self.grid(latent), -1, *self.patch).permute(3, 0, 4, 1, 5, 2, 6)
         return rows.flatten(5).flatten(3, 4).flatten(1, 2)
 

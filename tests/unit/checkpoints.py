@@ -12,11 +12,11 @@ from distributed.vae.hunyuanvideo15.layout import to_core
 WIDTHS = (8, 16, 32, 64, 64)
 
 HOSTILE = "\x1b]0;owned\x07\n\r\u202e" + "x" * 3_000_000
-"""Escapes for the terminal, lines, text from right to left, and 3 MB."""
+"""A string with terminal escapes, line breaks, a right-to-left override and 3 MB of text."""
 
 
 def make_model() -> AutoencoderKLHunyuanVideo15:
-    """diffusers' model with small widths and random weights, the same at every call."""
+    """Return diffusers' model with small widths and the same random weights at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoencoderKLHunyuanVideo15(block_out_channels=WIDTHS)
@@ -27,7 +27,7 @@ def in_core_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decoder_of(weights: dict[str, Tensor], prefix: str = "decoder.") -> dict[str, Tensor]:
-    """The decoder's tensors of weights in diffusers' layout, without `prefix`."""
+    """Return the decoder's tensors of weights in diffusers' layout, with `prefix` removed from their names."""
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith("decoder.")}
 
 
@@ -42,5 +42,5 @@ def save(tensors: dict[str, Tensor], path: Path) -> Path:
 
 
 def assert_harmless(error: Exception) -> None:
-    """The message is one short line without control characters."""
+    """Assert that the message is one short line without control characters."""
     assert str(error).isprintable() and len(str(error)) < 1000

@@ -1,4 +1,4 @@
-"""What several unit tests share."""
+"""Fixtures of the unit tests."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from distributed.vae.hunyuanvideo15.weights import Weights
 
 @pytest.fixture(scope="session")
 def full_size() -> Callable[[], Weights]:
-    """Makes the decoder's weights in the real size, with no memory behind them."""
+    """Return a function that makes the decoder's weights in full size on the meta device."""
 
     def make() -> Weights:
         shapes = Architecture(FULL).decoder_shapes()

@@ -20,7 +20,7 @@ CONFIG = {
 
 
 def make_model(seed: int = 0, **changes: object) -> HunyuanVideo15Transformer3DModel:
-    """A small transformer with random weights, norms included, that keep the variance of what goes through them."""
+    """Return a small transformer with random weights, norms included, that preserve the variance of activations."""
     model = HunyuanVideo15Transformer3DModel(**CONFIG | changes).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -41,9 +41,10 @@ def make_inputs(
     padded: tuple[int, int, int] = (9, 6, 7),
     seed: int = 1,
 ) -> dict[str, Tensor]:
-    """Arguments of diffusers' forward: a batch of as many videos as `text` and `glyphs` have valid lengths.
+    """Return arguments of diffusers' forward for a batch of videos.
 
-    padded: tokens of text, glyphs and image with their padding, which is random too.
+    text, glyphs: number of valid tokens of each video. padded: tokens of text, glyphs and image including padding,
+    which is random too.
     """
     generator, config, batch = torch.Generator().manual_seed(seed), model.config, len(text)
 

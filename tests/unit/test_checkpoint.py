@@ -1,4 +1,4 @@
-"""Checkpoints on disk: every kind of file and folder is found and read right, and damaged ones are refused."""
+"""Checkpoints on disk: every kind of file and folder is found and read, and damaged ones are rejected."""
 
 import json
 import pickle
@@ -57,7 +57,7 @@ def test_a_vae_folder_a_pipeline_folder_and_a_variant_are_found(model, weights, 
         assert_same(decoder_tensors(open_checkpoint(folder)), decoder_of(weights))
 
 
-def test_a_checkpoint_in_parts_is_read_whole_from_its_folder_or_its_index(model, weights, tmp_path):
+def test_a_sharded_checkpoint_is_read_from_its_folder_or_its_index(model, weights, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="1MB")
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     assert len(set(json.loads(index.read_text())["weight_map"].values())) > 1
@@ -69,13 +69,13 @@ def test_a_checkpoint_in_parts_is_read_whole_from_its_folder_or_its_index(model,
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
-def test_a_broken_index_is_refused(tmp_path, text):
+def test_an_invalid_index_is_rejected(tmp_path, text):
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json"):
         open_checkpoint(tmp_path)
 
 
-def test_an_index_cannot_lead_out_of_its_folder(weights, tmp_path):
+def test_an_index_cannot_name_files_outside_its_folder(weights, tmp_path):
     save(weights, tmp_path / "secret.safetensors")
     (tmp_path / "inner").mkdir()
     index = tmp_path / "inner" / "diffusion_pytorch_model.safetensors.index.json"
@@ -84,7 +84,7 @@ def test_an_index_cannot_lead_out_of_its_folder(weights, tmp_path):
         open_checkpoint(index)
 
 
-def test_a_folder_of_a_model_with_the_same_keys_is_told_by_its_class(model, tmp_path):
+def test_another_model_with_the_same_keys_is_recognised_by_its_class_name(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKLHunyuanImageRefiner"}))
@@ -93,7 +93,7 @@ def test_a_folder_of_a_model_with_the_same_keys_is_told_by_its_class(model, tmp_
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
-def test_weights_of_other_floats_are_refused(weights, tmp_path, dtype):
+def test_weights_of_unsupported_float_dtypes_are_rejected(weights, tmp_path, dtype):
     key = "decoder.conv_in.conv.weight"
     weights[key] = weights[key].to(dtype)
     for use in (check_state_dict, lambda state: open_checkpoint(save(state, tmp_path / "a.safetensors"))):
@@ -101,7 +101,7 @@ def test_weights_of_other_floats_are_refused(weights, tmp_path, dtype):
             use(weights)
 
 
-def test_names_out_of_checkpoints_are_shown_quoted_and_cut(weights, tmp_path):
+def test_names_from_checkpoints_are_quoted_and_truncated_in_messages(weights, tmp_path):
     for state in (
         {HOSTILE: torch.zeros(1)},
         {**weights, f"decoder.up_blocks.0.resnets.7.{HOSTILE}": torch.zeros(1)},
@@ -116,7 +116,7 @@ def test_names_out_of_checkpoints_are_shown_quoted_and_cut(weights, tmp_path):
     assert "\\x1b" in printable(HOSTILE) and len(printable(HOSTILE)) < 8 * LIMIT
 
 
-def test_configs_and_indices_that_are_made_to_harm_are_refused_in_words(model, tmp_path):
+def test_malicious_configs_and_indices_are_rejected_with_a_harmless_message(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="1MB")
     config, index = tmp_path / "config.json", tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     hostile = json.dumps(HOSTILE[:100_000])
@@ -148,13 +148,13 @@ def test_configs_and_indices_that_are_made_to_harm_are_refused_in_words(model, t
         assert_harmless(error.value)
 
 
-def test_a_checkpoint_of_a_million_blocks_is_refused_at_once(weights, tmp_path):
+def test_a_checkpoint_with_far_too_many_blocks_is_rejected(weights, tmp_path):
     more = {f"decoder.up_blocks.0.resnets.{i}.x": torch.empty(0) for i in range(3, 100_000)}
     with pytest.raises(CheckpointError, match="100000 residual blocks"):
         open_checkpoint(save({**weights, **more}, tmp_path / "a.safetensors"))
 
 
-def test_other_formats_and_damaged_files_are_refused(weights, tmp_path):
+def test_other_formats_and_damaged_files_are_rejected(weights, tmp_path):
     renamed = tmp_path / "renamed.safetensors"
     renamed.write_bytes(pickle.dumps({"decoder.conv_in.conv.weight": [1]}))
     (tmp_path / "vae.pt").write_bytes(renamed.read_bytes())

@@ -1,4 +1,4 @@
-"""The streaming decoder against diffusers' own, on one device."""
+"""The streaming decoder on one device, compared with diffusers' decoder."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def weights(vae):
 
 @torch.inference_mode()
 def stream(weights, latent, steps):
-    """latent [1, 32, T, H, W] -> frames [T', H', W', 3]."""
+    """Decode a latent [1, 32, T, H, W] to frames [T', H', W', 3]."""
     video = latent[0].permute(1, 2, 3, 0).to(weights.dtype).contiguous()
     trunk = Trunk(weights, *video.shape[1:3], video.shape[0])
     tail = Tail(weights, whole(*video.shape[1:3], weights.convs), steps)
@@ -53,7 +53,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("time", [5, 8])
-def test_steps_of_any_length_give_the_same_frames_in_every_bit(vae, time):
+def test_frames_are_bitwise_equal_for_any_step_length(vae, time):
     weights = Weights(decoder_of(vae), CPU, torch.bfloat16)
     latent = random_latent(1, 32, time, 3, 4, seed=6)
     short, *longer = (stream(weights, latent, steps) for steps in (Steps(2, 4), Steps(8, 8), Steps(6, 12)))
@@ -61,12 +61,12 @@ def test_steps_of_any_length_give_the_same_frames_in_every_bit(vae, time):
 
 
 @pytest.mark.parametrize(("trunk", "tail"), [(1, 4), (2, 2), (4, 6), (0, 4)])
-def test_steps_that_would_cut_a_group_of_frames_are_refused(trunk, tail):
+def test_steps_that_would_split_a_group_of_frames_are_rejected(trunk, tail):
     with pytest.raises(ValueError, match="multiple of 2 and tail one of 4"):
         Steps(trunk, tail)
 
 
-def test_levels_of_few_pixels_and_few_frames_take_more_of_them_at_a_time(vae, monkeypatch):
+def test_levels_below_the_full_frame_rate_use_longer_steps(vae, monkeypatch):
     weights, seen = Weights(decoder_of(vae), CPU, torch.float32), {}
     level = Tail._level
 
@@ -84,14 +84,14 @@ STEPS = [Steps(2, 4), Steps(2, 8), Steps(4, 12), Steps(8, 4)]
 
 @pytest.mark.parametrize("steps", STEPS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 3, 4), (2, 1, 1), (4, 1, 3), (5, 4, 5)], ids=str)
-def test_any_chunk_size_gives_diffusers_untiled_decode(vae, weights, shape, steps):
+def test_any_chunk_size_equals_the_untiled_decode_of_diffusers(vae, weights, shape, steps):
     latent = random_latent(1, 32, *shape, seed=1)
     assert relative(stream(weights, latent, steps), reference(vae, latent)) < 1e-5
 
 
 @torch.inference_mode()
 def blocks_and_whole(weights, region, grid, size=(22, 25)):
-    """A region of a picture in blocks, one after the other, and cut out of the whole."""
+    """Return the pixels of a region, decoded in blocks and cropped from the decoded whole picture."""
     video, steps = random_latent(1, 32, 4, *size, seed=5)[0].permute(1, 2, 3, 0), STEPS[0]
     inputs = torch.cat(list(Trunk(weights, *size, 4).run(split(video.contiguous(), steps.trunk))))
     exact = torch.cat(list(Tail(weights, whole(*size, weights.convs), steps).run(split(inputs, steps.trunk))))
@@ -104,21 +104,21 @@ def blocks_and_whole(weights, region, grid, size=(22, 25)):
         place = frames[:, shown.top : shown.bottom, shown.left : shown.right]
         assert place.isnan().all()  # no pixel is computed twice
         place[:] = torch.cat(list(tail.run(chunks)))
-        assert not any(border.kept for border in edges.earlier if border)  # what was kept has been used
+        assert not any(border.kept for border in edges.earlier if border)  # all stored pieces were read
     assert borders.left is None and not any(borders.above)
     where = slice(None), slice(16 * region.top, 16 * region.bottom), slice(16 * region.left, 16 * region.right)
     return frames[where], exact[where]
 
 
-def test_where_no_memory_can_be_pinned_borders_wait_in_other_memory(monkeypatch):
+def test_borders_are_stored_in_pageable_memory_if_pinning_fails(monkeypatch):
     empty = torch.empty
 
-    def none_to_pin(*size, pin_memory=False, **options):
+    def fail_to_pin(*size, pin_memory=False, **options):
         if pin_memory:
             raise torch.AcceleratorError("CUDA error: out of memory")
         return empty(*size, **options)
 
-    monkeypatch.setattr(torch, "empty", none_to_pin)
+    monkeypatch.setattr(torch, "empty", fail_to_pin)
     borders, piece = BlockBorders(1, 2, CPU), torch.randn(3, 5, 2, 16)
     for _ in range(2):
         place = borders.allocate(piece)
@@ -129,7 +129,7 @@ REGIONS = [Region(0, 1, 0, 1), Region(10, 13, 0, 3), Region(9, 12, 11, 14), Regi
 
 
 @pytest.mark.parametrize("region", REGIONS, ids=str)
-def test_a_region_by_itself_gives_its_pixels_of_the_whole(weights, region):
+def test_a_region_decoded_alone_equals_its_part_of_the_whole_picture(weights, region):
     pixels, exact = blocks_and_whole(weights, region, (1, 1))
     assert (pixels - exact).abs().max() < 1e-5
 
@@ -144,31 +144,31 @@ GRIDS = [
 
 
 @pytest.mark.parametrize(("region", "grid", "size"), GRIDS, ids=str)
-def test_blocks_one_after_the_other_give_the_whole(weights, region, grid, size):
+def test_a_decode_in_blocks_equals_the_whole_picture(weights, region, grid, size):
     frames, exact = blocks_and_whole(weights, region, grid, size)
     assert (frames - exact).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("step", ["start", "move"])
-def test_blocks_that_keep_nothing_for_each_other_would_be_noticed(weights, monkeypatch, step):
+def test_dropping_the_border_exchange_between_blocks_exceeds_the_tolerance(weights, monkeypatch, step):
     monkeypatch.setattr(f"distributed.vae.block_borders.BlockEdges.{step}", lambda self, *_: self)
     frames, exact = blocks_and_whole(weights, *GRIDS[1])
     assert not (frames - exact).abs().max() < 1e-3
 
 
-def test_a_region_that_reads_no_more_than_its_own_would_be_noticed(weights, monkeypatch):
+def test_a_region_without_its_receptive_field_exceeds_the_tolerance(weights, monkeypatch):
     monkeypatch.setattr("distributed.vae.regions._reach", lambda at, step, side, convs: _reach(at, 0, side, convs))
     pixels, exact = blocks_and_whole(weights, REGIONS[1], (1, 1))
     assert (pixels - exact).abs().max() > 1e-3
 
 
-def test_a_long_video_is_decoded_as_exactly_as_a_short_one(vae, weights):
+def test_a_long_video_has_the_same_accuracy_as_a_short_one(vae, weights):
     latent = random_latent(1, 32, 31, 2, 2, seed=2)
     assert relative(stream(weights, latent, STEPS[2]), reference(vae, latent)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_as_close_to_float32_as_diffusers(vae, weights, dtype):
+def test_half_precision_is_as_accurate_as_in_diffusers(vae, weights, dtype):
     latent = random_latent(1, 32, 4, 4, 4, seed=3)
     exact = reference(vae, latent)
     half = Weights(decoder_of(vae), CPU, dtype)
@@ -179,15 +179,15 @@ def test_half_precision_is_as_close_to_float32_as_diffusers(vae, weights, dtype)
     assert ours <= 1.05 * theirs
 
 
-def test_widths_and_upsamplers_are_read_off_the_shapes(weights):
+def test_widths_and_upsamplers_are_derived_from_the_shapes(weights):
     assert weights.widths == tuple(reversed(WIDTHS))
     assert [up.temporal for up in weights.upsamplers] == [True, True, False, False]
     assert weights.full_rate_level == 2 and weights.convs == (1, 7, 7, 7, 7)
 
 
-def test_dropping_the_causal_cache_would_be_noticed(vae, weights):
-    """The comparison above can fail: a decoder that forgets earlier frames is far outside its tolerance."""
+def test_dropping_the_causal_cache_exceeds_the_tolerance(vae, weights):
+    """Show that the comparison can fail: without the cache the error is far above the tolerance."""
     latent = random_latent(1, 32, 4, 3, 3, seed=4)
-    forgetful = torch.cat([stream(weights, latent[:, :, :2], STEPS[0]), stream(weights, latent[:, :, 2:], STEPS[0])])
+    uncached = torch.cat([stream(weights, latent[:, :, :2], STEPS[0]), stream(weights, latent[:, :, 2:], STEPS[0])])
     exact = reference(vae, latent)
-    assert relative(forgetful[-4:], exact[-4:]) > 1e-2
+    assert relative(uncached[-4:], exact[-4:]) > 1e-2

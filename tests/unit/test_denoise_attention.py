@@ -1,4 +1,4 @@
-"""Attention: exact, with each device's kernels in order, and with no setting left behind."""
+"""Attention: accuracy, the order of kernels on each device, and no change of global settings."""
 
 import sys
 import types
@@ -19,7 +19,7 @@ def draw(*shape: int) -> list[Tensor]:
 
 
 def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """In float64: [S, heads, dim] each."""
+    """Return attention in float64. All tensors are [S, heads, dim]."""
     query, key, value = (x.double().transpose(0, 1) for x in (query, key, value))
     weights = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)
     return (weights @ value).transpose(0, 1)
@@ -31,12 +31,12 @@ def test_every_token_attends_to_all_tokens(shape):
     torch.testing.assert_close(attention.attend(query, key, value), exact(query, key, value).float())
 
 
-def test_a_rank_without_heads_attends_to_nothing():
+def test_a_rank_without_heads_returns_an_empty_result():
     assert attention.attend(*draw(6, 0, 16)).shape == (6, 0, 16)
 
 
 @pytest.mark.parametrize("capability", FAST, ids=str)
-def test_the_fastest_kernel_comes_first_and_only_for_the_call(monkeypatch, capability):
+def test_the_fastest_kernel_is_first_and_global_settings_are_restored(monkeypatch, capability):
     def settings() -> tuple:
         flags = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("cudnn", "flash", "math")]
         return *flags, torch._C._get_sdp_priority_order()
@@ -46,17 +46,17 @@ def test_the_fastest_kernel_comes_first_and_only_for_the_call(monkeypatch, capab
     with attention._kernels(torch.device("cuda")):
         assert torch._C._get_sdp_priority_order()[0] == int(FAST[capability])
         assert torch.backends.cuda.cudnn_sdp_enabled() == (capability >= (9, 0))
-        assert torch.backends.cuda.math_sdp_enabled()  # where nothing else fits
+        assert torch.backends.cuda.math_sdp_enabled()  # the fallback if no other kernel is supported
     assert settings() == before
 
 
 class OnNpu(Tensor):
-    """The CPU's tensor that says it is on an NPU, as torch_npu's say."""
+    """A CPU tensor with the `is_npu` attribute of torch_npu's tensors."""
 
     is_npu = True
 
 
-def test_an_npu_computes_with_its_own_kernel(monkeypatch):
+def test_an_npu_uses_npu_fusion_attention(monkeypatch):
     calls = []
 
     def npu_fusion_attention(query, key, value, head_num, input_layout, *, scale=1.0):
@@ -75,7 +75,7 @@ def test_an_npu_computes_with_its_own_kernel(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_gpu_attends_as_exactly_as_its_dtype_allows(dtype):
+def test_attention_on_a_gpu_is_accurate_for_its_dtype(dtype):
     query, key, value = (x.to("cuda", dtype) for x in draw(1000, 16, 128))
     reference, result = exact(query, key, value), attention.attend(query, key, value)
     assert (result - reference).norm() < {torch.float32: 1e-4}.get(dtype, 1e-2) * reference.norm()

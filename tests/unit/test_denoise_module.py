@@ -1,4 +1,4 @@
-"""The transformer as diffusers' pipelines call it."""
+"""The fast transformer, called as diffusers' pipelines call theirs."""
 
 import copy
 
@@ -20,7 +20,7 @@ def close(result: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("image", [True, False])
-def test_a_shell_takes_and_returns_what_diffusers_model_does(model, image):
+def test_the_fast_module_has_the_interface_and_results_of_diffusers(model, image):
     inputs = make_inputs(model, text=(4, 9), glyphs=(0, 6), image=image)
     expected = model(**inputs).sample
     shell = fast_module(model)
@@ -28,17 +28,17 @@ def test_a_shell_takes_and_returns_what_diffusers_model_does(model, image):
     assert shell.dtype == model.dtype and shell.config is model.config
 
 
-def test_the_model_keeps_its_forward_and_its_weights_are_shared(model):
+def test_the_model_keeps_its_forward_and_shares_its_weights(model):
     inputs = make_inputs(model)
     shell = fast_module(model)
     before = shell(**inputs).sample
     assert "forward" not in vars(model) and list(map(id, shell.parameters())) == list(map(id, model.parameters()))
-    model.proj_out.weight.mul_(2)  # as when ComfyUI moves weights while a shell lives
+    model.proj_out.weight.mul_(2)  # weights may change while the fast module exists
     model.proj_out.bias.mul_(2)
     assert close(fast_module(model)(**inputs).sample, 2 * before) and close(shell(**inputs).sample, 2 * before)
 
 
-def test_hooks_of_the_model_run_for_the_shell(model):
+def test_hooks_of_the_model_run_for_the_fast_module(model):
     calls = []
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     fast_module(model)(**make_inputs(model))
@@ -46,7 +46,7 @@ def test_hooks_of_the_model_run_for_the_shell(model):
     assert calls == [1]
 
 
-def test_conditions_and_timesteps_are_computed_once_and_told_apart(model, monkeypatch):
+def test_results_for_conditions_and_timesteps_are_cached_separately(model, monkeypatch):
     computed = []
     for name in ("encode", "modulation"):
         original = getattr(Transformer, name)

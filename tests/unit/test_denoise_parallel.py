@@ -1,4 +1,4 @@
-"""The layout of a denoising step: every token and head once, sizes that agree between ranks, and the cheaper way."""
+"""The layout of a denoising step: coverage of tokens and heads, matching exchange sizes, and the lower cost."""
 
 import itertools
 
@@ -15,7 +15,7 @@ TOKENS = {"480x848x33": 14_310, "480x848x121": 49_290, "720x1280x121": 111_600}
 
 
 @given(total=st.integers(0, 10_000), count=st.integers(1, 64))
-def test_parts_are_those_of_tensor_split(total, count):
+def test_parts_equal_those_of_tensor_split(total, count):
     assert parts(total, count) == tuple(len(part) for part in torch.empty(total).tensor_split(count))
 
 
@@ -28,11 +28,11 @@ def test_every_token_and_head_of_a_branch_belongs_to_one_rank(ranks, branches, t
         assert list(itertools.chain(*map(split.token_range, indices))) == list(range(tokens))
         assert list(itertools.chain(*map(split.head_range, indices))) == list(range(heads))
         assert max(split.heads) == -(-heads // len(split.ranks))
-    assert set().union(*(split.ranks for split in layout.branches)) == set(range(ranks))  # none idles
+    assert set().union(*(split.ranks for split in layout.branches)) == set(range(ranks))  # no rank idles
 
 
 @given(**SIZES)
-def test_what_a_rank_sends_is_what_the_other_expects(ranks, branches, tokens, heads, head_dim):
+def test_send_sizes_match_receive_sizes(ranks, branches, tokens, heads, head_dim):
     for split in plan(ranks, branches, tokens, heads, head_dim).branches:
         exchanges = [split.exchange(index, head_dim) for index in range(len(split.ranks))]
         for sender, receiver in itertools.product(range(len(exchanges)), repeat=2):
@@ -52,7 +52,7 @@ def test_ranks_compute_one_branch_each_or_both_in_the_same_order(ranks, branches
 
 
 @given(**SIZES)
-def test_no_layout_costs_more_than_the_other_one(ranks, branches, tokens, heads, head_dim):
+def test_the_cheaper_of_the_two_layouts_is_chosen(ranks, branches, tokens, heads, head_dim):
     chosen = cost(plan(ranks, branches, tokens, heads, head_dim), head_dim)
     in_turn = Layout((Split(tuple(range(ranks)), parts(tokens, ranks), parts(heads, ranks)),) * branches)
     assert chosen <= cost(in_turn, head_dim)
@@ -63,7 +63,7 @@ def test_no_layout_costs_more_than_the_other_one(ranks, branches, tokens, heads,
 
 
 @pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
-def test_guidance_takes_halves_of_an_even_number_of_ranks_and_all_of_3_or_5_in_turn(tokens):
+def test_guidance_uses_halves_of_an_even_number_of_ranks_and_runs_in_turn_on_3_or_5(tokens):
     for ranks in (2, 4, 6, 8):
         first, second = plan(ranks, 2, tokens, 16).branches
         assert first.ranks + second.ranks == tuple(range(ranks)) and len(first.ranks) == len(second.ranks)
@@ -73,7 +73,7 @@ def test_guidance_takes_halves_of_an_even_number_of_ranks_and_all_of_3_or_5_in_t
 
 @pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 @pytest.mark.parametrize("branches", [1, 2])
-def test_another_rank_never_makes_a_step_slower(tokens, branches):
+def test_adding_a_rank_never_increases_the_cost(tokens, branches):
     costs = [cost(plan(ranks, branches, tokens, 16), 128) for ranks in range(1, 17)]
     assert costs == sorted(costs, reverse=True)
 
@@ -93,7 +93,7 @@ def test_ranks_beyond_the_last_head_keep_their_tokens():
         ({"branches": 3}, "branches is 3; a step has 1, or 2 with guidance."),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(change, message):
+def test_invalid_sizes_are_rejected(change, message):
     with pytest.raises(ValueError) as refusal:
         plan(**{"ranks": 2, "branches": 2, "tokens": 10, "heads": 4} | change)
     assert str(refusal.value) == message

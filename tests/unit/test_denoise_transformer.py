@@ -1,4 +1,4 @@
-"""The transformer against diffusers' own forward, and that it neither pads, masks nor waits."""
+"""The transformer compared with diffusers' forward, and its lack of padding, masks and synchronisation."""
 
 import copy
 
@@ -19,7 +19,7 @@ def conditions(inputs: dict[str, Tensor]) -> tuple:
 
 @torch.inference_mode()
 def ours(model, inputs: dict[str, Tensor]) -> Tensor:
-    """The prediction for each video of the batch, one after the other."""
+    """Return our predictions for the videos of the batch, computed one after the other."""
     transformer, predictions = Transformer(model), []
     modulation = transformer.modulation(inputs["timestep"], inputs.get("timestep_r"))
     for i, condition in enumerate(conditions(inputs)):
@@ -50,13 +50,13 @@ CASES = {
     "odd sizes": {"latent": (2, 7, 3)},
     "two videos": {"text": (2, 9), "glyphs": (6, 0)},
     "two videos from text": {"text": (9, 1), "glyphs": (0, 4), "image": False},
-    "padding of the real lengths, prompt of the template alone": {
+    "full padded lengths, only the template's tokens": {
         "text": (5, 100),
         "glyphs": (0, 30),
         "image": False,
         "padded": (1000, 256, 729),
     },
-    "all of the real lengths": {"text": (1000,), "glyphs": (256,), "padded": (1000, 256, 729)},
+    "full padded lengths, all valid": {"text": (1000,), "glyphs": (256,), "padded": (1000, 256, 729)},
 }
 
 
@@ -68,7 +68,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_prediction_is_that_of_diffusers(case):
+def test_the_prediction_equals_that_of_diffusers(case):
     model = make_model()
     inputs = make_inputs(model, **case)
     assert error(ours(model, inputs), theirs(model, inputs)) < 1e-5
@@ -76,13 +76,13 @@ def test_the_prediction_is_that_of_diffusers(case):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("case", ["text to video", "image to video", "two videos"])
-def test_so_it_is_for_other_configurations(case, config):
+def test_other_configurations_equal_diffusers_too(case, config):
     model = make_model(**config)
     inputs = make_inputs(model, latent=(3, 4, 6), **CASES[case])
     assert error(ours(model, inputs), theirs(model, inputs)) < 1e-5
 
 
-def test_valid_tokens_may_lie_anywhere_and_padding_is_never_read():
+def test_valid_tokens_may_be_at_any_position_and_padding_is_never_read():
     model = make_model()
     inputs = make_inputs(model, text=(4,), glyphs=(2,))
     inputs["encoder_attention_mask"] = torch.tensor([[0, 1, 0, 0, 1, 1, 0, 0, 1]])
@@ -95,19 +95,19 @@ def test_valid_tokens_may_lie_anywhere_and_padding_is_never_read():
 @pytest.mark.parametrize(
     "change", ["encoder_hidden_states", "encoder_hidden_states_2", "image_embeds", "timestep", "hidden_states"]
 )
-def test_each_input_makes_a_difference(change):
+def test_every_input_affects_the_prediction(change):
     model = make_model()
     inputs = make_inputs(model)
     assert error(ours(model, inputs | {change: 1.1 * inputs[change].flip(-1)}), ours(model, inputs)) > 1e-4
 
 
-def test_a_text_without_a_valid_token_is_refused():
+def test_a_text_without_a_valid_token_is_rejected():
     inputs = make_inputs(make_model(), text=(3, 0), glyphs=(1, 1))
     with pytest.raises(ValueError, match="video 1 has no valid token"):
         conditions(inputs)
 
 
-def test_an_adapter_that_would_be_ignored_is_refused():
+def test_a_layer_with_an_adapter_is_rejected():
     model = make_model()
     layer = model.transformer_blocks[0].attn.to_q
     layer.base_layer = torch.nn.Identity()
@@ -116,7 +116,7 @@ def test_an_adapter_that_would_be_ignored_is_refused():
 
 
 @pytest.mark.parametrize("image", [False, True])
-def test_in_bfloat16_the_error_is_no_larger_than_that_of_diffusers(image):
+def test_the_error_in_bfloat16_is_not_larger_than_that_of_diffusers(image):
     model = make_model(num_layers=8, num_attention_heads=8)
     inputs = make_inputs(model, latent=(3, 8, 9), text=(40,), glyphs=(9,), image=image, padded=(50, 20, 30))
     expected = theirs(model, inputs)
@@ -126,15 +126,15 @@ def test_in_bfloat16_the_error_is_no_larger_than_that_of_diffusers(image):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most numbers that any tensor had."""
+    """Records the number of elements of the largest tensor."""
 
-    numbers = 0
+    elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
+                self.elements = max(self.elements, tensor.numel())
         return result
 
 
@@ -146,13 +146,13 @@ def test_no_tensor_is_as_large_as_a_mask():
     for forward in (ours, theirs):
         with LargestTensor() as seen:
             forward(model, inputs)
-        largest[forward] = seen.numbers
-    widest = tokens * 4 * 16 * 3  # the MLP's inner tensor is twice the width, and attention's a little over one
+        largest[forward] = seen.elements
+    widest = tokens * 4 * 16 * 3  # the MLP's inner tensor is twice the width
     assert largest[ours] <= widest < tokens**2 <= largest[theirs]
 
 
-def test_a_forward_never_waits_for_a_value_from_the_device():
-    """A meta tensor has no values: whoever asks for one fails."""
+def test_a_forward_never_reads_a_value_from_the_device():
+    """A meta tensor has no values, so reading one raises an error."""
     model = make_model()
     inputs = make_inputs(model)
     (condition,) = conditions(inputs)
@@ -168,7 +168,7 @@ def test_a_forward_never_waits_for_a_value_from_the_device():
         theirs(model, {name: value.to("meta") for name, value in inputs.items()})
 
 
-def test_modulation_of_a_whole_schedule_is_that_of_each_step():
+def test_modulation_of_a_schedule_equals_that_of_each_step():
     transformer = Transformer(make_model(use_meanflow=True))
     timesteps, seconds = torch.tensor([1000.0, 731.0, 12.5]), torch.tensor([731.0, 12.5, 0.0])
     for i, whole in enumerate(transformer.modulation(timesteps, seconds)):
@@ -177,7 +177,7 @@ def test_modulation_of_a_whole_schedule_is_that_of_each_step():
         torch.testing.assert_close(whole.final, one.final)
 
 
-def test_between_blocks_the_caller_hears_of_each_and_can_end_the_forward():
+def test_on_block_is_called_after_each_block_and_can_end_the_forward():
     model = make_model()
     inputs = make_inputs(model)
     transformer = Transformer(model)
@@ -198,7 +198,7 @@ def test_between_blocks_the_caller_hears_of_each_and_can_end_the_forward():
     assert seen == [1, 2]
 
 
-def test_a_forward_leaves_its_inputs_alone_and_gives_the_same_again():
+def test_a_forward_is_deterministic_and_does_not_change_its_inputs():
     model = make_model()
     inputs = make_inputs(model)
     before = copy.deepcopy(inputs)
@@ -207,7 +207,7 @@ def test_a_forward_leaves_its_inputs_alone_and_gives_the_same_again():
     assert all(torch.equal(inputs[name], before[name]) for name in inputs)
 
 
-def test_one_transformer_serves_other_shapes_one_after_the_other():
+def test_one_transformer_accepts_different_shapes_in_turn():
     model = make_model()
     transformer = Transformer(model)
     for latent in ((3, 4, 5), (3, 5, 4), (1, 4, 5), (3, 4, 5)):

@@ -1,4 +1,4 @@
-"""How the engine ends a decode that does not come to its end, on the CPU."""
+"""How the engine ends a decode: completion, cancel and out of memory, on the CPU."""
 
 import weakref
 from dataclasses import replace
@@ -19,17 +19,17 @@ CPU = torch.device("cpu")
 SHAPE = (1, 32, 5, 20, 22)
 
 
-class Impatient:
-    """A watch that has the decode end after so many questions whether it shall."""
+class CancelAfter:
+    """A watch that reports a cancel after `checks` checks."""
 
-    def __init__(self, questions: int) -> None:
-        self.left = questions
+    def __init__(self, checks: int) -> None:
+        self.remaining = checks
 
     def progress(self, done: int, total: int) -> None: ...
 
     def cancelled(self) -> bool:
-        self.left -= 1
-        return self.left < 0
+        self.remaining -= 1
+        return self.remaining < 0
 
 
 @pytest.fixture(scope="module")
@@ -37,33 +37,33 @@ def engine():
     return Engine(decoder_tensors(TINY, CPU), CPU, torch.float32)
 
 
-def scarce(engine: Engine) -> DecodeRequest:
-    """A job with so little memory that it is done in blocks."""
-    _, least = choose_plan(engine.weights, SHAPE[3:], SHAPE[3:], SHAPE[2], False, free=1)
-    return DecodeRequest(SHAPE, memory=least)
+def limited(engine: Engine) -> DecodeRequest:
+    """Return a request with so little memory that it is decoded in blocks."""
+    _, smallest = choose_plan(engine.weights, SHAPE[3:], SHAPE[3:], SHAPE[2], False, free=1)
+    return DecodeRequest(SHAPE, memory=smallest)
 
 
-@pytest.mark.parametrize("questions", [9, 10_000])
-def test_copies_of_borders_in_flight_are_waited_for_however_the_decode_ends(engine, monkeypatch, questions):
+@pytest.mark.parametrize("checks", [9, 10_000])
+def test_border_copies_are_waited_for_after_a_decode_and_after_a_cancel(engine, monkeypatch, checks):
     closed = []
     monkeypatch.setattr(block_borders.BlockBorders, "close", lambda self: closed.append(self))
-    job = scarce(engine)
-    frames = torch.full(job.frames_shape, float("nan"))
-    if questions < 100:
+    request = limited(engine)
+    frames = torch.full(request.frames_shape, float("nan"))
+    if checks < 100:
         with pytest.raises(Cancelled):
-            engine.decode(job, random_latent(*SHAPE), frames, Impatient(questions))
+            engine.decode(request, random_latent(*SHAPE), frames, CancelAfter(checks))
     else:
-        engine.decode(job, random_latent(*SHAPE), frames, Impatient(questions))
+        engine.decode(request, random_latent(*SHAPE), frames, CancelAfter(checks))
         assert frames.isfinite().all()
     assert len(closed) == 1
 
 
-def test_what_a_decode_held_when_memory_ran_out_is_free_for_the_next_try(engine, monkeypatch):
+def test_tensors_of_a_decode_that_ran_out_of_memory_are_freed_before_a_retry(engine, monkeypatch):
     held = []
 
-    def lack(self, x):
+    def run_out(self, x):
         held.append(weakref.ref(x.x))
-        raise torch.OutOfMemoryError("there is no more")
+        raise torch.OutOfMemoryError("out of memory")
         yield
 
     def free(self) -> int:
@@ -71,15 +71,15 @@ def test_what_a_decode_held_when_memory_ran_out_is_free_for_the_next_try(engine,
             held.append(held[0]() is None)
         return 2**40
 
-    monkeypatch.setattr(decoder.Tail, "_pixels", lack)
+    monkeypatch.setattr(decoder.Tail, "_pixels", run_out)
     monkeypatch.setattr(Engine, "_free", free)
     request = DecodeRequest(SHAPE)
     with pytest.raises(OutOfMemory):
-        engine.decode(request, random_latent(*SHAPE), torch.empty(request.frames_shape), Impatient(10_000))
+        engine.decode(request, random_latent(*SHAPE), torch.empty(request.frames_shape), CancelAfter(10_000))
     assert held[1] is True
 
 
-def test_tiles_are_not_cut_into_blocks_and_what_waits_for_blending_is_counted(engine, monkeypatch):
+def test_tiles_have_no_blocks_and_decoded_tiles_are_counted_in_the_plan(engine, monkeypatch):
     planned, reserved = [], []
     choose = engine_module.choose_plan
 
@@ -90,10 +90,12 @@ def test_tiles_are_not_cut_into_blocks_and_what_waits_for_blending_is_counted(en
     monkeypatch.setattr(engine_module, "choose_plan", chosen)
     monkeypatch.setattr(Engine, "_reserve", lambda self, needed: reserved.append(needed))
     job = DecodeRequest(SHAPE, "tiled", tile_size=320, overlap=64, memory=2**40)
-    engine.decode(job, random_latent(*SHAPE), torch.empty(job.frames_shape), Impatient(10_000))
-    _, least = choose(engine.weights, (20, 20), (20, 20), SHAPE[2], False, 1, allow_blocks=False)
+    engine.decode(job, random_latent(*SHAPE), torch.empty(job.frames_shape), CancelAfter(10_000))
+    _, smallest = choose(engine.weights, (20, 20), (20, 20), SHAPE[2], False, 1, allow_blocks=False)
     with pytest.raises(OutOfMemory):
-        engine.decode(replace(job, memory=least), random_latent(*SHAPE), torch.empty(job.frames_shape), Impatient(9))
+        engine.decode(
+            replace(job, memory=smallest), random_latent(*SHAPE), torch.empty(job.frames_shape), CancelAfter(9)
+        )
     (plan, needed), (nothing, _) = planned
     tiles = 17 * (20 * 20 + 20 * 6 + 4 * 20 + 4 * 6) * 256 * 3 * 4
     assert plan.blocks == (1, 1) and nothing is None and reserved == [needed + tiles]

@@ -1,4 +1,4 @@
-"""The engine on a GPU: pixels reach the shared frames, through pinned memory and the writer's thread."""
+"""The engine on a GPU: results, block borders in host memory, the warm-up, and peak memory."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class Quiet:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["seamless", "tiled"])
-def test_a_gpu_gives_the_cpus_frames(mode, monkeypatch):
+def test_frames_of_a_gpu_equal_those_of_the_cpu(mode, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     tensors = decoder_tensors(TINY, torch.device("cpu"))
     job = DecodeRequest((2, 32, 5, 6, 7), mode, tile_size=64, overlap=16)
@@ -37,19 +37,19 @@ def test_a_gpu_gives_the_cpus_frames(mode, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_borders_of_blocks_wait_in_host_memory(monkeypatch):
-    """All that blocks keep for each other leaves the device and comes back; on the CPU nothing is divided."""
+def test_block_borders_survive_the_copy_to_host_memory(monkeypatch):
+    """Compare a decode in blocks on the GPU, whose borders are copied to the host and back, with the CPU's."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     tensors = decoder_tensors(TINY, torch.device("cpu"))
     latent = torch.randn(1, 32, 9, 20, 22)
     engine = Engine(tensors, torch.device("cuda"), torch.float32)
-    _, least = choose_plan(engine.weights, (20, 22), (20, 22), 9, False, free=1)
-    plan, _ = choose_plan(engine.weights, (20, 22), (20, 22), 9, False, least)
+    _, smallest = choose_plan(engine.weights, (20, 22), (20, 22), 9, False, free=1)
+    plan, _ = choose_plan(engine.weights, (20, 22), (20, 22), 9, False, smallest)
     assert plan.blocks == (2, 2)
-    whole, divided = (DecodeRequest(tuple(latent.shape), memory=memory) for memory in (None, least))
+    whole, divided = (DecodeRequest(tuple(latent.shape), memory=memory) for memory in (None, smallest))
     frames = [torch.full(job.frames_shape, float("nan")) for job in (whole, divided, divided)]
     Engine(tensors, torch.device("cpu"), torch.float32).decode(whole, latent, frames[0], Quiet())
-    for place in frames[1:]:  # the second time in memory that has been used
+    for place in frames[1:]:  # the second decode reuses the pinned memory
         engine.decode(divided, latent, place, Quiet())
         torch.testing.assert_close(place, frames[0], atol=1e-4, rtol=0)
     engine.release()
@@ -57,7 +57,7 @@ def test_borders_of_blocks_wait_in_host_memory(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
+def test_a_decode_after_the_warm_up_compiles_no_kernel(dtype):
     from triton import knobs
 
     from distributed.ops import triton_kernels
@@ -80,11 +80,11 @@ def test_after_the_warm_up_a_decode_compiles_nothing(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("triton", [True, False], ids=["with Triton", "without"])
+@pytest.mark.parametrize("triton", [True, False], ids=["with Triton", "without Triton"])
 @pytest.mark.parametrize(
     ("shape", "gib"), [((1, 32, 9, 30, 53), None), ((1, 32, 5, 30, 53), 4.5), ((1, 32, 5, 30, 53), 3)]
 )
-def test_no_more_memory_is_allocated_than_the_plan_says(shape, gib, triton, monkeypatch):
+def test_peak_memory_does_not_exceed_the_plan(shape, gib, triton, monkeypatch):
     if not triton:
         monkeypatch.setattr(kernels, "_kernels", lambda x: None)
     device = torch.device("cuda")
@@ -93,11 +93,11 @@ def test_no_more_memory_is_allocated_than_the_plan_says(shape, gib, triton, monk
     before = torch.cuda.memory_allocated()
     reserve = Engine._reserve
 
-    def reserve_and_forget(engine, needed):
+    def reserve_and_reset(engine, needed):
         reserve(engine, needed)
         torch.cuda.reset_peak_memory_stats()
 
-    monkeypatch.setattr(Engine, "_reserve", reserve_and_forget)
+    monkeypatch.setattr(Engine, "_reserve", reserve_and_reset)
     engine = Engine(tensors, device, torch.bfloat16)
     job = DecodeRequest(shape, memory=gib and int(gib * 2**30))
     engine.decode(job, torch.randn(shape), torch.empty(job.frames_shape), Quiet())

@@ -1,4 +1,4 @@
-"""What is passed on to ranks, and what is not."""
+"""The environment of ranks: which variables are passed on, and which are not."""
 
 import os
 import re
@@ -23,7 +23,7 @@ START = RankEnvironment(
 )
 
 
-def test_what_ranks_are_started_with_arrives_as_it_was_sent(monkeypatch):
+def test_the_rank_environment_survives_the_round_trip(monkeypatch):
     for name, value in START.to_env().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "1")
@@ -32,7 +32,7 @@ def test_what_ranks_are_started_with_arrives_as_it_was_sent(monkeypatch):
     assert {**vars(found), "rank": 0} == vars(START)
 
 
-def test_a_process_that_is_no_rank_has_no_rank_environment(monkeypatch):
+def test_a_process_that_is_not_a_rank_has_no_rank_environment(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(KeyError):
         RankEnvironment.from_env()
@@ -58,8 +58,8 @@ def test_variables_of_other_launchers_are_not_passed_on(name):
     assert inherited_environment({name: "x", f"MY_{name}": "y", "HOME": "/"}) == {f"MY_{name}": "y", "HOME": "/"}
 
 
-def test_the_environment_that_torchrun_reads_is_known():
-    """Every variable that torch.distributed.run and what it starts ask for is not passed on, or is harmless."""
+def test_the_variables_that_torchrun_reads_are_not_passed_on_or_harmless():
+    """Every variable that torch.distributed.run and its modules read is either not passed on or harmless."""
     import torch.distributed.launcher.api
     import torch.distributed.run
     from torch.distributed import argparse_util
@@ -79,14 +79,14 @@ def test_the_environment_that_torchrun_reads_is_known():
 
 def test_search_paths_are_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", ["", "lib", "/usr/lib", Path("no string")])
+    monkeypatch.setattr("sys.path", ["", "lib", "/usr/lib", Path("not a string")])
     assert search_path() == (str(tmp_path), str(tmp_path / "lib"), "/usr/lib")
     assert inherited_environment({"PYTHONPATH": f"lib{os.pathsep}/usr"}) == {
         "PYTHONPATH": f"{tmp_path / 'lib'}{os.pathsep}/usr"
     }
 
 
-def test_compiled_kernels_go_to_the_groups_folder_where_there_is_no_home(tmp_path, monkeypatch):
+def test_compiled_kernels_are_cached_in_the_groups_folder_without_a_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert compiler_cache({}, Path("/group")) == {}
     monkeypatch.setenv("HOME", str(tmp_path / "none"))
@@ -94,7 +94,7 @@ def test_compiled_kernels_go_to_the_groups_folder_where_there_is_no_home(tmp_pat
     assert compiler_cache({"TRITON_CACHE_DIR": "/mine"}, Path("/group")) == {}
 
 
-def test_a_variable_for_ranks_is_named_in_one_place():
+def test_the_name_of_the_rank_variable_appears_in_one_file():
     root = Path(environment.__file__).resolve().parents[2]
     sources = [path for folder in ("distributed", "nodes") for path in (root / folder).rglob("*.py")]
     assert len(sources) > 30

@@ -1,4 +1,4 @@
-"""What ranks gather, apart from how it travels."""
+"""The order of gathered keys and values, without communication."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from distributed.vae.regions import divide
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6, 7])
-def test_keys_and_values_come_in_the_pictures_order_whatever_the_division(ranks, monkeypatch):
+def test_keys_and_values_are_in_the_pictures_order_for_any_division(ranks, monkeypatch):
     division = divide(5, 7, ranks)
     picture = torch.arange(2 * 5 * 7 * 3.0).view(2, 5, 7, 3)
     parts = [picture[:, r.top : r.bottom, r.left : r.right].flatten(1, 2) for r in division.regions]

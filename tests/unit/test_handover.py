@@ -1,4 +1,4 @@
-"""Weights in memory: what is handed over to ranks, and how it is told whether they have changed."""
+"""Weights in memory: their transfer to the ranks, and the fingerprint that detects changes."""
 
 import stat
 import tempfile
@@ -30,7 +30,7 @@ def core(weights):
     return in_core_layout(weights)
 
 
-def test_weights_in_memory_are_handed_over_as_a_private_file_of_the_decoder_alone(weights, core):
+def test_weights_in_memory_are_shared_as_a_private_file_of_only_the_decoder(weights, core):
     half = {key: tensor.bfloat16() if "norm" in key else tensor for key, tensor in weights.items()}
     for state in (weights, core, half):
         shared = SharedWeights(state, "mark")
@@ -40,7 +40,7 @@ def test_weights_in_memory_are_handed_over_as_a_private_file_of_the_decoder_alon
         assert_same(decoder_tensors(checkpoint), decoder_of(half if state is half else weights))
 
 
-def test_a_rank_gets_them_without_a_folder_and_cannot_write_to_them(weights, monkeypatch, tmp_path):
+def test_a_rank_opens_shared_weights_without_a_folder_and_read_only(weights, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     shared, second = SharedWeights(weights, "one"), SharedWeights(weights, "two")
     place = place_of(shared.path)
@@ -53,28 +53,28 @@ def test_a_rank_gets_them_without_a_folder_and_cannot_write_to_them(weights, mon
     assert place_of(tmp_path) == str(tmp_path) and local_path(str(tmp_path)) == tmp_path
 
 
-def test_weights_that_are_gone_cannot_be_opened_any_more(weights):
+def test_freed_weights_cannot_be_opened_but_mappings_survive(weights):
     shared = SharedWeights(weights, "mark")
     place, tensors = place_of(shared.path), load_file(shared.path)
     del shared
     with pytest.raises(OSError):
         local_path(place)
-    assert_same(tensors, decoder_of(weights, prefix=""))  # whoever had mapped them keeps them
+    assert_same(tensors, decoder_of(weights, prefix=""))  # existing mappings stay valid
 
 
-def test_weights_that_do_not_fit_into_memory_are_refused_with_the_numbers(weights, monkeypatch):
+def test_weights_that_do_not_fit_into_memory_are_rejected_with_the_numbers(weights, monkeypatch):
     monkeypatch.setattr(buffers, "available_memory", lambda: 2**10)
     with pytest.raises(MemoryError, match=r"^0\.\d\d GiB of memory is needed; .* is available"):
         SharedWeights(weights, "mark")
 
 
-def test_weights_that_lack_a_tensor_are_refused(weights):
+def test_weights_with_a_missing_tensor_are_rejected(weights):
     del weights["decoder.norm_out.gamma"]
     with pytest.raises(CheckpointError, match=r"The VAE .* lacks 'decoder.norm_out.gamma'"):
         SharedWeights(weights, "mark")
 
 
-def test_a_fingerprint_changes_with_the_decoder_alone_and_refuses_what_was_not_loaded(weights):
+def test_a_fingerprint_depends_only_on_the_decoder_and_rejects_unloaded_weights(weights):
     before = fingerprint(weights)
     weights["encoder.conv_in.conv.bias"] = weights["encoder.conv_in.conv.bias"] + 1
     assert fingerprint(weights) == before
@@ -91,20 +91,20 @@ def test_a_fingerprint_changes_with_the_decoder_alone_and_refuses_what_was_not_l
 
 
 @pytest.mark.gpu
-def test_a_fingerprint_is_the_same_wherever_the_tensors_are(weights):
+def test_a_fingerprint_does_not_depend_on_the_devices(weights):
     before = fingerprint(weights)
     moved = {key: tensor.cuda() if i % 2 else tensor for i, (key, tensor) in enumerate(weights.items())}
     assert fingerprint(moved) == before
 
 
 @pytest.mark.parametrize("state", [{1: torch.zeros(1)}, {"decoder.conv_in.conv.weight": [1.0]}, {("a", "b"): None}])
-def test_what_is_no_state_dict_is_refused(state):
+def test_objects_that_are_not_state_dicts_are_rejected(state):
     for use in (check_state_dict, fingerprint):
         with pytest.raises(CheckpointError, match="not a state dict"):
             use(state)
 
 
-def test_weights_that_are_no_floats_are_refused(weights, tmp_path):
+def test_integer_weights_are_rejected(weights, tmp_path):
     weights["decoder.conv_out.conv.bias"] = torch.zeros(3, dtype=torch.int8)
     with pytest.raises(CheckpointError, match="I8"):
         open_checkpoint(save(weights, tmp_path / "a.safetensors"))

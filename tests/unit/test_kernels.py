@@ -1,4 +1,4 @@
-"""The Triton kernels against their plain-torch twins: compiled where there is a GPU, else interpreted on the CPU."""
+"""The Triton kernels compared with their plain forms: compiled on a GPU, otherwise interpreted on the CPU."""
 
 import importlib.util
 import itertools
@@ -16,12 +16,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHANNELS = (8, 128, 1024) if DEVICE.type == "cuda" else (24,)
 HEIGHT, WIDTH = 5, 7
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-"""Relative. Triton's interpreter does not round to bfloat16 but cuts off."""
+"""Relative error. Triton's interpreter truncates to bfloat16 instead of rounding."""
 
 
 @pytest.fixture(scope="module")
 def fused():
-    """The Triton forms."""
+    """Return the module of the Triton kernels."""
     from distributed.ops import triton_kernels
 
     with pytest.MonkeyPatch.context() as patch:
@@ -30,7 +30,7 @@ def fused():
 
             def patch_tensors(tensor, scope, original=interpreter._patch_lang_tensor):
                 original(tensor, scope)
-                # Triton 3.6 has it convert an array of one number, which numpy 2.4 refuses.
+                # Triton 3.6 converts an array with one element to an index, which NumPy 2.4 rejects.
                 scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
             patch.setattr(interpreter, "_patch_lang_tensor", patch_tensors)
@@ -39,11 +39,11 @@ def fused():
 
 @pytest.fixture
 def both(fused, monkeypatch, dtype):
-    """Compares what a call gives with the fused and with the plain form."""
+    """Return a function that compares the results of a call with the fused and with the plain form."""
 
     def compare(call: Callable[..., tuple[Tensor, ...]], *arguments: object) -> None:
         results = []
-        monkeypatch.setattr(kernels, "STRIP", 1)  # a row at a time
+        monkeypatch.setattr(kernels, "STRIP", 1)  # one row per strip
         for module in (fused, None):
             monkeypatch.setattr(kernels, "_kernels", lambda x, module=module: module)
             results.append(call(*arguments))
@@ -62,14 +62,14 @@ def draw(dtype):
 
 
 def draw_products(draw, n: int, channels: int, m: int) -> Products:
-    """Of n frames in groups of m."""
+    """Draw the products of n frames in groups of m."""
     groups, first_frame = divmod(n, m)
     parts = tuple(draw(groups, HEIGHT, WIDTH, channels) for _ in range(m + 2))
     return Products(parts, draw(1, HEIGHT, WIDTH, channels) if first_frame else None)
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32, torch.bfloat16]
-"""The interpreter takes its time."""
+"""Fewer on the CPU, because the interpreter is slow."""
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
@@ -78,27 +78,27 @@ pytestmark = [
 
 
 LENGTHS = [(2, 1), (2, 2), (2, 3), (2, 4), (4, 1), (4, 4), (4, 5), (4, 8)]
-"""m, and frames in groups of m."""
+"""m and the number of frames."""
 
 
 WINDOWS = [((1, 1), (HEIGHT + 2, WIDTH + 2)), ((0, 2), (HEIGHT + 1, WIDTH + 2)), ((2, 0), (HEIGHT + 3, WIDTH))]
-"""Where frames begin in a window, and its size."""
+"""Corner of the frames in a window, and the size of the window."""
 
 
 CASES = [(*length, *WINDOWS[0]) for length in LENGTHS] + [(4, 5, *window) for window in WINDOWS[1:]]
-"""m, frames, corner and size. Where frames begin has nothing to do with how they are grouped."""
+"""m, number of frames, corner and size. Corner and grouping are independent, so not all combinations are tested."""
 
 
 def within(frames: torch.Tensor) -> torch.Tensor:
-    """A copy, of a larger tensor."""
+    """Return a copy of frames that is a view of a larger tensor."""
     n, height, width, channels = frames.shape
-    room = torch.full((n, height + 3, width + 5, channels), float("nan"), device=DEVICE, dtype=frames.dtype)
-    room[:, 2:-1, 1:-4] = frames
-    return room[:, 2:-1, 1:-4]
+    larger = torch.full((n, height + 3, width + 5, channels), float("nan"), device=DEVICE, dtype=frames.dtype)
+    larger[:, 2:-1, 1:-4] = frames
+    return larger[:, 2:-1, 1:-4]
 
 
 @pytest.mark.parametrize(("m", "n", "corner", "size"), CASES, ids=str)
-def test_groups_are_filled_alike(both, draw, dtype, m, n, corner, size):
+def test_both_forms_fill_groups_alike(both, draw, dtype, m, n, corner, size):
     groups, first_frame = divmod(n, m)
 
     def fill(x, products, bias, gamma, first_chunk):
@@ -119,7 +119,7 @@ def test_groups_are_filled_alike(both, draw, dtype, m, n, corner, size):
 
 
 @pytest.mark.parametrize(("m", "n", "corner", "size"), CASES, ids=str)
-def test_the_last_window_is_filled_alike(both, draw, dtype, m, n, corner, size):
+def test_both_forms_fill_the_last_window_alike(both, draw, dtype, m, n, corner, size):
     def fill(x, products, bias, gamma):
         out = torch.full((n, *size, channels), float("nan"), device=DEVICE, dtype=dtype)
         kernels.fill_window(within(x), products, out, corner, bias=bias, gamma=gamma)
@@ -133,7 +133,7 @@ def test_the_last_window_is_filled_alike(both, draw, dtype, m, n, corner, size):
 @pytest.mark.parametrize(("m", "n"), LENGTHS)
 @pytest.mark.parametrize(("temporal", "first"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("part", [Region(0, 2 * HEIGHT, 0, 2 * WIDTH), Region(1, 8, 3, 13)], ids=str)
-def test_frames_are_upsampled_alike(both, draw, m, n, temporal, first, part):
+def test_both_forms_upsample_alike(both, draw, m, n, temporal, first, part):
     def upsample(packed, bias, x):
         frames = n * (1 + temporal) - (temporal and first)
         out = within(x.new_zeros(frames, part.height, part.width, channels))
@@ -147,6 +147,6 @@ def test_frames_are_upsampled_alike(both, draw, m, n, temporal, first, part):
         both(upsample, draw_products(draw, n, factor, m), bias, x)
 
 
-def test_taps_are_summed_alike(both, draw):
+def test_both_forms_sum_taps_alike(both, draw):
     partial, bias = draw(3, HEIGHT + 2, WIDTH + 2, 96), draw(3, dtype=torch.float32)
     both(lambda: (kernels.sum_taps(partial, bias),))

@@ -1,4 +1,4 @@
-"""The layout of the VAE: its tensors are recognised by name and shape, and other models are refused."""
+"""The layout of the VAE: its tensors are recognised by name and shape, and other models are rejected."""
 
 import pytest
 import torch
@@ -26,14 +26,14 @@ def core(weights):
     return in_core_layout(weights)
 
 
-def test_renaming_is_one_to_one_and_its_own_inverse(weights):
+def test_renaming_is_one_to_one_and_reversible(weights):
     assert len({to_core(key) for key in weights}) == len(weights) == 218
     assert all(to_diffusers(to_core(key)) == key for key in weights)
 
 
 @pytest.mark.parametrize("key", ["decoder.conv_out.conv.bias", "encoder.mid_block.attentions.0.to_k.weight"])
 @pytest.mark.parametrize("layout", ["diffusers", "core"])
-def test_missing_and_misshapen_keys_are_named(weights, core, tmp_path, key, layout):
+def test_missing_tensors_and_wrong_shapes_are_named(weights, core, tmp_path, key, layout):
     tensors = weights if layout == "diffusers" else core
     name = key if layout == "diffusers" else to_core(key)
     whole = tensors.pop(name)
@@ -45,7 +45,7 @@ def test_missing_and_misshapen_keys_are_named(weights, core, tmp_path, key, layo
 
 
 def unread(width):
-    """Tensors that core 0.33's model of the VAE has beside a checkpoint's, and that nothing reads."""
+    """Return tensors that the VAE of ComfyUI 0.33 has in addition to a checkpoint's, and that no code reads."""
     names = [f"{half}.mid.block_{i}.temb_proj" for half in ("encoder", "decoder") for i in (1, 2)]
     return {f"{name}.weight": torch.full((width, 0), torch.nan) for name in names} | {
         f"{name}.bias": torch.full((width,), torch.nan) for name in names
@@ -55,7 +55,7 @@ def unread(width):
 @pytest.mark.parametrize(
     "extra", [unread(64), {"decoder.extra.weight": torch.zeros(1, dtype=torch.int8)}, {"x": torch.zeros(1)}]
 )
-def test_tensors_that_are_not_needed_do_not_matter(weights, core, tmp_path, extra):
+def test_unneeded_tensors_are_ignored(weights, core, tmp_path, extra):
     for state in (weights, core):
         checkpoint = open_checkpoint(save({**state, **extra}, tmp_path / "a.safetensors"), encoder=True)
         assert_same(all_tensors(checkpoint), weights)
@@ -65,7 +65,7 @@ def test_tensors_that_are_not_needed_do_not_matter(weights, core, tmp_path, extr
         assert_same(load_file(shared.path), decoder_of(weights, prefix=""))
 
 
-def test_what_is_wrong_with_an_encoder_does_not_keep_a_decoder_from_its_work(weights, tmp_path):
+def test_a_damaged_encoder_does_not_affect_the_decoder(weights, tmp_path):
     del weights["encoder.conv_in.conv.bias"]
     weights["encoder.conv_out.conv.bias"] = torch.full((64,), torch.nan)
     checkpoint = open_checkpoint(save(weights, tmp_path / "a.safetensors"))
@@ -85,12 +85,12 @@ def test_what_is_wrong_with_an_encoder_does_not_keep_a_decoder_from_its_work(wei
         "decoder.mid.block_1.mix_factor",
     ],
 )
-def test_a_model_with_more_blocks_or_other_ones_is_refused(weights, tmp_path, key):
+def test_a_model_with_more_or_other_blocks_is_rejected(weights, tmp_path, key):
     with pytest.raises(CheckpointError, match=r"more blocks \('decoder\.|Stable Video Diffusion"):
         open_checkpoint(save({**weights, key: torch.zeros(1)}, tmp_path / "a.safetensors"))
 
 
-def test_an_encoder_with_more_blocks_is_refused_where_it_is_needed(weights, tmp_path):
+def test_an_encoder_with_more_blocks_is_rejected_if_it_is_needed(weights, tmp_path):
     more = {"encoder.down_blocks.5.resnets.0.norm1.gamma": torch.zeros(1)}
     path = save({**weights, **more}, tmp_path / "a.safetensors")
     assert_same(all_tensors(open_checkpoint(path)), weights)
@@ -103,7 +103,7 @@ def test_an_encoder_with_more_blocks_is_refused_where_it_is_needed(weights, tmp_
     ("start", "place"),
     [("", "{}."), ("decoder", "decoder.{}"), ("encoder", "encoder.{}"), ("decoder.conv_in", "decoder.conv_in.{}")],
 )
-def test_names_that_wrappers_add_are_left_out(weights, core, tmp_path, wrapper, start, place):
+def test_prefixes_added_by_wrappers_are_removed(weights, core, tmp_path, wrapper, start, place):
     place = place.format(wrapper)
     for state in (weights, core):
         wrapped = {place + key.removeprefix(start) if key.startswith(start) else key: t for key, t in state.items()}
@@ -114,7 +114,7 @@ def test_names_that_wrappers_add_are_left_out(weights, core, tmp_path, wrapper, 
         assert fingerprint(wrapped) == fingerprint(state)
 
 
-def test_a_tensor_that_is_there_twice_is_refused(weights, tmp_path):
+def test_a_duplicate_tensor_is_rejected(weights, tmp_path):
     twice = {**weights, "decoder._orig_mod.conv_in.conv.bias": weights["decoder.conv_in.conv.bias"] + 1}
     with pytest.raises(
         CheckpointError, match=r"twice, as 'decoder\._orig_mod\.conv_in\.conv\.bias' and as 'decoder\.conv_in"
@@ -169,8 +169,8 @@ IMAGE = {
         (lambda: {}, "holds nothing"),
     ],
 )
-def test_other_models_are_refused_by_name(tensors, name, tmp_path):
-    # One element each: only keys and the first convolution's shape are looked at, and files stay small.
+def test_other_models_are_rejected_by_name(tensors, name, tmp_path):
+    # Tensors have one element to keep files small: only keys and the first convolution's shape are read.
     state = {
         key: torch.zeros(tensor.shape) if key.startswith("decoder.conv_in") else torch.zeros(1)
         for key, tensor in tensors().items()

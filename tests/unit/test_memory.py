@@ -1,4 +1,4 @@
-"""Memory limits of control groups, from files as the kernel writes them. `tests/ranks/test_limits.py` has real ones."""
+"""Memory limits of control groups, from files in the kernel's format. `tests/ranks/test_limits.py` uses real groups."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ GIB = 2**30
 
 @pytest.fixture
 def group(tmp_path, monkeypatch):
-    """Makes this process a member of control groups that the files describe."""
+    """Return a function that makes this process a member of control groups described by files."""
     monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(memory, "MOUNTS", tmp_path / "mounts")
     host = SimpleNamespace(total=64 * GIB, available=32 * GIB)
@@ -45,31 +45,31 @@ def inside(folder: str, files: dict[str, str]) -> dict[str, str]:
     return {f"{folder}/{name}": text for name, text in files.items()}
 
 
-def test_without_a_limit_the_machines_memory_counts(group):
+def test_without_a_limit_the_machines_memory_is_used(group):
     group("0::/user\n", [V2.format(root="/")], inside("user", v2("max", GIB)))
     assert memory.available_memory() == 32 * GIB
     assert memory.describe_memory() == "32.00 GiB is available (the machine has 64.00 GiB)"
 
 
-def test_a_limit_of_version_2_counts_without_the_page_cache(group):
+def test_a_version_2_limit_excludes_the_page_cache(group):
     group("0::/job\n", [V2.format(root="/")], inside("job", v2(str(8 * GIB), 5 * GIB, 2 * GIB)))
     assert memory.available_memory() == 5 * GIB
     assert memory.describe_memory() == "5.00 GiB is available (the container's limit is 8.00 GiB)"
 
 
-def test_of_nested_groups_the_tightest_counts(group):
+def test_the_tightest_limit_of_nested_groups_applies(group):
     files = inside("slice/job/step", v2("max", GIB)) | inside("slice/job", v2(str(20 * GIB), GIB))
     group("0::/slice/job/step\n", [V2.format(root="/")], files | inside("slice", v2(str(10 * GIB), 7 * GIB)))
     assert memory.available_memory() == 3 * GIB
 
 
 @pytest.mark.parametrize("root", ["/docker/abc", "/"])
-def test_a_container_that_sees_only_its_own_group_finds_it_at_the_top(group, root):
+def test_a_container_that_sees_only_its_own_group_reads_it_at_the_mount_root(group, root):
     group("0::/docker/abc\n", [V2.format(root=root)], v2(str(6 * GIB), GIB))
     assert memory.available_memory() == 5 * GIB
 
 
-def test_a_limit_of_version_1_counts(group):
+def test_a_version_1_limit_applies(group):
     files = {"memory.limit_in_bytes": str(4 * GIB), "memory.usage_in_bytes": str(3 * GIB)}
     files |= {"memory.stat": f"cache 1\ninactive_file 1\ntotal_inactive_file {GIB // 2}\n"}
     no_limit = {"memory.limit_in_bytes": str(2**63 - 4096), "memory.usage_in_bytes": "1", "memory.stat": ""}
@@ -77,10 +77,10 @@ def test_a_limit_of_version_1_counts(group):
     assert memory.available_memory() == 3 * GIB // 2
 
 
-def test_a_group_that_is_over_its_limit_has_nothing_left(group):
+def test_a_group_over_its_limit_has_no_memory_available(group):
     group("0::/job\n", [V2.format(root="/")], inside("job", v2(str(GIB), 2 * GIB)))
     assert memory.available_memory() == 0
 
 
-def test_a_system_without_control_groups_counts_the_machines_memory(group):
+def test_without_control_groups_the_machines_memory_is_used(group):
     assert memory.available_memory() == 32 * GIB

@@ -1,4 +1,4 @@
-"""The pixel writer, on a device that stands in for an accelerator: its copies are done when the test says so."""
+"""The pixel writer with a fake accelerator, whose copies finish when the test sets an event."""
 
 import contextlib
 import threading
@@ -12,7 +12,7 @@ from distributed.vae.output import SLOTS, PixelWriter
 
 
 class Event:
-    """A copy that has been made when `released` is set."""
+    """The event of a copy that finishes when `released` is set."""
 
     def __init__(self, released: threading.Event) -> None:
         self.released = released
@@ -22,7 +22,7 @@ class Event:
 
 
 class Accelerator:
-    """As much of a device module as the writer uses, on the CPU."""
+    """The functions of a device module that the writer uses, on the CPU."""
 
     def __init__(self) -> None:
         self.released = threading.Event()
@@ -65,7 +65,7 @@ def pieces(count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     return [torch.full((2, 3, 4, 3), float(i)) for i in range(count)], torch.full((2 * count, 3, 4, 3), -1.0)
 
 
-def test_pieces_arrive_in_order_and_each_is_reported(writer):
+def test_pieces_are_written_in_order_and_each_is_reported(writer):
     given, place = pieces(3 * SLOTS)
     written = []
     for i, piece in enumerate(given):
@@ -74,7 +74,7 @@ def test_pieces_arrive_in_order_and_each_is_reported(writer):
     assert torch.equal(place, torch.cat(given)) and written == list(range(len(given)))
 
 
-def test_a_writer_whose_pieces_do_not_leave_stops_the_decoder(accelerator, writer):
+def test_the_decoder_blocks_while_no_slot_is_free(accelerator, writer):
     given, place = pieces(SLOTS + 1)
     accelerator.released.clear()
 
@@ -93,7 +93,7 @@ def test_a_writer_whose_pieces_do_not_leave_stops_the_decoder(accelerator, write
 
 
 @pytest.mark.parametrize("found", ["flush", "write"])
-def test_an_error_of_the_copying_thread_is_raised_once_and_the_writer_goes_on(writer, found):
+def test_an_error_in_the_copying_thread_is_raised_once_and_the_writer_stays_usable(writer, found):
     given, place = pieces(2)
 
     def fail() -> None:
@@ -110,21 +110,21 @@ def test_an_error_of_the_copying_thread_is_raised_once_and_the_writer_goes_on(wr
     assert torch.equal(place[:2], given[1])
 
 
-def test_a_piece_that_does_not_fit_its_place_is_an_error_and_does_not_block(writer):
+def test_a_piece_of_the_wrong_shape_raises_and_does_not_block(writer):
     given, place = pieces(1)
     writer.write(given[0], place[:, :1], lambda: None)
     with pytest.raises(RuntimeError, match="shared frames"):
         writer.flush()
 
 
-def test_where_host_memory_runs_out_the_slot_stays_usable(writer, monkeypatch):
+def test_a_slot_stays_usable_after_host_memory_runs_out(writer, monkeypatch):
     given, place = pieces(1)
 
-    def none(count, dtype):
+    def fail(count, dtype):
         raise MemoryError("no host memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(output, "host_memory", none)
+        patch.setattr(output, "host_memory", fail)
         for _ in range(SLOTS + 1):
             with pytest.raises(MemoryError):
                 writer.write(given[0], place, lambda: None)

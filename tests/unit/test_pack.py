@@ -1,4 +1,4 @@
-"""What an installer and ComfyUI find in the pack besides code."""
+"""The files of the pack other than code: requirements and templates."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_requirements_are_those_of_the_project_and_leave_torch_alone():
+def test_requirements_equal_those_of_the_project_and_exclude_torch():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = [line for line in lines if not line.startswith("#")]
     project = (ROOT / "pyproject.toml").read_text()
@@ -15,7 +15,7 @@ def test_requirements_are_those_of_the_project_and_leave_torch_alone():
     assert not any(re.match(r"torch\b", line) for line in required)
 
 
-def test_every_template_has_a_picture():
+def test_every_template_has_a_thumbnail():
     graphs = list((ROOT / "example_workflows").glob("*.json"))
     assert graphs
     for graph in graphs:

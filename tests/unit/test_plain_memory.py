@@ -1,4 +1,4 @@
-"""What a decode without Triton holds at a time, counted on tensors of the real size with no memory behind them."""
+"""Peak memory of a decode without Triton, counted on full-size meta tensors."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from distributed.vae.regions import whole
 
 
 class Live(TorchDispatchMode):
-    """Keeps count of the bytes of all tensors on "meta" that operations made and that are still there."""
+    """Counts the bytes of all live meta tensors that operations have created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,15 +37,15 @@ class Live(TorchDispatchMode):
 
 
 def convolve(frames: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-    """What a device makes of channels-last frames is channels-last; on "meta" it may not be."""
+    """Return a channels-last result, as real devices do for channels-last frames; meta tensors may differ."""
     n, _, height, width = frames.shape
     return frames.new_empty(n, height - 2, width - 2, len(taps)).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("shape", [(5, 30, 53), (1, 68, 120)], ids=str)
-def test_a_decode_without_triton_keeps_to_its_plan(full_size, shape, monkeypatch):
+def test_the_peak_memory_without_triton_does_not_exceed_the_plan(full_size, shape, monkeypatch):
     monkeypatch.setattr(winograd, "conv2d", convolve)
-    monkeypatch.setattr(kernels, "STRIP", 4 * kernels.STRIP)  # needs more, and is counted sooner
+    monkeypatch.setattr(kernels, "STRIP", 4 * kernels.STRIP)  # larger strips use more memory and fewer operations
     time, size = shape[0], shape[1:]
     with Live() as live, torch.no_grad():
         weights = full_size()

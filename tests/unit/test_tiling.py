@@ -1,4 +1,4 @@
-"""The grid, the assignment and the blend of a tiled decode, each on its own."""
+"""The grid, the assignment and the blend of a tiled decode, tested separately."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_the_kept_parts_of_tiles_cover_every_pixel_once(case):
 
 
 @given(grids())
-def test_every_tile_is_decoded_at_least_as_far_as_it_is_kept(case):
+def test_the_kept_part_of_a_tile_is_within_the_tile(case):
     grid, side, _ = case
     for tile in grid.tiles:
         assert tile.height <= (tile.bottom - tile.top) * SPATIAL <= side * SPATIAL
@@ -46,13 +46,13 @@ def test_the_default_grid_has_as_many_tiles_as_diffusers(height, width, tiles):
     assert len(tile_grid(height, width, 256, 64).tiles) == tiles
 
 
-def test_the_last_tile_of_a_row_is_a_rectangle_of_what_is_left():
+def test_the_last_tile_covers_the_remaining_positions():
     last = tile_grid(13, 20, 256, 64).tiles[-1]
     assert last == Tile(1, 1, 12, 13, 12, 20, 16, 128)
 
 
 @pytest.mark.parametrize(
-    ("tile_size", "overlap", "words"),
+    ("tile_size", "overlap", "message"),
     [
         (250, 64, "tile_size is 250"),
         (0, 0, "tile_size is 0"),
@@ -61,8 +61,8 @@ def test_the_last_tile_of_a_row_is_a_rectangle_of_what_is_left():
         (64, -16, "overlap is -16"),
     ],
 )
-def test_tiles_that_the_latent_grid_cannot_hold_are_refused_with_the_numbers(tile_size, overlap, words):
-    with pytest.raises(ValueError, match=words):
+def test_tile_sizes_that_do_not_match_the_latent_grid_are_rejected(tile_size, overlap, message):
+    with pytest.raises(ValueError, match=message):
         tile_grid(30, 30, tile_size, overlap)
 
 
@@ -76,7 +76,7 @@ def test_no_rank_gets_more_than_the_lpt_bound(case, world_size):
     assert max(load) * world_size <= total + largest * (world_size - 1)
 
 
-def test_more_ranks_than_tiles_leaves_ranks_without_work():
+def test_surplus_ranks_get_no_tile():
     assert assign(tile_grid(3, 3, 256, 64), 4) == (0,)
 
 
@@ -93,7 +93,7 @@ def test_blend_equals_diffusers_in_both_directions():
         torch.testing.assert_close(tile, expected, atol=1e-6, rtol=0)
 
 
-def test_the_first_blended_line_is_the_neighbours_and_the_rest_of_the_tile_is_untouched():
+def test_a_blend_starts_with_the_neighbours_line_and_changes_only_the_overlap():
     edge, tile = torch.zeros(1, 16, 8, 3), torch.ones(1, 32, 8, 3)
     blend(edge, tile, 1)
     assert (tile[:, 0] == 0).all() and (tile[:, 16:] == 1).all()

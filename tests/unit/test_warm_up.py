@@ -1,4 +1,4 @@
-"""What is compiled ahead is what a decoder calls, found out on the CPU: calls of the kernels are recorded."""
+"""The warm-up compiles exactly the kernels that a decode calls. Calls are recorded on the CPU."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """Takes the place of the Triton kernels: keeps the form of each call, and computes the plain form."""
+    """A fake of the Triton kernels that records the specialisation of each call and computes the plain form."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forms: set[tuple] = set()
@@ -57,7 +57,7 @@ def forms_of_a_decode(recorder: Recorder, weights: Weights, time: int) -> set[tu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_kernel_that_a_decode_calls_is_compiled_ahead_and_no_other(monkeypatch, dtype):
+def test_the_warm_up_compiles_exactly_the_kernels_of_a_decode(monkeypatch, dtype):
     weights, recorder = Weights(decoder_tensors(TINY, CPU), CPU, dtype), Recorder(monkeypatch)
     called = forms_of_a_decode(recorder, weights, 1) | forms_of_a_decode(recorder, weights, 6)
     recorder.forms = set()
@@ -66,7 +66,7 @@ def test_every_kernel_that_a_decode_calls_is_compiled_ahead_and_no_other(monkeyp
     assert called == recorder.forms
 
 
-def test_nothing_is_called_where_there_are_no_fused_kernels(monkeypatch):
+def test_the_warm_up_does_nothing_without_fused_kernels(monkeypatch):
     recorder = Recorder(monkeypatch)
     warm_up.warm_up(Architecture(TINY), CPU, torch.float32)
     assert not recorder.forms

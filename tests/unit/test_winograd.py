@@ -1,4 +1,4 @@
-"""Convolution over time by Winograd's algorithm, against the plain one."""
+"""Convolution over time by Winograd's algorithm, compared with a 3D convolution."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def group(past: Tensor, frames: Tensor, m: int) -> tuple[Tensor, int]:
-    """What a convolution reads, and 1 if its first frame is in no group."""
+    """Return the window of a convolution, and 1 if its first frame is in no group, otherwise 0."""
     groups, first_frame = divmod(len(frames), m)
     window = frames.new_zeros(m + 2, groups + first_frame, *frames.shape[1:])
     window[0, :first_frame] = frames[:first_frame]
@@ -23,9 +23,9 @@ def group(past: Tensor, frames: Tensor, m: int) -> tuple[Tensor, int]:
 
 
 def both(m: int, n: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same frames, [n, H, W, out], by this module and by a three-dimensional convolution."""
+    """Return the same frames, [n, H, W, out], computed by this module and by a 3D convolution."""
     past, frames = draw(2, 6, 7, weight.shape[1], seed=1), draw(n, 6, 7, weight.shape[1], seed=2)
-    if n % m:  # a video begins
+    if n % m:  # the video begins with these frames
         past[:] = frames[0]
     ours = sum_products(convolve(*group(past, frames, m), transform_taps(weight, torch.float64, m)))
     plain = F.conv3d(torch.cat([past, frames]).permute(3, 0, 1, 2)[None], weight)[0].permute(1, 2, 3, 0)
@@ -36,14 +36,14 @@ LENGTHS = [(2, 1), (2, 2), (2, 3), (2, 6), (4, 1), (4, 4), (4, 5), (4, 8)]
 
 
 @pytest.mark.parametrize(("m", "n"), LENGTHS)
-def test_it_is_the_convolution(m, n):
+def test_the_result_equals_a_3d_convolution(m, n):
     ours, plain = both(m, n, draw(5, 8, 3, 3, 3))
     assert ours.shape == plain.shape == (n, 4, 5, 5)
-    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)  # sums are formed in float32
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)  # products are summed in float32
 
 
 @pytest.mark.parametrize(("m", "n", "share"), [(2, 8, 2 / 3), (4, 8, 1 / 2), (4, 1, 1 / 3), (4, 5, 7 / 15)])
-def test_groups_of_frames_take_fewer_multiplications(m, n, share):
+def test_groups_of_frames_need_fewer_multiplications(m, n, share):
     weight, frames = draw(5, 8, 3, 3, 3), draw(n + 2, 6, 7, 8)
     arguments = *group(frames[:2], frames[2:], m), transform_taps(weight, torch.float64, m)
     with FlopCounterMode(display=False) as ours:
