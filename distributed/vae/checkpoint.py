@@ -1,4 +1,4 @@
-"""Checkpoints of the VAE on disk: which files they are, and the tensors in them. Files are safetensors only."""
+"""Checkpoints of the VAE on disk: their files and tensors. Only safetensors files are read."""
 
 import os
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ from .hunyuanvideo15.layout import (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A VAE on disk that was recognised and checked."""
+    """A recognised and checked VAE on disk."""
 
     files: tuple[Path, ...]
     layout: str
     """"diffusers" or "core"."""
     latent_channels: int
     block_out_channels: tuple[int, ...]
-    """As in diffusers' config: highest resolution first."""
+    """Channels per level, highest resolution first, as in diffusers' config."""
     layers_per_block: int
     dtype: torch.dtype
     has_encoder: bool
-    """Whether the whole encoder is there, too."""
+    """Whether the files also have a complete encoder."""
 
     @property
     def architecture(self) -> Architecture:
@@ -49,8 +49,8 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike, *, encoder: bool = False) -> Checkpoint:
     """Recognise and check a VAE: a .safetensors file of either layout, or a diffusers folder.
 
-    encoder: refuse a VAE without its encoder as well. Tensors that are not needed are ignored. Raises CheckpointError
-    with what is wrong, FileNotFoundError where there is nothing.
+    encoder: also require the encoder. Unneeded tensors are ignored. Raises CheckpointError, which describes the
+    problem, and FileNotFoundError.
     """
     files = find_files(Path(path), "vae", DIFFUSERS_CLASS)
     shapes, dtypes = describe_tensors(files)
@@ -63,7 +63,7 @@ def open_checkpoint(path: str | os.PathLike, *, encoder: bool = False) -> Checkp
     encoder_shapes = architecture.encoder_shapes()
     if encoder:
         if not encoder_shapes.keys() & shapes.keys():
-            raise CheckpointError(f"{name} is not a complete HunyuanVideo-1.5 VAE: it has a decoder alone.")
+            raise CheckpointError(f"{name} is not a complete HunyuanVideo-1.5 VAE: it has no encoder.")
         check_tensors(encoder_shapes, shapes, dtypes, name)
     return Checkpoint(
         files,
@@ -77,13 +77,13 @@ def open_checkpoint(path: str | os.PathLike, *, encoder: bool = False) -> Checkp
 
 
 def decoder_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The decoder's tensors, mapped from the file, in diffusers' names without "decoder."."""
+    """Return the decoder's tensors, mapped from the file, by diffusers' names without the prefix "decoder."."""
     found = _read(checkpoint, set(checkpoint.architecture.decoder_shapes()))
     return {key.removeprefix("decoder."): value for key, value in found.items()}
 
 
 def all_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The decoder's tensors and the encoder's, if there is one, mapped from the file, in diffusers' names."""
+    """Return the tensors of the decoder and of the encoder, if any, mapped from the file, by diffusers' names."""
     architecture = checkpoint.architecture
     encoder = architecture.encoder_shapes() if checkpoint.has_encoder else {}
     return _read(checkpoint, architecture.decoder_shapes().keys() | encoder.keys())

@@ -103,7 +103,7 @@ def test_an_encoder_with_more_blocks_is_rejected_if_it_is_needed(weights, tmp_pa
     ("start", "place"),
     [("", "{}."), ("decoder", "decoder.{}"), ("encoder", "encoder.{}"), ("decoder.conv_in", "decoder.conv_in.{}")],
 )
-def test_prefixes_added_by_wrappers_are_removed(weights, core, tmp_path, wrapper, start, place):
+def test_key_parts_added_by_wrappers_are_removed(weights, core, tmp_path, wrapper, start, place):
     place = place.format(wrapper)
     for state in (weights, core):
         wrapped = {place + key.removeprefix(start) if key.startswith(start) else key: t for key, t in state.items()}
@@ -166,7 +166,7 @@ IMAGE = {
         (lambda: {"decoder.conv_in.weight": torch.zeros(8, 64, 3, 3)}, "HunyuanImage 2.1"),
         (lambda: {"decoder.conv_in.weight": torch.zeros(8, 32, 3, 3, 3)}, "HunyuanImage 3.0"),
         (lambda: {"decoder.22.bias": torch.zeros(12)}, "TAEHV"),
-        (lambda: {}, "holds nothing"),
+        (lambda: {}, "holds no tensors"),
     ],
 )
 def test_other_models_are_rejected_by_name(tensors, name, tmp_path):

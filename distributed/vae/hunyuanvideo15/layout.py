@@ -1,9 +1,9 @@
-"""What HunyuanVideo-1.5's VAE is made of: the names and shapes of its tensors, and how to tell it from other models.
+"""The tensors of HunyuanVideo-1.5's VAE: their names and shapes, and the distinction from other models.
 
-Two layouts hold the same 218 tensors: diffusers' and the original one (Tencent's, Comfy-Org's, core's `get_sd`).
-One maps to the other by renaming alone. A layout is recognised by its keys. Every tensor that is needed is checked by
-name and shape, so that nothing is ever decoded with a weight that did not come from the file. Other tensors are
-ignored, unless they show that the file is another model's. This module imports no compute.
+Two layouts have the same 218 tensors: diffusers' and the original one (used by Tencent, Comfy-Org and core's `get_sd`).
+They differ only in names. A layout is recognised by its keys. Every required tensor is checked by name and shape, so
+that a decode never uses a weight that is not from the file. Other tensors are ignored, unless they identify the file as
+another model's. This module imports no compute code.
 """
 
 import itertools
@@ -19,7 +19,7 @@ DIFFUSERS_CLASS = "AutoencoderKLHunyuanVideo15"
 
 LEVELS = 5
 TEMPORAL_UPSAMPLERS = 2
-"""The first so many upsamplers, from the deepest level on, double the number of frames as well."""
+"""Number of upsamplers, starting at the lowest resolution, that also double the number of frames."""
 
 LAYOUTS = (
     ("decoder.up.#.block.#.", "decoder.up_blocks.#.resnets.#."),
@@ -33,7 +33,7 @@ LAYOUTS = (
     (".mid.attn_1.v.", ".mid_block.attentions.0.to_v."),
     (".mid.attn_1.", ".mid_block.attentions.0."),
 )
-"""Parts of keys in the original layout and in diffusers'; # is a number, the same in both."""
+"""Parts of keys in the original layout and in diffusers' layout. # is a number, the same in both."""
 
 OTHER_MODELS = (
     ("decoder.upsamples.0.upsamples.0.residual.2.weight", "a Wan 2.2 VAE"),
@@ -56,37 +56,37 @@ OTHER_MODELS = (
     ("model.diffusion_model.img_in.weight", "a diffusion model"),
     ("transformer_blocks.0.attn.to_q.weight", "a diffusion transformer"),
 )
-"""A key that tells another model's file, and the model."""
+"""Keys that identify files of other models, and the names of these models."""
 
 WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Names that wrapping a module adds to the keys of its tensors (torch.compile, data parallel, FSDP, checkpointing)."""
+"""Parts that wrappers of modules add to keys (torch.compile, data parallel, FSDP, activation checkpointing)."""
 
 BLOCK = re.compile(
     r"((encoder|decoder)\.(?:mid_block|(?:up|down)_blocks\.\d+)\.(?:resnets|attentions|upsamplers|downsamplers)\.\d+)\."
 )
-"""The beginning of a key that names a block. A model with more blocks than expected is another one."""
+"""The part of a key that identifies a block. A file with more blocks than expected is another model's."""
 
 MOST_RESNETS = 16
-"""Residual blocks of a level that are believed. HunyuanVideo-1.5 has 3."""
+"""Maximum number of residual blocks per level that is accepted. HunyuanVideo-1.5 has 3."""
 
 
 def to_diffusers(name: str) -> str:
-    """A key of either layout in diffusers' naming, without the names of wrappers."""
+    """Convert a key of either layout to diffusers' layout, without the parts added by wrappers."""
     return _rename(unwrapped(name), _TO_DIFFUSERS)
 
 
 def to_core(name: str) -> str:
-    """A key of either layout in the original naming, without the names of wrappers."""
+    """Convert a key of either layout to the original layout, without the parts added by wrappers."""
     return _rename(unwrapped(name), _TO_CORE)
 
 
 def unwrapped(name: str) -> str:
-    """A key without what wrappers (see `WRAPPERS`) have added to it, wherever it stands."""
-    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
+    """Remove the parts added by wrappers (see `WRAPPERS`) from a key."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _rule(old: str, new: str) -> tuple[re.Pattern, str]:
-    """What finds `old` (at a key's beginning, unless it begins with a dot) and what to put in its place."""
+    """Return a pattern for `old`, at the start of a key unless `old` starts with a dot, and its replacement."""
     pattern = ("" if old.startswith(".") else "^") + re.escape(old).replace(re.escape("#"), r"(\d+)")
     numbers = itertools.count(1)
     return re.compile(pattern), re.sub("#", lambda _: f"\\{next(numbers)}", new)
@@ -103,16 +103,16 @@ def _rename(name: str, rules: list[tuple[re.Pattern, str]]) -> str:
 
 
 class Architecture(NamedTuple):
-    """The sizes of one VAE, from which the shapes of all its tensors follow."""
+    """The sizes of one VAE, which determine the shapes of all its tensors."""
 
     widths: tuple[int, ...]
-    """Channels of each level of the decoder, deepest first."""
+    """Channels of each level of the decoder, lowest resolution first."""
     resnets: int = 3
-    """Residual blocks of each level of the decoder; the encoder has one less."""
+    """Residual blocks per level of the decoder. The encoder has one fewer."""
     latent_channels: int = 32
 
     def decoder_shapes(self) -> Shapes:
-        """Shapes of the decoder's tensors in diffusers' names, in the order in which they are used."""
+        """Return the shapes of the decoder's tensors by diffusers' names, in the order of their use."""
         shapes: Shapes = {}
         _conv(shapes, "decoder.conv_in.conv", self.widths[0], self.latent_channels)
         _middle(shapes, "decoder.mid_block", self.widths[0])
@@ -127,7 +127,7 @@ class Architecture(NamedTuple):
         return shapes
 
     def encoder_shapes(self) -> Shapes:
-        """Shapes of the encoder's tensors in diffusers' names. Its levels are the decoder's in reverse."""
+        """Return the shapes of the encoder's tensors by diffusers' names. Its levels are the decoder's in reverse."""
         shapes: Shapes = {}
         widths = self.widths[::-1]
         _conv(shapes, "encoder.conv_in.conv", widths[0], 3)
@@ -144,7 +144,7 @@ class Architecture(NamedTuple):
 
     @staticmethod
     def packed(level: int) -> int:
-        """Pixels that the upsampler of a level of the decoder makes of one: 2x2 of them, in 1 or 2 frames."""
+        """Return the number of pixels that a level's upsampler makes of one pixel: 2x2, in 1 or 2 frames."""
         return 8 if level < TEMPORAL_UPSAMPLERS else 4
 
 
@@ -167,9 +167,9 @@ def _middle(shapes: Shapes, key: str, width: int) -> None:
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    """Return the layout, "diffusers" or "core", of tensors by their keys.
+    """Return the layout of tensors, "diffusers" or "core", determined by their keys.
 
-    Raises CheckpointError for another model's; `name` is what messages call the VAE.
+    Raises CheckpointError for another model. name: the name of the VAE in messages.
     """
     shapes = {unwrapped(key): shape for key, shape in shapes.items()}
     if model := _other_model(shapes):
@@ -182,16 +182,18 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
             return "diffusers"
         if "decoder.mid.attn_1.q.weight" in shapes and "decoder.up.0.block.0.norm1.gamma" in shapes:
             return "core"
-    raise CheckpointError(f"{name} is not a HunyuanVideo-1.5 VAE: it holds {first_names(sorted(shapes)) or 'nothing'}.")
+    raise CheckpointError(
+        f"{name} is not a HunyuanVideo-1.5 VAE: it holds {first_names(sorted(shapes)) or 'no tensors'}."
+    )
 
 
 def by_diffusers_name(keys: Iterable[str], name: str) -> dict[str, str]:
-    """Return the keys of either layout by their names in diffusers'. Raises CheckpointError for one that is twice."""
+    """Map diffusers' names to keys of either layout. Raises CheckpointError if two keys have the same name."""
     found: dict[str, str] = {}
     for key in keys:
         other = found.setdefault(to_diffusers(key), key)
         if other != key:
-            raise CheckpointError(f"{name} holds the same tensor twice, as {quote(other)} and as {quote(key)}.")
+            raise CheckpointError(f"{name} has the same tensor twice, as {quote(other)} and as {quote(key)}.")
     return found
 
 
@@ -215,9 +217,9 @@ def _other_model(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def read_architecture(shapes: Mapping[str, tuple[int, ...]], name: str) -> Architecture:
-    """Return the architecture that shapes of tensors in diffusers' names imply.
+    """Return the architecture of a VAE with tensors of these shapes, by diffusers' names.
 
-    Raises CheckpointError where they cannot be those of this model.
+    Raises CheckpointError if HunyuanVideo-1.5's VAE cannot have these shapes.
     """
 
     def count(pattern: str) -> int:
@@ -233,10 +235,12 @@ def read_architecture(shapes: Mapping[str, tuple[int, ...]], name: str) -> Archi
     widths = tuple(first[0] if first else 0 for first in firsts)
     latent = shapes["decoder.conv_in.conv.weight"][1]
     if 0 in widths:
-        raise CheckpointError(f"{name} has decoder levels of widths {list(widths)}; none may be empty.")
+        raise CheckpointError(
+            f"{name} has decoder levels of widths {list(widths)}; every level needs at least one channel."
+        )
     if latent < 1 or widths[0] % latent:
         raise CheckpointError(
-            f"{name} has {latent} latent channels, which do not divide the width of its decoder, {widths[0]}."
+            f"{name} has {latent} latent channels; they must divide the decoder's width, {widths[0]}."
         )
     return Architecture(widths, resnets, latent)
 
@@ -244,9 +248,9 @@ def read_architecture(shapes: Mapping[str, tuple[int, ...]], name: str) -> Archi
 def check_tensors(
     expected: Shapes, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, object], name: str
 ) -> None:
-    """Raise CheckpointError unless all expected tensors are there, and no further block of the same half of the VAE.
+    """Raise CheckpointError if expected tensors are missing or unusable, or if encoder or decoder has more blocks.
 
-    shapes, dtypes: of the tensors that are there, in diffusers' names. `name` is what messages call the VAE.
+    shapes, dtypes: of the existing tensors, by diffusers' names. name: the name of the VAE in messages.
     """
     if found := problems(expected, shapes, dtypes):
         raise CheckpointError(f"{name} is not a complete HunyuanVideo-1.5 VAE: it {'; it '.join(found)}.")
