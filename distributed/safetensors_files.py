@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which files they are, and what tensors are in them. Files are safetensors only."""
+"""Checkpoints on disk: their files, and the shapes and dtypes of their tensors. Only safetensors files are read."""
 
 import json
 import re
@@ -12,21 +12,21 @@ from .errors import CheckpointError
 from .quoting import first_names, printable, quote
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The dtypes of weights that can be used, by their names in safetensors."""
+"""The supported dtypes of weights, by their names in safetensors."""
 
 INDEX = ".safetensors.index.json"
 JSON_LIMIT = 16 * 2**20
-"""Bytes that are read of a config or an index; real ones have some kilobytes."""
+"""Maximum size in bytes of a config or an index. Real ones have a few kilobytes."""
 
 Shapes = dict[str, tuple[int, ...]]
-"""Shapes of tensors by their names."""
+"""Shapes of tensors by name."""
 
 
 def find_files(path: Path, part: str, diffusers_class: str) -> tuple[Path, ...]:
-    """The files of a checkpoint: a .safetensors file, an index of several, or a diffusers folder.
+    """Return the files of a checkpoint: a .safetensors file, an index of several files, or a diffusers folder.
 
-    part: the folder's name within a diffusers pipeline. A folder of another class than `diffusers_class` is refused.
-    Raises CheckpointError, FileNotFoundError where there is nothing.
+    part: the name of the component's folder in a diffusers pipeline. Raises CheckpointError, also for a folder whose
+    config has another class than `diffusers_class`, and FileNotFoundError.
     """
     if path.is_dir():
         folder = part_folder(path, part)
@@ -53,23 +53,23 @@ def find_files(path: Path, part: str, diffusers_class: str) -> tuple[Path, ...]:
 
 
 def part_folder(path: Path, part: str) -> Path:
-    """The folder of a part of a diffusers pipeline, or that folder itself."""
+    """Return the folder of a component of the diffusers pipeline at `path`, or `path` itself if there is none."""
     return path / part if (path / part).is_dir() else path
 
 
 def identity_of(files: tuple[Path, ...]) -> str:
-    """What changes when the files do."""
+    """Return an identity of the files that changes if a path, size or modification time changes."""
     stats = [(path, path.stat()) for path in files]
     return "|".join(f"{path}:{s.st_size}:{s.st_mtime_ns}" for path, s in stats)
 
 
 def name_of(path: Path, unnamed: str) -> str:
-    """What messages call a checkpoint: its file's name, or `unnamed` for memory of ours, which has none to go by."""
+    """Return the name of a checkpoint in messages: its file name, or `unnamed` for shared memory, which has none."""
     return unnamed if _is_handed_over(path) else printable(path.name)
 
 
 def describe_tensors(files: tuple[Path, ...]) -> tuple[Shapes, dict[str, torch.dtype | str]]:
-    """Shapes and dtypes of all tensors in the files; of a dtype that cannot be used, its name."""
+    """Return the shapes and dtypes of all tensors in the files. Unsupported dtypes are given by name."""
     shapes: Shapes = {}
     dtypes: dict[str, torch.dtype | str] = {}
     for file in files:
@@ -82,7 +82,7 @@ def describe_tensors(files: tuple[Path, ...]) -> tuple[Shapes, dict[str, torch.d
 
 
 def open_file(file: Path):
-    """The tensors of a file, mapped. Raises CheckpointError for another format."""
+    """Map the tensors of a file. Raises CheckpointError for another format."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -93,23 +93,23 @@ def open_file(file: Path):
 
 
 def problems(expected: Shapes, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, object]) -> list[str]:
-    """Return what is wrong with the expected tensors: missing, of another shape, or of a dtype that cannot be used."""
+    """Return a description of each problem: missing tensors, wrong shapes and unsupported dtypes."""
     missing = sorted(expected.keys() - shapes.keys())
-    there = [key for key in expected if key in shapes]
-    wrong = [key for key in there if expected[key] != shapes[key]]
-    unusable = [key for key in there if dtypes[key] not in DTYPES.values()]
+    present = [key for key in expected if key in shapes]
+    wrong = [key for key in present if expected[key] != shapes[key]]
+    unusable = [key for key in present if dtypes[key] not in DTYPES.values()]
     found = [f"lacks {first_names(missing)}"] * bool(missing)
-    found += [f"has {quote(key)} of shape {shapes[key]} where {expected[key]} belongs" for key in wrong[:3]]
+    found += [f"has {quote(key)} of shape {shapes[key]} instead of {expected[key]}" for key in wrong[:3]]
     found += [f"has {quote(key)} as {dtypes[key]}; float32, bfloat16 and float16 can be used" for key in unusable[:1]]
     return found
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises CheckpointError for anything else."""
+    """Read a JSON object from a file. Raises CheckpointError if the file cannot be read or has another type."""
     name = printable(path.name)
     try:
         if path.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(f"{name} has more than {JSON_LIMIT / 2**20:g} MiB; it is no config or index.")
+            raise CheckpointError(f"{name} has more than {JSON_LIMIT / 2**20:g} MiB; it is not a config or an index.")
         found = json.loads(path.read_text(encoding="utf-8"))
     except CheckpointError:
         raise
@@ -118,17 +118,17 @@ def read_json(path: Path) -> dict:
     except RecursionError as error:
         raise CheckpointError(f"{name} cannot be read as JSON: it is nested too deeply.") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{name} holds no JSON object.")
+        raise CheckpointError(f"{name} does not contain a JSON object.")
     return found
 
 
 def _is_handed_over(path: Path) -> bool:
-    """Whether this is an open file of a process of ours (memory that ranks map as a file)."""
+    """Return whether this is a file descriptor of a process: shared memory that ranks map as a file."""
     return re.fullmatch(r"/proc/\d+/fd/\d+", str(path)) is not None
 
 
 def _check_class(folder: Path, diffusers_class: str) -> None:
-    """Some models share another one's keys and shapes; a diffusers folder says which model it is."""
+    """Check the class in a diffusers folder, because some models have the same keys and shapes as others."""
     config = folder / "config.json"
     if config.is_file():
         found = read_json(config).get("_class_name", diffusers_class)
@@ -140,19 +140,19 @@ def _check_class(folder: Path, diffusers_class: str) -> None:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    """The files that an index lists, all of them beside it."""
+    """Return the files that an index lists. Only files in the folder of the index are accepted."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{printable(index.name)} has no weight_map that names the files.")
+        raise CheckpointError(f"{printable(index.name)} has no weight_map that lists the files.")
     files = tuple(index.parent / Path(name).name for name in sorted(set(shards.values())))
     missing = [file.name for file in files if file.suffix != ".safetensors" or not _is_file(file)]
     if missing:
-        raise CheckpointError(f"{printable(index.name)} names files that are not there: {first_names(missing)}.")
+        raise CheckpointError(f"{printable(index.name)} lists files that do not exist: {first_names(missing)}.")
     return files
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a valid file name
         return False

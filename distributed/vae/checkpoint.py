@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """Changes when the files do."""
+        """Identifies the files: it changes if a path, size or modification time changes."""
         return identity_of(self.files)
 
 
