@@ -1,4 +1,4 @@
-"""Shared memory: access, protection, limits, reuse and release."""
+"""Shared memory: who gets it, what nobody can do to it, and when it is refused or freed."""
 
 import gc
 import mmap
@@ -13,7 +13,7 @@ import torch
 from distributed.ranks import buffers, memory
 from distributed.ranks.buffers import SharedBuffers, SharedMemory, open_shared, open_tensor
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="buffers are files on other systems")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a buffer is a file")
 SHAPE = (1, 5, 16, 32, 3)
 
 
@@ -25,13 +25,13 @@ def pool():
     pool.trim()
 
 
-def test_the_controller_reads_the_frames_a_rank_writes(pool):
+def test_what_a_rank_writes_the_controller_reads(pool):
     frames, place = pool.allocate(SHAPE)
     open_tensor(place).fill_(0.5)
     assert (frames == 0.5).all() and frames.shape == SHAPE
 
 
-def test_a_buffer_is_reused_after_its_last_reference_is_deleted(pool):
+def test_a_buffer_is_used_again_once_nobody_holds_it(pool):
     frames, place = pool.allocate(SHAPE)
     view = frames[0, 1:]
     del frames
@@ -43,10 +43,10 @@ def test_a_buffer_is_reused_after_its_last_reference_is_deleted(pool):
     assert pool.allocate(SHAPE)[1] == place
     gc.collect()
     _, other = pool.allocate((1, 1, 16, 32, 3))
-    assert other != place, "a buffer more than twice the needed size was reused"
+    assert other != place, "a buffer more than twice as large was lent"
 
 
-def test_a_buffer_in_use_during_a_trim_is_freed_when_it_is_returned(pool):
+def test_what_is_lent_while_the_pool_is_trimmed_is_freed_when_it_comes_back(pool):
     frames, place = pool.allocate(SHAPE)
     pool.trim()
     assert open_tensor(place).sum() == 0
@@ -56,7 +56,7 @@ def test_a_buffer_in_use_during_a_trim_is_freed_when_it_is_returned(pool):
         open_tensor(place)
 
 
-def test_a_buffer_cannot_be_resized_or_sealed_further(pool):
+def test_nobody_can_cut_a_buffer_short_or_seal_it_further(pool):
     frames, place = pool.allocate(SHAPE)
     descriptor = open_shared(place.place)
     try:
@@ -70,7 +70,7 @@ def test_a_buffer_cannot_be_resized_or_sealed_further(pool):
     assert frames.sum() == 0
 
 
-def test_memory_offered_as_read_only_cannot_be_written():
+def test_memory_that_is_offered_to_be_read_can_be_written_by_nobody():
     shared = SharedMemory("hv15-test", 4096)
     try:
         os.pwrite(shared.descriptor, b"words", 0)
@@ -88,18 +88,18 @@ def test_memory_offered_as_read_only_cannot_be_written():
         shared.close()
 
 
-def test_frames_larger_than_the_available_memory_are_rejected_before_allocation(pool):
+def test_frames_that_the_memory_cannot_hold_are_refused_before_they_are_allocated(pool):
     with pytest.raises(MemoryError, match=r"^12288\.00 GiB of memory is needed; \d+\.\d\d GiB is available \(the "):
         pool.allocate((1, 2**20, 2**10, 2**10, 3))
     assert not pool.lent
 
 
-def test_free_buffers_are_released_to_allocate_larger_frames(pool, monkeypatch):
+def test_free_buffers_make_room_for_larger_frames(pool, monkeypatch):
     frames, place = pool.allocate(SHAPE)
     size = frames.nbytes
     del frames
     gc.collect()
-    left = size  # the free buffer holds as much again
+    left = size  # of which the free buffer has taken as much again
 
     def available() -> int:
         return left + (0 if pool._free else size)
@@ -111,14 +111,14 @@ def test_free_buffers_are_released_to_allocate_larger_frames(pool, monkeypatch):
         open_shared(place.place)
 
 
-def test_a_buffer_cannot_be_opened_without_its_name(pool):
+def test_only_those_who_know_a_buffers_name_get_it(pool):
     _, place = pool.allocate(SHAPE)
     os.close(open_shared(place.place))
     with pytest.raises(FileNotFoundError, match="no longer shares"):
         open_shared(f"{place.place[:-1]}{'0' if place.place[-1] != '0' else '1'}")
 
 
-def test_the_listener_stops_when_no_buffer_is_offered():
+def test_nothing_listens_when_nothing_is_offered():
     gc.collect()
     before = {thread.name for thread in threading.enumerate()}
     pool = SharedBuffers()
@@ -133,7 +133,7 @@ def test_the_listener_stops_when_no_buffer_is_offered():
             assert not thread.is_alive()
 
 
-def test_the_exit_of_a_forked_child_does_not_free_its_parents_buffers(pool):
+def test_a_forked_child_that_ends_leaves_its_parents_buffers_alone(pool):
     frames, place = pool.allocate(SHAPE)
     if (child := os.fork()) == 0:
         del frames

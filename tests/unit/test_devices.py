@@ -1,4 +1,4 @@
-"""Capabilities and memory of devices, and the environment of ranks, tested on a CPU."""
+"""What a device can do, and what ranks are told of it, without any device but the CPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ GIB = 2**30
 CPU = Device(torch.device("cpu"))
 
 
-def test_ranks_on_the_cpu_share_the_host_memory(monkeypatch):
+def test_the_cpu_has_the_hosts_memory_and_shares_it_between_the_ranks(monkeypatch):
     monkeypatch.setattr(devices, "available_memory", lambda: 12 * GIB)
     assert CPU.free_bytes() == 12 * GIB and CPU.free_bytes(3) == 4 * GIB
     assert CPU.held_by_others() == ""
@@ -18,7 +18,7 @@ def test_ranks_on_the_cpu_share_the_host_memory(monkeypatch):
 
 def test_nothing_is_reserved_on_the_cpu(monkeypatch):
     def refuse(*args, **kwargs):
-        raise AssertionError("memory was allocated")
+        raise AssertionError("memory was taken")
 
     monkeypatch.setattr(torch, "empty", refuse)
     CPU.reserve(2**60)
@@ -33,8 +33,8 @@ def test_nothing_is_reserved_on_the_cpu(monkeypatch):
         ("npu:0", "cpu:gloo,npu:hccl", True, False),
     ],
 )
-def test_each_device_kind_has_its_own_capabilities(name, backend, streams, fused):
-    class Named:  # torch.device("npu") needs torch_npu
+def test_each_kind_has_its_own_abilities(name, backend, streams, fused):
+    class Named:  # torch makes no npu device without torch_npu
         type = kind_of(name)
 
     device = Device(Named())
@@ -43,12 +43,12 @@ def test_each_device_kind_has_its_own_capabilities(name, backend, streams, fused
     assert (device.process_group_device is None) == device.is_host
 
 
-def test_an_explicit_backend_is_used_only_for_the_device():
+def test_a_chosen_backend_is_used_for_the_device_alone():
     assert Device(torch.device("cuda:0")).collective_backend("gloo") == "cpu:gloo,cuda:gloo"
 
 
 class Accelerator:
-    """A device module of a device with 10 GiB, of which this process has reserved 3 and others hold 2."""
+    """Torch's functions for a device with 10 GiB, of which this process has 3 and others 2."""
 
     taken = 0
 
@@ -62,14 +62,14 @@ class Accelerator:
         return GIB
 
 
-def test_free_memory_includes_the_cache_of_torch_but_not_other_processes(monkeypatch):
+def test_free_memory_includes_what_torch_keeps_for_later_and_excludes_that_of_others(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda device: Accelerator())
     device = Device(torch.device("cuda:0"))
     assert device.free_bytes() == device.free_bytes(4) == 7 * GIB
     assert device.held_by_others() == "other processes hold 2.00 of 10.00 GiB"
 
 
-def test_allocating_more_than_the_host_memory_is_rejected_with_the_numbers(monkeypatch):
+def test_host_memory_beyond_what_there_is_is_refused_with_the_numbers(monkeypatch):
     monkeypatch.setattr(devices, "available_memory", lambda: GIB)
     monkeypatch.setattr(devices, "describe_memory", lambda: "1.00 GiB is available (the machine has 2.00 GiB)")
     with pytest.raises(MemoryError, match=r"^4\.00 GiB of host memory is needed; 1\.00 GiB is available \(the machine"):
@@ -79,10 +79,10 @@ def test_allocating_more_than_the_host_memory_is_rejected_with_the_numbers(monke
 
 
 @pytest.mark.parametrize("setting", ["eth0", "", None])
-def test_communication_uses_loopback_for_any_interface_setting(monkeypatch, setting):
+def test_communication_stays_on_loopback_whatever_is_set_for_other_programs(monkeypatch, setting):
     monkeypatch.setattr("sys.platform", "linux")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False) if setting is None else monkeypatch.setenv(name, setting)
     for kind in ("cpu", "cuda"):
-        variables = environment(kind, None)
-        assert variables["GLOO_SOCKET_IFNAME"] == variables["NCCL_SOCKET_IFNAME"] == "lo"
+        told = environment(kind, None)
+        assert told["GLOO_SOCKET_IFNAME"] == told["NCCL_SOCKET_IFNAME"] == "lo"
