@@ -195,6 +195,13 @@ class Architecture(NamedTuple):
         return shapes
 
 
+def modulates(name: str) -> bool:
+    """Whether a tensor, by its name in diffusers' layout, serves the modulation and nothing else."""
+    return (
+        re.fullmatch(r"(transformer_blocks\.\d+\.norm1(_context)?|norm_out)\.linear\.(weight|bias)", name) is not None
+    )
+
+
 class Source(NamedTuple):
     """Where a tensor of diffusers' layout is in the original one."""
 

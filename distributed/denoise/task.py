@@ -1,11 +1,17 @@
-"""What a rank does of a denoising step."""
+"""What a rank does of a denoising step.
+
+A third of the weights serve nothing but the modulation, which depends on the timestep alone. Where they do not fit the
+device beside the rest they stay in the host's memory and pass through the device one by one, once for each timestep:
+what comes of them is kept for the next prompt with the same schedule.
+"""
 
 import traceback
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..errors import Cancelled, NotLoaded, OutOfMemory
 from ..ranks.buffers import local_path
@@ -14,21 +20,23 @@ from ..ranks.devices import Device
 from .block import MLP_TOKENS
 from .conditions import Condition, Context
 from .job import NOUN, PARTS, DenoiseRequest
-from .layout import Architecture
+from .layout import Architecture, modulates
 from .parallel import Layout, plan
 from .share import Share
-from .transformer import Transformer
+from .transformer import Modulation, Transformer
 from .weights import TransformerCheckpoint, mapped_tensors, open_transformer
 
 KEPT = 4
 """Conditions that are kept: those of two prompts."""
+KEPT_STEPS = 64
+"""Timesteps whose modulation is kept: 2.7 MB each at full size in 16 bits."""
 CHECKS = 13
 """How often in a forward ranks agree on a cancel: every fourth of 54 blocks. It takes two ranks 0.3 ms (gloo, on two
 busy cores), and a block at 480x848x33 as little as 1 ms with eight GPUs."""
 WORKSPACE = 2**27
 """Bytes that libraries take."""
-ROW_TENSORS = 10
-"""Tensors of a rank's own tokens that a block has at once, at the most: on an H100 6.4 alone, 9.4 with two ranks."""
+ROWS_ALONE, ROWS_SHARED = 7, 10
+"""Tensors of a rank's own tokens that a block has at once, at the most. Measured on H100: 6.4 alone, 9.4 with two."""
 
 
 class DenoiseTask:
@@ -44,6 +52,10 @@ class DenoiseTask:
         self.checkpoint: TransformerCheckpoint | None = None
         self.conditions: dict[str, dict[str, Tensor]] = {}
         """Tensors of conditions by their keys, on the host; the one that was used last comes last."""
+        self.modulated = True
+        """Whether the weights of the modulation are on the device, too."""
+        self.modulations: dict[tuple[float, ...], Modulation] = {}
+        """By timestep, or by both times of a meanflow model."""
         self.contexts: dict[str, list[Context]] = {}
         """For each of these, and each video, what the transformer's embedders make of it."""
 
@@ -64,6 +76,10 @@ class DenoiseTask:
         if self.loaded != wanted:
             self.release()
             self._open(fields)
+        fits = self._needed(request, modulated=True) <= min(self._free(), request.memory or self._free())
+        if self.loaded != wanted or (self.modulated and not fits):
+            self.release()
+            self.modulated = fits
             self._load(self.checkpoint, watch)
             self.loaded = wanted
 
@@ -75,8 +91,8 @@ class DenoiseTask:
         groups = {ranks: group_of(ranks) for ranks in layout.groups}
         self._reserve(request, layout)
         try:
-            times = [torch.tensor(times, device=self.device) for times in (request.timesteps, request.timesteps_r)]
-            modulations = self.transformer.modulation(times[0], times[1] if len(times[1]) else None)
+            modulations = self._modulations_of(request)
+            times = torch.tensor(request.timesteps, device=self.device)
             own = layout.of(self.rank)
             pace = _Pace(watch, len(own) * request.shape[0], self.world_size)
             for branch in own:
@@ -86,25 +102,26 @@ class DenoiseTask:
                 for video, latent in enumerate(tensors["latents"]):
                     latent = torch.cat([self._moved(latent), *([] if fixed is None else [self._moved(fixed[video])])])
                     rows = self.transformer.forward(
-                        latent, times[0][video : video + 1], contexts[video], modulations[video], share, pace.block_done
+                        latent, times[video : video + 1], contexts[video], modulations[video], share, pace.block_done
                     )
                     tensors["rows"][branch, video, share.tokens] = rows.to("cpu", torch.float32)
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # what they hold is free for the next try
             Device(self.device).empty_cache()
-            raise self._out_of_memory(self._needed(request), self._free()) from error
+            raise self._out_of_memory(self._needed(request, self.modulated), self._free()) from error
 
     def fits(self, fields: Mapping, free: int) -> bool:
         """Return whether a step fits. Conditions stay on the host."""
         if "request" not in fields:
             return True
         self._open(fields)
-        return self._needed(DenoiseRequest.from_json(fields["request"])) <= free + self._held()
+        return self._needed(DenoiseRequest.from_json(fields["request"]), modulated=True) <= free + self._held()
 
     def release(self) -> None:
         """Give the device memory back. Conditions stay on the host; weights have to be loaded again."""
         self.transformer = self.loaded = None
         self.contexts.clear()
+        self.modulations.clear()
         Device(self.device).empty_cache()
 
     def _open(self, fields: Mapping) -> None:
@@ -121,19 +138,32 @@ class DenoiseTask:
             for name, tensor in mapped_tensors(checkpoint):
                 if watch.cancelled():  # and a sign of life
                     raise Cancelled
-                tensors[name] = self._moved(tensor)
+                tensors[name] = self._moved(tensor) if self.modulated or not modulates(name) else tensor
         except torch.OutOfMemoryError as error:
             held = sum(tensor.nbytes for tensor in tensors.values())
             tensors.clear()
             Device(self.device).empty_cache()
-            needed = checkpoint.parameters * self.dtype.itemsize + WORKSPACE
+            needed = self._parameters(self.modulated) * self.dtype.itemsize + WORKSPACE
             raise self._out_of_memory(needed, max(self._free(), held)) from error
         model.load_state_dict(tensors, assign=True)
+        if not self.modulated:
+            _keep_on_host(model)
         self.transformer = Transformer(model.eval().requires_grad_(False))
 
     def _layout(self, request: DenoiseRequest) -> Layout:
         sizes = self.checkpoint.architecture
         return plan(self.world_size, len(request.conditions), request.tokens, sizes.heads, sizes.head_dim)
+
+    def _modulations_of(self, request: DenoiseRequest) -> list[Modulation]:
+        """The modulation of each video's timestep."""
+        keys = list(zip(request.timesteps, *([request.timesteps_r] if request.timesteps_r else []), strict=True))
+        if missing := [key for key in dict.fromkeys(keys) if key not in self.modulations]:
+            times = (torch.tensor(times, device=self.device) for times in zip(*missing, strict=True))
+            self.modulations |= zip(missing, self.transformer.modulation(*times), strict=True)
+        found = [self.modulations[key] for key in keys]
+        for oldest in list(self.modulations)[:-KEPT_STEPS]:
+            del self.modulations[oldest]
+        return found
 
     def _contexts_of(self, key: str) -> list[Context]:
         if key not in self.contexts:
@@ -146,25 +176,31 @@ class DenoiseTask:
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
 
+    def _parameters(self, modulated: bool) -> int:
+        """How many numbers are on the device, with or without the weights of the modulation."""
+        return self.checkpoint.parameters - (0 if modulated else self.checkpoint.modulation_parameters)
+
     def _held(self) -> int:
         """Bytes of the weights on the device."""
-        return 0 if self.transformer is None else self.checkpoint.parameters * self.dtype.itemsize
+        return 0 if self.transformer is None else self._parameters(self.modulated) * self.dtype.itemsize
 
     def _free(self) -> int:
         """Bytes that a step may use on this device, the weights that are there already included."""
         return Device(self.device).free_bytes(self.world_size) + self._held()
 
-    def _needed(self, request: DenoiseRequest) -> int:
+    def _needed(self, request: DenoiseRequest, modulated: bool) -> int:
         """Bytes that a step takes on the busiest rank, weights included."""
-        tokens = max(size for split in self._layout(request).branches for size in split.tokens)
+        tokens, ranks = max((max(split.tokens), len(split.ranks)) for split in self._layout(request).branches)
+        rows = tokens * (ROWS_ALONE if ranks == 1 else ROWS_SHARED)
         sizes = self.checkpoint.architecture
         mlp = min(tokens, MLP_TOKENS) * int((1 + sizes.mlp_ratio) * sizes.width)
-        numbers = self.checkpoint.parameters + ROW_TENSORS * tokens * sizes.width + mlp
+        kept = KEPT_STEPS * 12 * sizes.layers * sizes.width
+        numbers = self._parameters(modulated) + rows * sizes.width + mlp + kept
         return numbers * self.dtype.itemsize + WORKSPACE
 
     def _reserve(self, request: DenoiseRequest, layout: Layout) -> None:
         """Take what the step will need from the device, so that memory runs out here, on all ranks, or not at all."""
-        needed = self._needed(request)
+        needed = self._needed(request, self.modulated)
         if request.memory is not None and needed > request.memory:
             raise self._out_of_memory(needed, request.memory, on_all_ranks=True)
         lacking = False
@@ -177,7 +213,9 @@ class DenoiseTask:
 
     def _out_of_memory(self, needed: int, free: int, on_all_ranks: bool = False) -> OutOfMemory:
         held = Device(self.device).held_by_others()
-        return OutOfMemory(needed, free, self.device, held, noun=NOUN, smallest_plan=True, on_all_ranks=on_all_ranks)
+        return OutOfMemory(
+            needed, free, self.device, held, noun=NOUN, smallest_plan=not self.modulated, on_all_ranks=on_all_ranks
+        )
 
 
 class _Pace:
@@ -196,9 +234,26 @@ class _Pace:
             raise Cancelled
 
 
-def _empty_model(architecture: Architecture) -> torch.nn.Module:
+def _empty_model(architecture: Architecture) -> nn.Module:
     """diffusers' module, without memory for its weights."""
     from diffusers import HunyuanVideo15Transformer3DModel  # takes seconds, which ranks that only decode do not need
 
     with torch.device("meta"):
         return HunyuanVideo15Transformer3DModel(**architecture.config)
+
+
+class _OnHost(nn.Module):
+    """A linear layer whose weights stay on the host, and pass through the device when it computes."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.tensors = layer.weight.data, layer.bias.data  # no parameters: these are not the device's
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *(tensor.to(x.device, x.dtype) for tensor in self.tensors))
+
+
+def _keep_on_host(model: nn.Module) -> None:
+    """Have the layers that modulate be `_OnHost`."""
+    for name in [name for name, _ in model.named_modules() if modulates(f"{name}.weight")]:
+        model.set_submodule(name, _OnHost(model.get_submodule(name)))

@@ -31,6 +31,7 @@ from .layout import (
     Architecture,
     architecture_of_config,
     architecture_of_shapes,
+    modulates,
     original_names,
     recognise,
     source_of,
@@ -53,6 +54,11 @@ class TransformerCheckpoint:
     def parameters(self) -> int:
         """How many numbers its weights are."""
         return sum(map(math.prod, self.architecture.shapes().values()))
+
+    @cached_property
+    def modulation_parameters(self) -> int:
+        """How many of these serve the modulation and nothing else."""
+        return sum(math.prod(shape) for name, shape in self.architecture.shapes().items() if modulates(name))
 
 
 def open_transformer(path: str | os.PathLike) -> TransformerCheckpoint:

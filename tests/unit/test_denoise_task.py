@@ -1,0 +1,119 @@
+"""A rank's task, alone in this process: what it keeps, and where its weights are."""
+
+import pytest
+import torch
+
+from distributed.denoise.job import Conditions, DenoiseJob
+from distributed.denoise.task import KEPT, DenoiseTask, _OnHost
+from distributed.denoise.weights import open_transformer
+from distributed.errors import Cancelled, NotLoaded, OutOfMemory
+from distributed.ranks.task import JobWatch
+from tests.unit.denoise_models import make_inputs, make_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(use_meanflow=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("transformer")
+    model.save_pretrained(path)
+    return open_transformer(path)
+
+
+@pytest.fixture
+def task():
+    return DenoiseTask(torch.device("cpu"))
+
+
+def make_job(model, checkpoint, *, memory=None, **options):
+    """A step, and what diffusers' forward makes of it."""
+    inputs = make_inputs(model, **options)
+    expected = model(**inputs, return_dict=False)[0]
+    latents, times = inputs.pop("hidden_states"), [inputs.pop(name) for name in ("timestep", "timestep_r")]
+    conditions = Conditions.make(checkpoint, **inputs)
+    return DenoiseJob.make(checkpoint, latents, times[0], [conditions], times[1], memory), expected
+
+
+def run(task, job, watch=None):
+    """Everything that a rank does for a job, with the conditions sent before."""
+    watch = watch or JobWatch()
+    for load in job.loads:
+        task.load(load.fields | {"dtype": "float32"}, load.inputs, watch)
+    fields = job.fields | {"dtype": "float32"}
+    tensors = {**job.inputs, **{name: torch.full(spec.shape, torch.nan) for name, spec in job.outputs.items()}}
+    task.load(fields, tensors, watch)
+    task.run(fields, tensors, watch)
+    return job.velocity(tensors["rows"])[0]
+
+
+def on_host(task):
+    return [name for name, layer in task.transformer.model.named_modules() if isinstance(layer, _OnHost)]
+
+
+def test_a_limit_leaves_the_modulation_on_the_host_and_the_result_as_it_is(model, checkpoint, task):
+    job, expected = make_job(model, checkpoint)
+    torch.testing.assert_close(run(task, job), expected, atol=1e-5, rtol=1e-5)
+    assert on_host(task) == []
+    all_of_it = task._needed(job.request, modulated=True)
+    torch.testing.assert_close(run(task, job.limited(all_of_it - 1)), expected, atol=1e-5, rtol=1e-5)
+    assert len(on_host(task)) == 2 * model.config.num_layers + 1
+    least = all_of_it - 4 * checkpoint.modulation_parameters
+    torch.testing.assert_close(run(task, job.limited(least)), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(OutOfMemory) as shortage:
+        run(task, job.limited(least - 1))
+    assert shortage.value.needed == least and shortage.value.smallest_plan and shortage.value.on_all_ranks
+
+
+def test_what_serves_the_modulation_is_counted(model, checkpoint):
+    layers = [part for block in model.transformer_blocks for part in (block.norm1.linear, block.norm1_context.linear)]
+    weights = [weight for layer in (*layers, model.norm_out.linear) for weight in layer.parameters()]
+    assert checkpoint.modulation_parameters == sum(weight.numel() for weight in weights)
+
+
+def test_the_modulation_of_a_timestep_is_computed_once(model, checkpoint, task, monkeypatch):
+    job, expected = make_job(model, checkpoint, text=(5, 3), glyphs=(3, 0))
+    torch.testing.assert_close(run(task, job), expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(task.transformer, "modulation", None)
+    torch.testing.assert_close(run(task, job), expected, atol=1e-5, rtol=1e-5)
+    assert len(task.modulations) == 1
+
+
+def test_conditions_that_were_not_sent_or_are_long_ago_are_asked_for(model, checkpoint, task):
+    jobs = [make_job(model, checkpoint, seed=seed)[0] for seed in range(KEPT + 1)]
+    fields = [job.fields | {"dtype": "float32"} for job in jobs]
+    with pytest.raises(NotLoaded):
+        task.load(fields[0], {}, JobWatch())
+    for job in jobs:
+        for load in job.loads:
+            task.load(load.fields | {"dtype": "float32"}, load.inputs, JobWatch())
+    with pytest.raises(NotLoaded):
+        task.load(fields[0], {}, JobWatch())
+    task.load(fields[1], {}, JobWatch())
+
+
+def test_a_release_keeps_conditions_and_nothing_else(model, checkpoint, task):
+    job, _ = make_job(model, checkpoint)
+    run(task, job)
+    task.release()
+    assert task.transformer is None and not task.contexts and not task.modulations and task.conditions
+    fields = job.fields | {"dtype": "float32"}
+    task.load(fields, {}, JobWatch())
+    assert task.fits(fields, 0) is False and task.fits(fields, 2**40)
+
+
+def test_a_cancel_ends_loading_and_a_step_between_its_blocks(model, checkpoint, task):
+    job, expected = make_job(model, checkpoint)
+    watch = JobWatch()
+    watch.begin(1)
+    watch.cancel(1)
+    with pytest.raises(Cancelled):
+        run(task, job, watch)
+    assert task.loaded is None
+    run(task, job)
+    with pytest.raises(Cancelled):
+        run(task, job, watch)
+    assert watch.state == (1, 1, model.config.num_layers)
+    torch.testing.assert_close(run(task, job), expected, atol=1e-5, rtol=1e-5)
