@@ -1,8 +1,15 @@
 """Groups of real rank processes on gloo, and small checkpoints for them."""
 
+import contextlib
+import os
 import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -10,7 +17,69 @@ from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed import RankGroup
 
 CPU = torch.device("cpu")
+END_SECONDS = 10
+"""Time for processes and threads to end after a group was stopped."""
+GROUPS: "weakref.WeakSet[RankGroup]" = weakref.WeakSet()
+"""Every group that a test of this process has made."""
 ECHO = "tests.ranks.misbehaving"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_groups() -> Iterator[None]:
+    """Keep a list of all groups, for `nothing_is_leaked`."""
+    create = RankGroup.__init__
+
+    def remember(group: RankGroup, *args: object, **options: object) -> None:
+        create(group, *args, **options)
+        GROUPS.add(group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankGroup, "__init__", remember)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_leaked(known_groups) -> Iterator[None]:
+    """Fail the test that leaves a group running, or a process or thread that belongs to no running group.
+
+    Groups of wider fixtures, which exist before the test begins, may keep theirs.
+    """
+    before = running_groups()
+    yield
+    limit = time.monotonic() + END_SECONDS
+    while left := leaked(before):
+        assert time.monotonic() < limit, f"The test leaves behind: {', '.join(left)}"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def leaks(nothing_is_leaked):
+    """What would be reported now as left behind by this test."""
+    before = running_groups()
+    return lambda: leaked(before)
+
+
+def running_groups() -> set[RankGroup]:
+    return {group for group in GROUPS if group.status()["state"] != "stopped"}
+
+
+def leaked(before: set[RankGroup]) -> list[str]:
+    """What a test has left behind, by name."""
+    running = running_groups()
+    left = [f"group {group.id} on {','.join(group.devices)}" for group in running - before]
+    if any(group.status()["state"] == "failed" for group in running):
+        return left  # its processes are ending
+    pids = {rank["pid"] for group in running for rank in group.status()["ranks"]}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            command = " ".join(process.cmdline())
+            own = process.pid in pids or pids.intersection(child.pid for child in process.children())
+            if "bootstrap.py" in command and not own and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(f"process {process.pid}: {command}")
+    if not running:
+        left += [f"thread {thread.name}" for thread in threading.enumerate() if thread.name.startswith("hv15-")]
+        left += [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("hv15-")]
+    return left
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -323,3 +323,13 @@ def test_idle_ranks_use_no_cpu(echoes):
     before = used()
     time.sleep(3)
     assert used() - before < 0.15  # of 9 seconds
+
+
+def test_a_group_that_a_test_leaves_running_would_be_noticed(leaks):
+    group = RankGroup(["cpu"], worker=ECHO)
+    group.start()
+    try:
+        assert any(name.startswith(f"group {group.id}") for name in leaks())
+    finally:
+        group.stop()
+    assert until(lambda: not leaks(), 10)
