@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from tests.unit.test_benchmarks import ROOT, run
+from tests.host.test_benchmarks import ROOT, run
 
 FORWARDS = {"diffusers", "ours", "ours without Triton", "ours, step with guidance"}
 CORE = {"ComfyUI, cuDNN first", "ComfyUI, flash first"}

@@ -53,6 +53,18 @@ def test_a_chinese_tooltip_names_the_options_and_the_numbers_of_the_english_one(
             assert missing == [], (id, name)
 
 
+def test_every_test_that_the_reliability_page_names_exists():
+    """A name that ends in "…" is the beginning of one."""
+    page = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    sources = {path: path.read_text("utf-8") for path in (ROOT / "tests").glob("*/test_*.py")}
+    tests = {name for source in sources.values() for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)}
+    named = re.findall(r"`(test_[a-z0-9_]+)(…?)`", page)
+    assert len(named) > 50
+    missing = [name for name, cut in named if not any(test.startswith(name) if cut else test == name for test in tests)]
+    assert missing == []
+    assert [path for path in re.findall(r"`(tests/[\w/.]+)`", page) if not (ROOT / path).exists()] == []
+
+
 def test_every_node_is_found_by_the_words_that_people_search_for(pack):
     schemas = [node.define_schema() for node in pack.nodes.NODES]
     aliases = {schema.node_id: getattr(schema, "search_aliases", []) for schema in schemas}
