@@ -1,4 +1,4 @@
-"""HunyuanVideo-1.5 for ComfyUI, with a VAE decode that runs on a group of ranks. ComfyUI's door to the pack."""
+"""ComfyUI's entry point: HunyuanVideo-1.5 nodes whose VAE decode runs on a group of rank processes."""
 
 from comfy_api.latest import ComfyExtension, io
 

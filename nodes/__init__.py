@@ -1,4 +1,4 @@
-"""What the graph sees. Each family of nodes has a module; the work is done in `distributed` and in diffusers."""
+"""The nodes: thin adapters with one module each. The computation is in `distributed` and in diffusers."""
 
 from .decoding import DistributedVAEDecode
 from .distribute import DistributeVAE

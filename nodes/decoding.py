@@ -82,7 +82,7 @@ class DistributedVAEDecode(io.ComfyNode):
     def check_lazy_status(
         cls, vae: object, samples: dict | None = None, rank_group: GroupDescription | None = None, **_: object
     ) -> list[str]:
-        """Asked before there is a latent: ranks come up and load the weights while the sampler works."""
+        """Start the ranks and load the weights while the sampler runs. ComfyUI calls this before a latent exists."""
         if samples is None:
             preload(vae, rank_group)
         return ["samples"]

@@ -1,4 +1,4 @@
-"""Distribute VAE: a core VAE in, a core VAE out, which decodes on a rank group."""
+"""Distribute VAE: takes ComfyUI's VAE object and returns one that decodes on a rank group."""
 
 from dataclasses import replace
 
@@ -13,12 +13,12 @@ from .sockets import CATEGORY, searchable
 
 
 class DistributedVAE:
-    """What a distributed VAE has of its own: `decode` and `decode_tiled` run on ranks. See `distributed`."""
+    """Mixin whose `decode` and `decode_tiled` run on ranks. See `distributed`."""
 
     options: DecodeOptions
 
     def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
-        """[B, 32, t, H, W] -> [B, T, H', W', 3] in 0..1, as core's."""
+        """Decode [B, 32, t, H, W] to [B, T, H', W', 3] in 0..1, as core's `VAE.decode` does."""
         return decode_on_ranks(samples_in, self, self.options)
 
     def decode_tiled(
@@ -30,7 +30,11 @@ class DistributedVAE:
         tile_t: int | None = None,
         overlap_t: int | None = None,
     ) -> Tensor:
-        """Tiled, whatever the node's mode. Tile and overlap are latent positions, as core's; time needs no tiles."""
+        """Decode in tiled mode, whatever the node's mode is.
+
+        Tile size and overlap are in latent positions, as in core. tile_t and overlap_t are ignored: the decoder needs
+        no tiles in time.
+        """
         scale = self.spacial_compression_decode()
         sides = [side for side in (tile_x, tile_y) if side is not None]
         tile_size = min(sides) * scale if sides else self.options.tile_size
@@ -42,11 +46,12 @@ OWN = ("decode", "decode_tiled")
 
 
 def distributed(vae: comfy.sd.VAE, options: DecodeOptions) -> comfy.sd.VAE:
-    """Another VAE's twin in everything but decoding, which runs on ranks.
+    """Return a VAE that equals the given one in everything but decoding, which runs on ranks.
 
-    It is of the other's class and shares its attributes, so encoding, sizes, weights and memory management stay core's,
-    or another pack's, and the model is not put on the device for a decode that ranks do. A `decode` that somebody has
-    set on the VAE itself is left out: it would hide the one that runs on ranks.
+    Its class is derived from the VAE's class, and it shares the VAE's attributes. Encoding, sizes, weights and memory
+    management stay those of core or of another node pack, and the model is not loaded onto ComfyUI's device for a
+    decode on ranks. Attributes `decode` and `decode_tiled` of the instance are not copied: they would shadow the
+    methods that run on ranks.
     """
     kind = type(vae)
     if not issubclass(kind, DistributedVAE):

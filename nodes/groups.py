@@ -1,7 +1,8 @@
-"""The rank groups that are alive in this ComfyUI, found by their description.
+"""The registry of running rank groups, by their devices.
 
-What travels on sockets is the description; ComfyUI caches that, and it outlives any group. The group itself is made
-when it is first asked for. It ends with ComfyUI, when somebody stops it, or when others need its place.
+Sockets carry a description of the group, not the group: ComfyUI caches socket values, and the description stays valid
+when the group has stopped. The group is created on first use. It ends when ComfyUI ends, when the user stops it, or
+when another group needs its devices or its place.
 """
 
 import atexit
@@ -29,12 +30,12 @@ log = logging.getLogger(__name__)
 MOST_GROUPS = 4
 TIMEOUT_LEAST, TIMEOUT_MOST = 5, 3600
 CPU_RANK_BYTES = 2**29
-"""Memory of a rank on the CPU that has decoded nothing yet, roughly."""
+"""Approximate memory in bytes of a CPU rank before its first decode."""
 
 
 @dataclass(frozen=True)
 class GroupDescription:
-    """A rank group's options, as the Rank Group node takes them. Raises ValueError for timeouts that cannot be."""
+    """A rank group's options: the inputs of the Rank Group node. Raises ValueError for invalid timeouts."""
 
     devices: str = "auto"
     backend: str = "auto"
@@ -57,20 +58,21 @@ class GroupDescription:
 class _Entry:
     group: RankGroup
     users: int = 0
-    """Decodes and preloads that have asked for the group and are not done with it."""
+    """Number of jobs and preloads that use the group at this moment."""
     used_at: float = field(default_factory=time.monotonic)
 
 
 _groups: dict[tuple[str, ...], _Entry] = {}
-"""By the set of the ranks' devices: their order does not matter."""
+"""The key is the sorted devices, so that their order does not matter."""
 _lock = threading.RLock()
 
 
 def live_group(description: GroupDescription | None) -> RankGroup:
-    """The group of that description, or of the default one. One that lives on the same devices takes its options.
+    """Return the group on the description's devices, created if necessary, with the description's options.
 
-    Where there are too many groups, the idle one that was not used for the longest time ends. Raises ValueError for
-    devices that are not there or too many, and for what is no description.
+    None is the default description. If there are MOST_GROUPS groups already, the idle group that was unused for the
+    longest time ends. Raises ValueError for missing devices, for too many ranks or groups, and for anything that is not
+    a GroupDescription.
     """
     with _lock:
         return _entry(description).group
@@ -78,7 +80,7 @@ def live_group(description: GroupDescription | None) -> RankGroup:
 
 @contextlib.contextmanager
 def group_in_use(description: GroupDescription | None) -> Iterator[RankGroup]:
-    """As `live_group`. The group does not end for another's sake meanwhile."""
+    """Yield the group of `live_group`, which does not end in favour of another group within the context."""
     with _lock:
         entry = _entry(description)
         entry.users += 1
@@ -109,14 +111,16 @@ def _entry(description: GroupDescription | None) -> _Entry:
     group.on_change = lambda: announce(group)
     while len(_groups) >= MOST_GROUPS:
         if (idle := _least_recently_used(_groups)) is None:
-            raise ValueError(f"{len(_groups)} rank groups are decoding; wait for one of them, or use its devices.")
-        _end(idle, "another group is to start")
+            raise ValueError(
+                f"All {len(_groups)} rank groups are in use. Wait until one is idle, or use the same devices."
+            )
+        _end(idle, "another group needs its place")
     entry = _groups[key] = _Entry(group)
     return entry
 
 
 def _devices(devices: str) -> tuple[str, ...]:
-    """As `parse_devices`; auto is the CPU where ComfyUI was started with --cpu."""
+    """Parse the devices. "auto" means two CPU ranks if ComfyUI was started with --cpu."""
     if (
         str(devices).strip().lower() == "auto"
         and comfy.model_management.cpu_state is comfy.model_management.CPUState.CPU
@@ -126,25 +130,26 @@ def _devices(devices: str) -> tuple[str, ...]:
 
 
 def check_cpu_ranks(devices: tuple[str, ...]) -> None:
-    """Raise ValueError for more ranks on the CPU than its cores or its memory can carry. Two always may start."""
+    """Raise ValueError for more CPU ranks than cores, or than fit into free memory. Two are always allowed."""
     if devices[0] != "cpu" or len(devices) <= 2:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = int(psutil.virtual_memory().available // CPU_RANK_BYTES)
-    if len(devices) > min(cores, room):
+    fitting = int(psutil.virtual_memory().available // CPU_RANK_BYTES)
+    if len(devices) > min(cores, fitting):
         raise ValueError(
-            f"devices names {len(devices)} CPU ranks; this machine has {cores} cores, and free memory for {room} ranks."
+            f"devices lists {len(devices)} CPU ranks; this machine has {cores} cores "
+            f"and free memory for {fitting} ranks."
         )
 
 
 def _least_recently_used(keys: object) -> tuple[str, ...] | None:
-    """Of the groups with these keys, the one that nobody uses and nobody has used for the longest time."""
+    """Return the key of the idle group that was unused for the longest time, or None if all are in use."""
     idle = [key for key in keys if not _groups[key].users and _groups[key].group.status()["state"] != "busy"]
     return min(idle, key=lambda key: _groups[key].used_at, default=None)
 
 
 def end_neighbours(group: RankGroup) -> None:
-    """End idle groups that hold an accelerator of this group's. Those that are in use release their memory."""
+    """End the idle groups that share an accelerator with this group. Groups in use release their memory instead."""
     devices = {device for device in group.devices if device != "cpu"}
     with _lock:
         keys = [key for key, entry in _groups.items() if entry.group is not group and devices.intersection(key)]
@@ -157,9 +162,9 @@ def end_neighbours(group: RankGroup) -> None:
 
 
 def _end(key: tuple[str, ...], reason: str) -> None:
-    """End a group and forget it. The lock is held."""
+    """Stop a group and remove it from the registry. The caller holds the lock."""
     group = _groups.pop(key).group
-    log.info("The rank group on %s ends: %s.", ", ".join(group.devices), reason)
+    log.info("Stopping the rank group on %s: %s.", ", ".join(group.devices), reason)
     group.stop()
     memory.forget(group)
 
@@ -174,23 +179,23 @@ def find_group(id: str) -> RankGroup | None:
 
 
 def announce(group: RankGroup) -> None:
-    """Send a group's status to the browsers. Process ids are left out: every browser hears it."""
+    """Send a group's status to all browsers, without process ids, because every browser receives it."""
     if (server := running_server()) is not None:
         status = public_status(group)
         ranks = [{key: value for key, value in rank.items() if key != "pid"} for rank in status["ranks"]]
         try:
             server.send_sync("hv15.group", {**status, "ranks": ranks})
         except RuntimeError:
-            log.debug("ComfyUI's loop has ended; nobody is left to tell.")
+            log.debug("ComfyUI's event loop has ended; the status was not sent.")
 
 
 def running_server() -> object | None:
-    """ComfyUI's server, where this process is one."""
+    """Return ComfyUI's server, or None if this process runs none."""
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def public_status(group: RankGroup) -> dict:
-    """A group's status without its error's log lines, which may hold paths."""
+    """Return a group's status with the first line of its error only: log lines may contain paths."""
     status = group.status()
     return {**status, "error": status["error"] and status["error"].split("\n")[0]}
 

@@ -1,9 +1,9 @@
-"""Room on the devices that ranks share with ComfyUI, both ways.
+"""Memory on the devices that ranks share with ComfyUI.
 
-Before a decode ComfyUI's models make room. Afterwards ComfyUI must be able to get the ranks' memory back, on whichever
-device it wants it: memory is only taken from models that it has loaded on that device. So a stand-in is loaded on each
-of a group's devices, and on ComfyUI's main device, from which /free and the unload button work in older versions.
-Unloading one releases the ranks.
+Before a job ComfyUI's models are unloaded from the ranks' devices. Afterwards ComfyUI must be able to reclaim the
+ranks' memory on each of these devices, but it only unloads models that are registered as loaded on a device. So a proxy
+model is registered for each device of a group, and for ComfyUI's main device, where /free and the unload button work in
+older versions. Unloading a proxy releases the ranks' memory.
 """
 
 import comfy.model_management
@@ -14,56 +14,58 @@ from comfy.cli_args import args
 from ..distributed import RankGroup
 
 EVERYTHING = 1e29
-"""Bytes. ComfyUI asks for 1e30 where all models are to go, and for no more than a device has where room is wanted."""
+"""Size in bytes. ComfyUI requests 1e30 bytes to unload all models, and at most a device's size to make room."""
 
 
-class _StandIn(torch.nn.Module):
-    """A model of no parameters, as whose memory the ranks' counts."""
+class _Proxy(torch.nn.Module):
+    """A model without parameters that represents the ranks' memory."""
 
 
 class RanksPatcher(comfy.model_patcher.ModelPatcher):
-    """Stands for a rank group among ComfyUI's loaded models of one device. When it is detached, the group releases."""
+    """Proxy for a rank group among ComfyUI's loaded models on one device. Detaching it releases the group's memory."""
 
     def __init__(self, group: RankGroup, device: torch.device) -> None:
-        super().__init__(_StandIn(), device, torch.device("cpu"))
+        super().__init__(_Proxy(), device, torch.device("cpu"))
         self.group = group
         self.loaded_ahead = False
-        """Whether ranks were asked to load weights on this device before a decode."""
-        self.held = False
-        """Whether the ranks may have anything to release."""
+        """Whether ranks may have loaded weights onto this device ahead of a job."""
+        self.may_hold_memory = False
+        """Whether the ranks may hold memory that they have not released."""
 
     def loaded_size(self) -> float:
-        """ComfyUI asks for a part of a model, and takes what `partially_unload` says, if it wants less than this."""
+        """Return the size in bytes. If ComfyUI needs less, it calls `partially_unload` and believes its result."""
         decoded = self.group.decoded and str(self.load_device) in self.group.devices
         return super().loaded_size() if decoded or self.loaded_ahead else EVERYTHING
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, **_: object) -> float:
-        return memory_to_free  # the ranks have nothing where room is wanted
+        return memory_to_free  # the ranks hold no memory on this device
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
-        if unpatch_all and self.held:  # else it is only being loaded anew, or another device's stand-in was here first
+        if (
+            unpatch_all and self.may_hold_memory
+        ):  # otherwise it is being reloaded, or another device's proxy has released
             self.group.release()
             for patcher in _patchers.get(self.group.id, {}).values():
-                patcher.held = patcher.loaded_ahead = False
+                patcher.may_hold_memory = patcher.loaded_ahead = False
         return super().detach(unpatch_all)
 
 
 _patchers: dict[str, dict[str, RanksPatcher]] = {}
-"""By group, then by device."""
+"""The keys are the group's id and the device."""
 
 
-def _stand_ins(group: RankGroup) -> list[RanksPatcher]:
+def _proxies(group: RankGroup) -> list[RanksPatcher]:
     main = comfy.model_management.get_torch_device()
     own = _patchers.setdefault(group.id, {})
     for device in dict.fromkeys([main, *map(torch.device, group.devices)]):
         if str(device) not in own:
             own[str(device)] = RanksPatcher(group, device)
-        own[str(device)].held = True
+        own[str(device)].may_hold_memory = True
     return list(own.values())
 
 
 def _load(patcher: RanksPatcher) -> None:
-    """Add a stand-in to ComfyUI's loaded models. ComfyUI's own function would unload others first."""
+    """Add a proxy to ComfyUI's loaded models. ComfyUI's own function would unload other models first."""
     entry, entries = comfy.model_management.LoadedModel(patcher), comfy.model_management.current_loaded_models
     if entry not in entries:
         entry.model_load()
@@ -71,26 +73,26 @@ def _load(patcher: RanksPatcher) -> None:
 
 
 def forget(group: RankGroup) -> None:
-    """Take a group that has ended out of ComfyUI's loaded models."""
+    """Remove a group that has ended from ComfyUI's loaded models."""
     loaded = comfy.model_management.current_loaded_models
     for patcher in _patchers.pop(group.id, {}).values():
         for entry in [entry for entry in loaded if entry.model is patcher]:
             loaded.remove(entry)
 
 
-def enter(group: RankGroup) -> None:
-    """Enter ranks that are about to load ahead among ComfyUI's models, so that /free reaches them. Nothing moves."""
+def register(group: RankGroup) -> None:
+    """Register ranks that are about to load ahead, so that /free reaches them. No model is moved."""
     sampling = sampling_devices(group)
-    for patcher in _stand_ins(group):
+    for patcher in _proxies(group):
         device = str(patcher.load_device)
         patcher.loaded_ahead = device != "cpu" and device in group.devices and device not in sampling
         _load(patcher)
 
 
 def sampling_devices(group: RankGroup) -> list[str]:
-    """Those of a group's accelerators that ComfyUI samples on, where ranks must not load ahead.
+    """Return the group's accelerators that ComfyUI samples on. Ranks must not load ahead there.
 
-    These are its main device, and every device on which it has a model of its own.
+    These are ComfyUI's main device and every device on which it has loaded a model.
     """
     loaded = comfy.model_management.current_loaded_models
     used = {str(entry.device) for entry in loaded if not isinstance(entry.model, RanksPatcher)}
@@ -99,11 +101,11 @@ def sampling_devices(group: RankGroup) -> list[str]:
 
 
 def make_room(group: RankGroup) -> None:
-    """Have ComfyUI's models leave the devices that the group's ranks are on, and enter the ranks."""
-    patchers = _stand_ins(group)
+    """Unload ComfyUI's models from the group's devices, and register the ranks there."""
+    patchers = _proxies(group)
     keep = [comfy.model_management.LoadedModel(patcher) for patcher in patchers]
     for name in sorted({name for name in group.devices if name != "cpu"}):
-        # All of it: a decode takes what it is given and is the faster for it.
+        # Everything is unloaded: a decode is faster with more memory.
         comfy.model_management.free_memory(1e30, torch.device(name), keep)
     comfy.model_management.soft_empty_cache()
     for patcher in patchers:
@@ -111,17 +113,17 @@ def make_room(group: RankGroup) -> None:
 
 
 def memory_limit(group: RankGroup, chosen: int | None) -> int | None:
-    """Bytes that each rank may use: what was chosen, and no more than --reserve-vram leaves of the smallest device.
+    """Return the memory limit per rank in bytes, or None for all free memory.
 
-    None for all free memory.
+    It is `chosen`, but at most what --reserve-vram leaves of the smallest device. Raises ValueError if that is nothing.
     """
     devices = [torch.device(name) for name in group.devices if name != "cpu"]
     if args.reserve_vram is None or not devices:
         return chosen
     smallest = min(comfy.model_management.get_total_memory(device) for device in devices)
-    left = int(smallest - comfy.model_management.extra_reserved_memory())
-    if left <= 0:
+    unreserved = int(smallest - comfy.model_management.extra_reserved_memory())
+    if unreserved <= 0:
         raise ValueError(
             f"--reserve-vram {args.reserve_vram:g} leaves no memory on a device of {smallest / 2**30:.1f} GiB."
         )
-    return left if chosen is None else min(chosen, left)
+    return unreserved if chosen is None else min(chosen, unreserved)

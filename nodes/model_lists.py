@@ -1,4 +1,4 @@
-"""The models that the loaders offer by name, and where each one is stored."""
+"""The models that the loaders list, and the path of each."""
 
 import logging
 from pathlib import Path
@@ -12,27 +12,27 @@ log = logging.getLogger(__name__)
 
 
 def tiny_folder(name: str) -> Path:
-    """The folder of the built-in model of that name. The model is made on first use.
+    """Return the folder of the built-in model of that name, which is created on first use.
 
-    It is stored in ComfyUI's user folder, or in the temporary folder where that one cannot be written.
+    It is stored in ComfyUI's user folder, or in the temporary folder if the user folder is not writable.
     """
     with explained():
         try:
             return ensure_tiny(TINY[name], Path(folder_paths.get_user_directory()) / "hv15_tiny")
         except OSError as error:
             folder = Path(folder_paths.get_temp_directory()) / "hv15_tiny"
-            log.warning("The user folder cannot be written (%s). The built-in model is stored in %s.", error, folder)
+            log.warning("The user folder is not writable (%s). The built-in model is stored in %s.", error, folder)
             return ensure_tiny(TINY[name], folder)
 
 
 def vae_choices() -> list[str]:
-    """Names for the list: the built-in model, files in models/vae, folders in models/diffusers with a VAE."""
+    """Return the names in the list: the built-in model, files in models/vae, VAE folders in models/diffusers."""
     files = [name for name in folder_paths.get_filename_list("vae") if name.endswith(".safetensors")]
     return [next(iter(TINY)), *files, *vae_folders()]
 
 
 def vae_folders() -> dict[str, Path]:
-    """Folders of models/diffusers that are a VAE or, as pipelines do, have one, by their name in the list."""
+    """Return the VAE folders in models/diffusers by their name in the list: VAEs, and the VAEs of pipelines."""
     found: dict[str, Path] = {}
     for child in _diffusers_children():
         for name, folder in ((f"{child.name}/vae", child / "vae"), (child.name, child)):
@@ -42,7 +42,7 @@ def vae_folders() -> dict[str, Path]:
 
 
 def vae_path(name: str) -> Path:
-    """The file or folder of the VAE of that name."""
+    """Return the file or folder of the VAE with this name."""
     if name in TINY:
         return tiny_folder(name) / "vae"
     if folder := vae_folders().get(name):
@@ -51,12 +51,12 @@ def vae_path(name: str) -> Path:
 
 
 def diffusers_folders() -> list[Path]:
-    """Folders of models/diffusers that hold a pipeline."""
+    """Return the folders in models/diffusers that contain a pipeline."""
     return [child for child in _diffusers_children() if (child / "model_index.json").is_file()]
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a pipeline in the node's list. Raises ValueError where there is none."""
+    """Return the folder of the pipeline with this name. Raises ValueError if there is none."""
     if name in TINY:
         return tiny_folder(name)
     folder = next((folder for folder in diffusers_folders() if folder.name == name), None)

@@ -1,4 +1,4 @@
-"""The one path on which any node of this pack decodes."""
+"""The path that all decode nodes share."""
 
 import contextlib
 import math
@@ -11,22 +11,22 @@ from torch import Tensor
 from ..distributed import Cancelled
 from ..distributed.vae.job import DecodeJob, WeightSource
 from .groups import GroupDescription, end_neighbours, group_in_use
-from .memory import enter, make_room, memory_limit, sampling_devices
+from .memory import make_room, memory_limit, register, sampling_devices
 from .progress import Progress
 from .sources import rank_source
 
 MEMORY_MOST = 4096
-"""GiB."""
+"""Upper limit of the memory input in GiB."""
 CHECKED_ROWS = 8
-"""Of so many rows of a frame, one is looked at for pixels that are not numbers. Such pixels spread in the decoder."""
+"""Every eighth row is checked for NaN and infinite pixels, because the decoder spreads such values."""
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How to decode, as the nodes' inputs give it. Raises ValueError for what cannot be.
+    """The inputs of a decode node. Raises ValueError for invalid values.
 
-    group: None for the default one. tile_size, overlap: pixels, in tiled mode. memory: GiB that each rank may use,
-    weights included; 0 for all free memory.
+    group: None for the default group. tile_size, overlap: in pixels, for tiled mode. memory: limit per rank in GiB,
+    including weights; 0 for all free memory.
     """
 
     group: GroupDescription | None
@@ -48,8 +48,8 @@ class DecodeOptions:
 def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tensor:
     """Decode a LATENT's samples, [B, 32, t, H, W] in VAE space, to frames [B, T, H', W', 3] in 0..1.
 
-    Shows progress, previews and messages on the node that runs, and ends with ComfyUI's own interruption when
-    interrupted. Raises ValueError for input that is not HunyuanVideo-1.5's, before anything is started or unloaded.
+    Shows progress, previews and messages on the running node. Raises ComfyUI's InterruptProcessingException if the user
+    interrupts, and ValueError for input that is not HunyuanVideo-1.5's, before anything is started or unloaded.
     """
     check_tensor(latent)
     job = DecodeJob.make(
@@ -76,7 +76,7 @@ def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tens
             )
     frames = outputs["frames"]
     if not frames[:, :, ::CHECKED_ROWS].sum().isfinite():
-        progress.tell(f"Some pixels are not numbers. {group.dtype} may be too narrow for this latent: try float32.")
+        progress.tell(f"Some pixels are NaN or infinite. {group.dtype} may overflow with this latent: try float32.")
     return frames
 
 
@@ -91,22 +91,22 @@ def as_interruption() -> Iterator[None]:
 
 
 def preload(vae: object, description: GroupDescription | None) -> None:
-    """Have the ranks load the VAE in the background. Raises ValueError for one that is not HunyuanVideo-1.5's."""
+    """Load the VAE on the ranks in the background. Raises ValueError for a VAE of another model."""
     source = rank_source(check_vae(vae))
     with group_in_use(description) as group:
-        enter(group)
+        register(group)
         group.preload(source, sampling_devices(group))
 
 
 def check_tensor(latent: object) -> None:
-    """Raise ValueError for samples that are not one tensor of floating point numbers."""
+    """Raise ValueError for samples that are not a floating-point tensor."""
     if not isinstance(latent, Tensor) or latent.is_nested or not latent.is_floating_point():
         kind = latent.dtype if isinstance(latent, Tensor) else type(latent).__name__
-        raise ValueError(f"The latent holds {kind}; it must be one tensor of floating point numbers.")
+        raise ValueError(f"The latent is {kind}; it must be one floating-point tensor.")
 
 
 def check_vae(vae: object) -> object:
-    """Raise ValueError for what is plainly not a VAE; the weights themselves are checked key by key later."""
+    """Return the VAE. Raises ValueError for an object without a VAE model; weights are checked later, key by key."""
     if vae is None or getattr(vae, "first_stage_model", None) is None:
-        raise ValueError("The VAE input holds no VAE. Does the checkpoint that it comes from have one?")
+        raise ValueError("The VAE input contains no VAE. Check that the checkpoint it is loaded from includes one.")
     return vae

@@ -58,4 +58,6 @@ def test_without_the_libraries_everything_but_the_pipeline_nodes_works(core, tmp
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert lines["nodes"].count("HV15") == 7 and lines["frames"] == "(1, 32, 32, 3)"
-    assert "This node needs diffusers and transformers" in lines["refusal"] and "Here: diffusers" in lines["refusal"]
+    assert (
+        "This node needs diffusers and transformers" in lines["refusal"] and "Installed: diffusers" in lines["refusal"]
+    )

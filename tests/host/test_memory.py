@@ -51,8 +51,8 @@ def test_ranks_that_have_loaded_ahead_keep_it_until_everything_is_to_be_freed(me
     import comfy.model_management
 
     group = ReleasedGroup("cpu", decoded=False)
-    memory.enter(group)
-    memory.enter(group)
+    memory.register(group)
+    memory.register(group)
     comfy.model_management.free_memory(1e15, comfy.model_management.get_torch_device())
     assert not group.released
     comfy.model_management.unload_all_models()
@@ -122,7 +122,7 @@ def test_ranks_do_not_load_ahead_on_a_device_that_comfyui_has_a_model_on(memory,
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda:0"))
     monkeypatch.setattr(comfy.model_management, "current_loaded_models", [])
     assert memory.sampling_devices(group) == ["cuda:0"]
-    memory.enter(group)
+    memory.register(group)
     assert memory.sampling_devices(group) == ["cuda:0"], "the stand-ins are no models"
     comfy.model_management.current_loaded_models.append(Loaded("cuda:2"))
     assert memory.sampling_devices(group) == ["cuda:0", "cuda:2"]
@@ -133,7 +133,7 @@ def test_weights_that_were_loaded_ahead_leave_where_comfyui_wants_their_memory(m
 
     group = ReleasedGroup("cuda:0", "cuda:1", decoded=False)
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda:0"))
-    memory.enter(group)
+    memory.register(group)
     comfy.model_management.free_memory(2**30, torch.device("cuda:0"))
     assert not group.released, "nothing was loaded ahead on the device that samples"
     comfy.model_management.free_memory(2**30, torch.device("cuda:1"))
@@ -213,7 +213,7 @@ def test_of_too_many_groups_the_idle_one_that_was_unused_longest_ends(groups):
     assert [group.stopped for group in created] == [0, 0, 1, 0]
     for group in groups.all_groups():
         group.state = "busy"
-    with pytest.raises(ValueError, match="4 rank groups are decoding"):
+    with pytest.raises(ValueError, match="All 4 rank groups are in use"):
         live(groups, "cuda:6")
     assert latest in groups.all_groups()
 
