@@ -41,9 +41,7 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
         return memory_to_free  # the ranks hold no memory on this device
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
-        if (
-            unpatch_all and self.may_hold_memory
-        ):  # otherwise it is being reloaded, or another device's proxy has released
+        if unpatch_all and self.may_hold_memory:  # false during a reload, and after another device's proxy has released
             self.group.release()
             for patcher in _patchers.get(self.group.id, {}).values():
                 patcher.may_hold_memory = patcher.loaded_ahead = False

@@ -1,4 +1,4 @@
-"""What a decode shows on its node: the progress bar, previews and messages."""
+"""The progress bar, previews and messages on the running node."""
 
 import time
 
@@ -13,14 +13,14 @@ from .groups import running_server
 PREVIEW_SECONDS = 1.0
 PREVIEW_FRAMES = 8
 PREVIEW_SIZE = 512
-"""Pixels of a preview's longer side."""
+"""Length of a preview's longer side in pixels."""
 
 
 class Progress:
-    """The progress bar of the node that runs, with a finished frame as its picture about once a second.
+    """Progress bar of the running node, with a finished frame as preview about once a second.
 
-    Ranks write to a buffer that may hold an earlier video, perhaps another user's. So previews come from a few frames
-    only, which are filled with NaN before the ranks begin: a pixel that is a number was written in this decode.
+    Ranks write to a buffer that may contain an earlier video, perhaps another user's. Previews are therefore limited to
+    a few frames, which are filled with NaN before the ranks begin: each finite pixel was written in this decode.
     """
 
     def __init__(self) -> None:
@@ -28,24 +28,25 @@ class Progress:
         self.node_id = context.node_id if context else None
         self.bar = comfy.utils.ProgressBar(100, node_id=self.node_id)
         self.candidates: Tensor | None = None
-        """[count, height, width, 3], a view of the buffer."""
+        """Frames for previews, [count, height, width, 3]: a view of the buffer."""
         self.shown = time.monotonic()
 
     def watch(self, frames: Tensor) -> None:
-        """Take previews from these frames, [B, T, H, W, 3]. No rank may have begun to write."""
+        """Use frames of this buffer, [B, T, H, W, 3], for previews. Must be called before ranks write to it."""
         frames = frames.flatten(0, 1)
         every = -(-len(frames) // PREVIEW_FRAMES)
         step = max(1, max(frames.shape[1:3]) // PREVIEW_SIZE)
         self.candidates = frames[every - 1 :: every, ::step, ::step].fill_(torch.nan)
 
     def tell(self, message: str) -> None:
-        """Show a message on the node, until the next prompt."""
+        """Show a message on the node until the next prompt."""
         server = running_server()
         if server and self.node_id:
             server.send_progress_text(message, self.node_id)
             server.send_sync("hv15.notice", {"node": self.node_id})
 
     def update(self, done: int, total: int) -> None:
+        """Move the progress bar to `done` of `total`, with a preview if one is due."""
         if not total:
             return
         preview = None
@@ -55,10 +56,10 @@ class Progress:
         self.bar.update_absolute(100 * done // total, 100, preview)
 
     def picture(self) -> Image.Image | None:
-        """The newest frame that is finished, else the one that is nearest to it, black where nothing is written yet."""
+        """Return the latest of the most complete frames, black where it is not written yet; None if all are empty."""
         if self.candidates is None:
             return None
-        pixels = self.candidates.clone()  # ranks write meanwhile
+        pixels = self.candidates.clone()  # ranks may write at the same time
         written = pixels.isfinite().flatten(1).float().mean(1)
         if not written.any():
             return None

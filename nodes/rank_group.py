@@ -1,4 +1,4 @@
-"""Rank Group: starts the processes on which the other nodes of the pack work."""
+"""Rank Group: starts the processes that the other nodes run on."""
 
 from comfy_api.latest import io
 

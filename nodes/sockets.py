@@ -1,4 +1,4 @@
-"""The sockets that this pack adds, the category of its nodes, and what travels on the sockets."""
+"""Socket types of this pack, their values, and the category of its nodes."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ RankGroup = io.Custom("HV15_RANK_GROUP")
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """Both prompts through both text encoders, on the CPU: embeddings [1, tokens, width] and masks [1, tokens].
+    """Both prompts, encoded by both text encoders: embeddings [1, tokens, width] and masks [1, tokens], on the CPU.
 
-    Each of `positive` and `negative` holds the keyword arguments that diffusers' pipelines take for it.
+    `positive` and `negative` are keyword arguments of diffusers' pipelines.
     """
 
     positive: dict[str, Tensor]
@@ -24,12 +24,12 @@ class TextConditioning:
 
 
 def searchable(schema: io.Schema, *aliases: str) -> io.Schema:
-    """The schema with words by which the node search finds it. ComfyUI 0.3.75 takes them as an attribute only."""
+    """Return the schema with aliases for the node search. They are set as an attribute, as ComfyUI 0.3.75 requires."""
     schema.search_aliases = ["hunyuanvideo", "hunyuan video", "hv15", *aliases]
     return schema
 
 
 def advanced(widget: io.WidgetInput) -> io.WidgetInput:
-    """The input, among the advanced ones where ComfyUI shows such. ComfyUI 0.3.75 takes this as an attribute only."""
+    """Return the input, marked as advanced. This is set as an attribute, as ComfyUI 0.3.75 requires."""
     widget.advanced = True
     return widget

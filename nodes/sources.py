@@ -1,4 +1,4 @@
-"""From a VAE of ComfyUI's to the file that ranks map: its checkpoint, or its weights handed over."""
+"""From ComfyUI's VAE object to the file that ranks map: its checkpoint, or a copy of its weights in shared memory."""
 
 import logging
 import threading
@@ -19,21 +19,21 @@ log = logging.getLogger(__name__)
 
 
 def rank_source(vae: comfy.sd.VAE) -> Path:
-    """The file or folder that ranks map: the VAE's checkpoint, or where that is not known, its weights handed over.
+    """Return the file or folder that ranks map: the VAE's checkpoint, or a shared copy of its weights if it is unknown.
 
-    Weights in memory are written once, for all groups, until they change or their model is gone. Raises
-    CheckpointError for a VAE that is not HunyuanVideo-1.5's, that was not loaded whole, or whose file was written over.
+    Weights in memory are copied once for all groups, until they change or their model is deleted. Raises
+    CheckpointError for a VAE of another model, an incompletely loaded VAE, and an overwritten file.
     """
     if getattr(vae, "source", None) is not None:
         try:
             if open_checkpoint(vae.source).identity == vae.source_identity:
                 return vae.source
         except (CheckpointError, OSError):
-            pass  # the file is gone or another by now
+            pass  # the file was removed or replaced
         overwritten = [file.name for file, inode in vae.source_inodes.items() if inode_of(file) == inode]
-        if overwritten:  # its weights are mapped: to read them now could end this process
-            raise CheckpointError(f"{overwritten[0]} was written over while it was loaded. Queue the prompt again.")
-        # Where it was taken away, or replaced as downloads are, the VAE still has its weights.
+        if overwritten:  # its weights are mapped: reading them could kill this process with SIGBUS
+            raise CheckpointError(f"{overwritten[0]} was overwritten while it was loaded. Queue the prompt again.")
+        # If the file was deleted or replaced by another file, the VAE still has its weights.
     weights = vae.get_sd()
     layout = check_state_dict(weights)
     if (file := _core_file(vae)) and _holds(weights, file):
@@ -41,21 +41,21 @@ def rank_source(vae: comfy.sd.VAE) -> Path:
     model = vae.first_stage_model
     with _lock:
         mark = fingerprint(weights)
-        handed = _handed.get(model)
-        if handed is None or handed.mark != mark:
-            log.info("Handing a HunyuanVideo-1.5 VAE in memory (%s layout) over to the ranks.", layout)
-            handed = None
-            _handed.pop(model, None)  # the file of the weights before goes before the next is written
-            handed = _handed[model] = SharedWeights(weights, mark)
-        return handed.path
+        shared = _shared.get(model)
+        if shared is None or shared.mark != mark:
+            log.info("Copying a HunyuanVideo-1.5 VAE in memory (%s layout) to the ranks.", layout)
+            shared = None
+            _shared.pop(model, None)  # frees the old copy before the new one is allocated
+            shared = _shared[model] = SharedWeights(weights, mark)
+        return shared.path
 
 
 _lock = threading.Lock()
-_handed: "weakref.WeakKeyDictionary[torch.nn.Module, SharedWeights]" = weakref.WeakKeyDictionary()
+_shared: "weakref.WeakKeyDictionary[torch.nn.Module, SharedWeights]" = weakref.WeakKeyDictionary()
 
 
 def inode_of(file: Path) -> tuple[int, int] | None:
-    """What stays the same where a file is written over, and does not where another takes its place."""
+    """Return device and inode, which stay the same if a file is overwritten in place and change if it is replaced."""
     try:
         found = file.stat()
     except OSError:
@@ -64,7 +64,7 @@ def inode_of(file: Path) -> tuple[int, int] | None:
 
 
 def _core_file(vae: comfy.sd.VAE) -> Path | None:
-    """The file that core's VAELoader read, where core remembers it (0.33 does)."""
+    """Return the file that core's VAELoader read, if core remembers it (0.33 does)."""
     match getattr(getattr(vae, "patcher", None), "cached_patcher_init", None):
         case (function, (str(file), *_)) if getattr(function, "__name__", "") == "load_vae_patcher":
             return Path(file)
@@ -72,10 +72,10 @@ def _core_file(vae: comfy.sd.VAE) -> Path | None:
 
 
 def _holds(weights: Mapping[str, Tensor], file: Path) -> bool:
-    """Whether the file's decoder, in the dtype of these weights, has the same numbers, in a sample of each tensor.
+    """Return whether the file's decoder equals these weights, in their dtype, in a sample of each tensor.
 
-    A VAE may have been changed since it was loaded, the file may be another by now, and core's loader leaves weights of
-    a layout that it cannot read as they were.
+    The VAE may have been changed since it was loaded, the file may have been replaced, and core's loader leaves weights
+    uninitialised if it cannot read the file's layout.
     """
     try:
         stored = decoder_tensors(open_checkpoint(file))

@@ -1,4 +1,4 @@
-"""Encoding prompts with the pipeline's own two text encoders."""
+"""Text Encode: encodes prompts with the pipeline's two text encoders."""
 
 import torch
 from comfy_api.latest import io
@@ -12,7 +12,7 @@ NAMES = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embed
 
 @torch.inference_mode()
 def encode(loaded: LoadedPipeline, positive: str, negative: str) -> TextConditioning:
-    """Both prompts through `encode_prompt` of the diffusers pipeline."""
+    """Encode both prompts with `encode_prompt` of the diffusers pipeline."""
     pipeline = loaded.pipeline
     with loaded.on_device("text_encoder", "text_encoder_2"):
         sides = [

@@ -1,8 +1,8 @@
-"""A whole HunyuanVideo-1.5 pipeline in miniature: every part, small widths, seeded random weights.
+"""A complete HunyuanVideo-1.5 pipeline in miniature: all components, small widths, seeded random weights.
 
-It is made on the spot, with no download, in diffusers' format, and loads like a real checkpoint. Its videos are
-coloured noise; what it shows is that everything works. Each weight is drawn by integer arithmetic from a seed that is
-its own name, so that the model is the same on every machine and whatever order libraries make their layers in.
+It is generated locally, without a download, in diffusers format, and loads like a real checkpoint. Its videos are
+coloured noise. The random generator of each weight is seeded with the weight's name, so that the model is the same on
+every machine, whatever the order in which libraries create their layers.
 """
 
 import inspect
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 TINY = {"tiny (built in)": "t2v", "tiny i2v (built in)": "i2v"}
-"""Names in the model lists, and the kind that each is."""
+"""Kind of each built-in model, by its name in the lists."""
 
 VERSION = 2
-"""Part of the folder's name: raise it when the weights change."""
+"""Part of the folder's name. Increase it when the weights change."""
 
 
 def ensure_tiny(kind: str, parent: Path) -> Path:
-    """The folder of the tiny pipeline, "t2v" or "i2v", below `parent`; made if it is not there.
+    """Return the folder of the tiny pipeline, "t2v" or "i2v", in `parent`. It is created if it does not exist.
 
-    Safe for several processes at once: a folder appears whole or not at all.
+    Several processes may call this at once: the folder is created atomically.
     """
     folder = parent / f"hv15-tiny-{kind}-v{VERSION}"
     if not folder.is_dir():
@@ -36,7 +36,7 @@ def ensure_tiny(kind: str, parent: Path) -> Path:
             build(kind).save_pretrained(draft)
             os.rename(draft, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same files
+            if not folder.is_dir():  # otherwise another process has created it
                 raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -44,7 +44,7 @@ def ensure_tiny(kind: str, parent: Path) -> Path:
 
 
 def build(kind: str):
-    """The pipeline itself."""
+    """Return the pipeline, "t2v" or "i2v"."""
     from diffusers import (
         AutoencoderKLHunyuanVideo15,
         ClassifierFreeGuidance,
@@ -123,7 +123,7 @@ def build(kind: str):
 
 @torch.no_grad()
 def _draw(parts: dict) -> None:
-    """Give every weight uniform numbers that keep the variance of what goes through it; norms stay as they are."""
+    """Draw every weight from a uniform distribution that preserves the variance of activations. Norms keep theirs."""
     for part, model in parts.items():
         if not isinstance(model, torch.nn.Module):
             continue
@@ -138,16 +138,16 @@ def _draw(parts: dict) -> None:
 
 
 def _tokenizer(system_message: str, crop_start: int):
-    """A byte-level Qwen2 tokenizer with no merges: one token a byte, and the chat marks.
+    """Return a byte-level Qwen2 tokenizer without merges: one token per byte, plus the chat marks.
 
-    The pipeline cuts off `crop_start` tokens, which is where the prompt begins with the real vocabulary. To make it
-    begin there with this one, the end of the system message is a token of its own, as long as it takes.
+    The pipeline removes the first `crop_start` tokens, because the prompt begins there with the real vocabulary. To
+    make it begin there with this vocabulary too, the end of the system message is one token of the necessary length.
     """
     from transformers import Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    around = 3 + len("system\n\nuser\n")  # tokens before the prompt that are not the system message's
+    around = 3 + len("system\n\nuser\n")  # tokens before the prompt, apart from the system message
     tail = system_message[crop_start - 1 - around :]
     vocabulary = {token: i for i, token in enumerate([*bytes_to_unicode().values(), *marks, tail])}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""HunyuanVideo-1.5's VAE as ComfyUI's own VAE object, from either layout and at any width."""
+"""Load HunyuanVideo-1.5 VAE: the VAE as ComfyUI's own VAE object, from either layout and at any width."""
 
 import logging
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 LATENT_CHANNELS = 32
-"""Of the latent by which core recognises the model."""
+"""Number of latent channels by which core recognises the model."""
 
 
 class HunyuanVideo15VAE(comfy.sd.VAE):
-    """What `comfy.sd.VAE` makes of a HunyuanVideo-1.5 checkpoint, with the checkpoint's own widths.
+    """`comfy.sd.VAE` of a HunyuanVideo-1.5 checkpoint, with the checkpoint's widths.
 
-    Core's constructor recognises the weights and sets every attribute, the patcher included, as it does for any VAE of
-    this model. It takes one set of widths for granted, so the model that it makes is replaced, while it is made, by
-    core's model of the right widths. `source` is the file or folder, for ranks to map.
+    Core's constructor recognises the weights and sets every attribute, including the patcher. It assumes one set of
+    widths, so the model that it creates is replaced, during construction, by core's model with the right widths.
+    `source` is the file or folder, for ranks to map.
     """
 
     def __init__(self, checkpoint: Checkpoint, source: Path, dtype: torch.dtype | None) -> None:
@@ -53,7 +53,7 @@ class HunyuanVideo15VAE(comfy.sd.VAE):
 
 
 class MappedModel(AutoencodingEngine):
-    """Core's model at a checkpoint's widths. Weights stay mapped from the file until core uses them."""
+    """Core's model with a checkpoint's widths. Weights stay mapped from the file until core uses them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         config = {
@@ -75,10 +75,10 @@ class MappedModel(AutoencodingEngine):
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
-        """Take the tensors themselves. Raises CheckpointError for tensors that core's model has no place for.
+        """Assign the tensors without a copy. Raises CheckpointError for tensors that core's model does not have.
 
-        Core's model may have tensors of which the checkpoint, which is complete, has none: no layer uses them. They
-        become zeros, so that they can be moved and saved.
+        Core's model may have tensors that a complete checkpoint does not have, because no layer uses them. They are set
+        to zero, so that they can be moved and saved.
         """
         own = self.state_dict()
         if unknown := sorted(state_dict.keys() - own.keys()):
@@ -92,9 +92,9 @@ class MappedModel(AutoencodingEngine):
 
 
 def load_vae(path: str | Path, dtype: str = "auto") -> HunyuanVideo15VAE:
-    """ComfyUI's VAE for a checkpoint of either layout. dtype: "auto" (core's choice) or one of DTYPES.
+    """Return ComfyUI's VAE for a checkpoint of either layout. dtype: "auto" (core's choice) or one of DTYPES.
 
-    Raises CheckpointError for what is not a complete HunyuanVideo-1.5 VAE.
+    Raises CheckpointError if it is not a complete HunyuanVideo-1.5 VAE.
     """
     checkpoint = open_checkpoint(path, encoder=True)
     if checkpoint.latent_channels != LATENT_CHANNELS:
@@ -109,7 +109,7 @@ def load_vae(path: str | Path, dtype: str = "auto") -> HunyuanVideo15VAE:
 def load_vae_patcher(
     path: str, dtype: torch.dtype | None, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
-    """A patcher with the same weights, loaded anew. Core calls this to put the VAE on another device."""
+    """Load the weights again and return their patcher. Core calls this to put the VAE on another device."""
     return HunyuanVideo15VAE(open_checkpoint(path, encoder=True), Path(path), dtype).patcher
 
 
@@ -142,7 +142,7 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae_name: str, dtype: str) -> str:
-        """A file that has changed is loaded anew."""
+        """Return the file's identity, so that a changed file is loaded again."""
         return open_checkpoint(vae_path(vae_name)).identity
 
     @classmethod

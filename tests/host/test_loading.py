@@ -1,4 +1,4 @@
-"""Loading: folders that are not a whole pipeline are named for what they lack, and ComfyUI moves the parts."""
+"""Loading: incomplete and foreign folders are refused, and ComfyUI moves the components."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture
 def folder(tiny_folders, tmp_path) -> Path:
-    """A copy of the tiny text-to-video pipeline, to be damaged."""
+    """A copy of the tiny text-to-video pipeline that tests may damage."""
     return Path(shutil.copytree(tiny_folders["t2v"], tmp_path / "Model"))
 
 
@@ -20,7 +20,7 @@ def edit(file: Path, **values) -> None:
 
 
 def shard(folder: Path) -> None:
-    """Make the transformer's weights two files, of which one is missing."""
+    """Split the transformer's weights into two files, one of which is missing."""
     transformer = folder / "transformer"
     (transformer / "diffusion_pytorch_model.safetensors").rename(transformer / "part-1-of-2.safetensors")
     names = {"weight_map": {"a": "part-1-of-2.safetensors", "b": "part-2-of-2.safetensors"}}
@@ -28,27 +28,27 @@ def shard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (lambda f: (f / "model_index.json").unlink(), "Model has no model_index.json"),
         (lambda f: (f / "model_index.json").write_text("{"), "model_index.json cannot be read"),
-        (lambda f: edit(f / "model_index.json", _class_name="WanPipeline"), "holds 'WanPipeline'"),
+        (lambda f: edit(f / "model_index.json", _class_name="WanPipeline"), "is a 'WanPipeline'"),
         (
             lambda f: edit(f / "model_index.json", vae=["diffusers", "AutoencoderKLWan"]),
-            "its vae is AutoencoderKLWan",
+            "vae is AutoencoderKLWan",
         ),
-        (lambda f: shutil.rmtree(f / "text_encoder"), "no folder text_encoder, where its Qwen2_5_VLTextModel"),
+        (lambda f: shutil.rmtree(f / "text_encoder"), "no folder text_encoder with the Qwen2_5_VLTextModel"),
         (lambda f: (f / "vae" / "config.json").unlink(), "no vae/config.json"),
         (lambda f: (f / "text_encoder_2" / "model.safetensors").unlink(), "text_encoder_2 has no model.safetensors"),
         (shard, "transformer has no part-2-of-2.safetensors"),
     ],
 )
-def test_a_folder_that_is_not_whole_is_named_for_what_it_lacks(pack, folder, damage, words):
+def test_an_incomplete_folder_is_refused_with_what_is_missing(pack, folder, damage, message):
     pack.loading.check_folder(folder)
     damage(folder)
     with pytest.raises(ValueError) as refusal:
         pack.loading.load_pipeline(folder, torch.float32, "none")
-    assert words in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 EVIL = """
@@ -59,7 +59,7 @@ pathlib.Path(os.environ["HV15_EVIL"]).touch()
 
 @pytest.fixture
 def evil(folder, tmp_path, monkeypatch) -> Path:
-    """A file that exists once code of the folder has run."""
+    """The path of a file that exists once code of the folder has run."""
     ran = tmp_path / "code of the folder has run"
     monkeypatch.setenv("HV15_EVIL", str(ran))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -73,18 +73,18 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "s
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("library", ["evil", "evil_module", "diffusers"])
 def test_no_code_of_a_folder_runs(pack, folder, evil, part, library):
-    """diffusers may import a module of that name, or run a file of that name beside the weights."""
+    """diffusers may import a module of that name, or run a file of that name next to the weights."""
     kind = json.loads((folder / "model_index.json").read_text())[part][1]
     edit(folder / "model_index.json", **{part: [library, kind]})
     if library != "evil_module":
         (folder / part / f"{library}.py").write_text(EVIL)
-    with pytest.raises(ValueError, match=r"holds code|only classes of diffusers and transformers"):
+    with pytest.raises(ValueError, match=r"contains code|only classes of diffusers and transformers"):
         pack.loading.load_pipeline(folder, torch.float32, "none")
     assert not evil.exists()
 
 
-def test_a_folder_s_own_code_would_be_noticed(folder, evil):
-    """What the test above looks for does happen when a module that a folder names is imported."""
+def test_code_that_a_folder_names_would_be_noticed(folder, evil):
+    """The file that the test above looks for is written when such a module is imported."""
     import importlib
 
     importlib.import_module("evil_module")
@@ -92,7 +92,7 @@ def test_a_folder_s_own_code_would_be_noticed(folder, evil):
 
 
 def pickled(path: Path) -> None:
-    """Weights that run code where they are read with pickle."""
+    """Write weights that run code when they are unpickled."""
 
     class Evil:
         def __reduce__(self) -> tuple:
@@ -105,7 +105,7 @@ def pickled(path: Path) -> None:
     ("part", "name"),
     [("transformer", "diffusion_pytorch_model"), ("text_encoder", "model"), ("text_encoder_2", "model")],
 )
-def test_weights_that_are_not_safetensors_are_not_read_whatever_lies_beside_them(pack, folder, evil, part, name):
+def test_weights_that_are_not_safetensors_are_not_read_even_next_to_a_safetensors_file(pack, folder, evil, part, name):
     weights = folder / part / f"{name}.safetensors"
     weights.rename(weights.with_name("decoy.safetensors"))
     pickled(weights.with_name("pytorch_model.bin" if name == "model" else f"{name}.bin"))
@@ -122,31 +122,33 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "words"),
+    ("file", "content", "message"),
     [
         ("model_index.json", DEEP, "cannot be read as JSON"),
-        ("model_index.json", "[1]", "holds no JSON object"),
+        ("model_index.json", "[1]", "is not a JSON object"),
         ("transformer/config.json", DEEP, "cannot be read as JSON"),
-        ("transformer/config.json", "[]", "holds no JSON object"),
+        ("transformer/config.json", "[]", "is not a JSON object"),
         ("transformer/config.json", b"\xff\xfe", "cannot be read as JSON"),
-        ("model_index.json", {"vae": "diffusers"}, "where a library and a class belong"),
-        ("model_index.json", {"vae": [["diffusers"], {}]}, "where a library and a class belong"),
-        ("model_index.json", {"vae": [None, None]}, "has no vae"),
+        ("model_index.json", {"vae": "diffusers"}, "must be a library and a class"),
+        ("model_index.json", {"vae": [["diffusers"], {}]}, "must be a library and a class"),
+        ("model_index.json", {"vae": [None, None]}, "has no vae, which"),
         ("model_index.json", {"_class_name": ["evil", "HunyuanVideo15Pipeline"]}, "this node loads"),
         ("model_index.json", {"text_encoder": ["transformers", "AutoModel"]}, "only classes of"),
-        ("model_index.json", {"../vae": ["diffusers", "X"]}, "a part of the name"),
-        ("transformer/config.json", {"num_layers": 10_000_000}, "asks for 10000000 layers"),
-        ("transformer/config.json", {"num_refiner_layers": 10_000_000}, "asks for 10000000 layers"),
-        ("vae/config.json", {"layers_per_block": 10_000_000}, "asks for 10000000 layers"),
-        ("vae/config.json", {"block_out_channels": [1] * 2000}, "asks for 2000 layers"),
-        ("text_encoder/config.json", {"num_hidden_layers": 10_000_000}, "asks for 10000000 layers"),
-        ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "names code to run"),
-        ("text_encoder/config.json", {"attn_implementation": "someone/kernel"}, "names code to run"),
-        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "asks for 1000000000000 steps"),
+        ("model_index.json", {"../vae": ["diffusers", "X"]}, "a component with the invalid name"),
+        ("transformer/config.json", {"num_layers": 10_000_000}, "requests 10000000 layers"),
+        ("transformer/config.json", {"num_refiner_layers": 10_000_000}, "requests 10000000 layers"),
+        ("vae/config.json", {"layers_per_block": 10_000_000}, "requests 10000000 layers"),
+        ("vae/config.json", {"block_out_channels": [1] * 2000}, "requests 2000 layers"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10_000_000}, "requests 10000000 layers"),
+        ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "refers to code in"),
+        ("text_encoder/config.json", {"attn_implementation": "someone/kernel"}, "refers to code in"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "requests 1000000000000 steps"),
         ("model_index.json", {"vae": ["\u001b[31m" * 1000, "X"]}, "only classes of"),
     ],
 )
-def test_a_folder_that_no_pipeline_of_the_model_has_is_refused_in_words_at_once(pack, folder, file, content, words):
+def test_a_folder_with_malicious_or_invalid_files_is_refused_at_once_with_a_message(
+    pack, folder, file, content, message
+):
     if isinstance(content, dict):
         edit(folder / file, **content)
     else:
@@ -154,7 +156,7 @@ def test_a_folder_that_no_pipeline_of_the_model_has_is_refused_in_words_at_once(
     began = time.monotonic()
     with pytest.raises(ValueError) as refusal:
         pack.loading.load_pipeline(folder, torch.float32, "none")
-    assert words in str(refusal.value) and str(refusal.value).isprintable() and len(str(refusal.value)) < 500
+    assert message in str(refusal.value) and str(refusal.value).isprintable() and len(str(refusal.value)) < 500
     assert time.monotonic() - began < 5
 
 
@@ -173,7 +175,7 @@ def test_folders_of_models_diffusers_are_listed_and_loaded(pack, tiny_folders, m
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
-def test_all_parts_have_the_dtype_that_was_chosen(pack, name):
+def test_all_components_have_the_chosen_dtype(pack, name):
     pipeline, vae = pack.loading.LoadPipeline.execute("tiny (built in)", name, "none").result
     dtype = getattr(torch, name)
     parts = [pipeline.pipeline.transformer, pipeline.pipeline.text_encoder, pipeline.pipeline.text_encoder_2]
@@ -181,8 +183,8 @@ def test_all_parts_have_the_dtype_that_was_chosen(pack, name):
     assert pipeline.pipeline.transformer.dtype == pipeline.pipeline.text_encoder.dtype == vae.vae_dtype == dtype
 
 
-def test_weights_that_leave_the_device_are_not_copied(pack, tiny_folders):
-    """Shown on torch's meta device, from which nothing can be copied."""
+def test_unloading_weights_from_the_device_copies_nothing(pack, tiny_folders):
+    """torch's meta device is used, because nothing can be copied from it."""
     pipeline = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "model")
     patcher, transformer = pipeline.patchers["transformer"], pipeline.pipeline.transformer
     before = {name: (weight.data_ptr(), weight.clone()) for name, weight in transformer.named_parameters()}
@@ -199,44 +201,44 @@ def test_text_to_video_holds_no_second_copy_of_the_vae(pack, tiny_folders):
     assert "vae" in image.patchers and image.pipeline.vae.decoder is None
 
 
-def loaded_parts(loaded) -> set[str]:
-    """Names of the parts that ComfyUI counts as loaded."""
+def loaded_components(loaded) -> set[str]:
+    """Return the names of the components that ComfyUI counts as loaded."""
     import comfy.model_management as management
 
     entries = [entry.model for entry in management.current_loaded_models]
     return {name for name, patcher in loaded.patchers.items() if any(entry is patcher for entry in entries)}
 
 
-def test_model_offload_counts_a_part_as_loaded_while_it_works(pack, tiny_folders):
+def test_model_offload_counts_a_component_as_loaded_while_it_runs(pack, tiny_folders):
     loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "model")
     with loaded.on_device("text_encoder"):
-        assert loaded_parts(loaded) == {"text_encoder"}
-    assert loaded_parts(loaded) == set()
+        assert loaded_components(loaded) == {"text_encoder"}
+    assert loaded_components(loaded) == set()
     with pytest.raises(RuntimeError), loaded.on_device("transformer"):
         raise RuntimeError
-    assert loaded_parts(loaded) == set()
+    assert loaded_components(loaded) == set()
 
 
-def test_without_offload_all_parts_stay_until_comfyui_frees_them(pack, tiny_folders):
+def test_without_offload_all_components_stay_loaded_until_comfyui_frees_them(pack, tiny_folders):
     import comfy.model_management as management
 
     loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "none")
     with loaded.on_device("text_encoder"):
         pass
-    assert loaded_parts(loaded) == {"transformer", "text_encoder", "text_encoder_2"}
+    assert loaded_components(loaded) == {"transformer", "text_encoder", "text_encoder_2"}
     management.unload_all_models()
-    assert loaded_parts(loaded) == set()
+    assert loaded_components(loaded) == set()
     with loaded.on_device("transformer"):
-        assert "transformer" in loaded_parts(loaded)
+        assert "transformer" in loaded_components(loaded)
 
 
-def test_the_room_asked_for_grows_with_the_video(pack, tiny_folders):
+def test_the_requested_memory_grows_with_the_video(pack, tiny_folders):
     transformer = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "none").pipeline.transformer
     small, large = (pack.sampling.working_memory(transformer, 848, 480, frames) for frames in (5, 121))
     assert 0 < small * 15 < large
 
 
-def test_a_part_is_on_the_device_whole_or_not_at_all(pack, tiny_folders, monkeypatch):
+def test_a_component_is_loaded_completely_or_not_at_all(pack, tiny_folders, monkeypatch):
     import comfy.model_management as management
 
     loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "none")
@@ -249,14 +251,14 @@ def test_a_part_is_on_the_device_whole_or_not_at_all(pack, tiny_folders, monkeyp
         management.current_loaded_models.remove(entry)
 
 
-def test_a_pipeline_that_is_dropped_leaves_comfyuis_books(pack, tiny_folders):
+def test_a_deleted_pipeline_is_removed_from_comfyuis_loaded_models(pack, tiny_folders):
     import gc
 
     import comfy.model_management as management
 
     loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "none")
     with loaded.on_device("transformer"):
-        assert loaded_parts(loaded)
+        assert loaded_components(loaded)
     patchers = {id(patcher) for patcher in loaded.patchers.values()}
     del loaded
     gc.collect()
@@ -265,7 +267,7 @@ def test_a_pipeline_that_is_dropped_leaves_comfyuis_books(pack, tiny_folders):
 
 
 def test_a_transformer_that_streams_its_layers_gives_the_same_latents(pack, tiny_folders):
-    pytest.importorskip("accelerate")  # diffusers streams with it
+    pytest.importorskip("accelerate")  # which diffusers needs to stream layers
     size = {"width": 48, "height": 32, "frames": 5, "steps": 2, "guidance": 3.0, "shift": 5.0, "seed": 5}
     results = []
     for streams in (False, True):
@@ -274,11 +276,11 @@ def test_a_transformer_that_streams_its_layers_gives_the_same_latents(pack, tiny
             pack.loading.stream_layers(loaded.pipeline.transformer, torch.device("cpu"))
             del loaded.patchers["transformer"]
         results.append(pack.sampling.sample(loaded, pack.text.encode(loaded, "a fox", ""), **size))
-    # Streamed layers run under diffusers' own forward, the others under the fast one: equal up to rounding.
+    # Streamed layers run in diffusers' own forward, the others in the fast one: the results are equal up to rounding.
     assert (results[1] - results[0]).norm() / results[0].norm() < 1e-5
 
 
-def test_group_offload_without_accelerate_is_refused_by_name(pack, tiny_folders, monkeypatch):
+def test_group_offload_without_accelerate_is_refused_with_the_name_of_the_package(pack, tiny_folders, monkeypatch):
     monkeypatch.setattr(pack.loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package accelerate"):
         pack.loading.LoadedPipeline(object(), "group", Path())

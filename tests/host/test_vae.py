@@ -281,7 +281,7 @@ def test_a_file_that_was_written_over_is_refused_and_loaded_anew(pack, core, mon
     assert pack.LoadVAE.fingerprint_inputs("a file", "auto") == before
     with open(core.path, "r+b") as file:
         file.truncate(core.path.stat().st_size // 2)
-    with pytest.raises(ValueError, match="was written over while it was loaded"):
+    with pytest.raises(ValueError, match="was overwritten while it was loaded"):
         pack.rank_source(vae)
     save_file({key: tensor * 1.1 for key, tensor in weights_of(core.model).items()}, core.path)
     assert pack.LoadVAE.fingerprint_inputs("a file", "auto") != before
