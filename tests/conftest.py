@@ -13,7 +13,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels are then run by numpy
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when Triton is first imported: its interpreter then runs the kernels with NumPy
+    )
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -22,12 +24,12 @@ hypothesis.settings.register_profile("behaviour, not times", deadline=None)
 hypothesis.settings.load_profile("behaviour, not times")
 
 RUN = uuid.uuid4().hex
-"""In the environment of whatever these tests start, so that other people's processes are not taken for ours."""
+"""Set in the environment of all processes that these tests start, to tell them from other processes."""
 os.environ["HV15_TEST_RUN"] = RUN
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip tests that need a GPU if there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -48,7 +50,7 @@ def host(tmp_path_factory):
 
 @pytest.fixture
 def prompt():
-    """Loads one of `api_prompts` by its name."""
+    """A function that loads one of `api_prompts` by its name."""
 
     def load(name: str) -> dict:
         return json.loads((ROOT / "api_prompts" / f"{name}.json").read_text())
@@ -57,7 +59,7 @@ def prompt():
 
 
 def rank_processes() -> list[psutil.Process]:
-    """Ranks, or their launchers, that these tests started, however indirectly."""
+    """Return the ranks and launchers that these tests started, directly or indirectly."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or ())
@@ -66,13 +68,13 @@ def rank_processes() -> list[psutil.Process]:
                 if process.environ().get("HV15_TEST_RUN") == RUN:
                     found.append(process)
             except psutil.Error:
-                continue  # it ended meanwhile, or is someone else's
+                continue  # it has ended, or belongs to another account
     return found
 
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_behind():
-    """When all tests are done, no rank may be left, whatever was done to its group."""
+    """Assert after all tests that no rank is left."""
     yield
     limit = time.monotonic() + 15
     while left := rank_processes():

@@ -1,4 +1,4 @@
-"""The pack's modules in this process, beside a real ComfyUI's modules but without its server."""
+"""Fixtures with the pack's modules in this process, with a real ComfyUI's modules but without its server."""
 
 import importlib
 import importlib.util
@@ -18,11 +18,11 @@ from core_models import core_model, weights_of  # noqa: E402
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory) -> SimpleNamespace:
-    """The modules of the pack's `nodes`, and some of their names, imported as ComfyUI imports them."""
+    """The modules of the pack's `nodes` and some of their members, imported as ComfyUI imports them."""
     from set_up import comfyui_path
 
     path = str(comfyui_path())
-    sys.path.insert(0, path)  # before the pack's own folder, which has a `nodes` too
+    sys.path.insert(0, path)  # before the pack's own folder, which has a module `nodes` too
     try:
         from comfy.cli_args import args
 
@@ -58,7 +58,7 @@ def tiny_folders(pack) -> dict[str, Path]:
 
 @pytest.fixture
 def core(pack, tmp_path):
-    """Core's model, and a file of it as core saves one."""
+    """Core's model, and a file with its weights as core saves them."""
     model = core_model(pack)
     path = tmp_path / "core.safetensors"
     save_file(weights_of(model), path)

@@ -1,4 +1,4 @@
-"""Core's own model of the VAE at reduced width, with random weights."""
+"""Core's own VAE model at reduced width, with random weights."""
 
 import math
 
@@ -13,7 +13,7 @@ CONFIG |= {"ffactor_spatial": 16, "ffactor_temporal": 4, "z_channels": 32}
 
 
 def engine(**_):
-    """Core's own model class, at reduced width, in place of the one of full size that core's VAE makes."""
+    """Return core's model at reduced width. It replaces the full-size model that core's VAE creates."""
     from comfy.ldm.models.autoencoder import AutoencodingEngine
 
     return AutoencodingEngine(
@@ -24,7 +24,7 @@ def engine(**_):
 
 
 def core_model(pack):
-    """Core's own model with random weights. What no layer uses is as core leaves it: memory that was never written."""
+    """Return core's model with random weights. Unused tensors are NaN, because core leaves them uninitialised."""
     torch.manual_seed(1)
     model = engine().eval()
     for name, parameter in model.named_parameters():
@@ -39,5 +39,5 @@ def core_model(pack):
 
 
 def weights_of(model):
-    """What a checkpoint holds of core's model, which may have tensors that no layer uses."""
+    """Return the tensors that a checkpoint contains. Core's model may have others, which no layer uses."""
     return {key: tensor for key, tensor in model.state_dict().items() if "temb_proj" not in key}

@@ -1,7 +1,7 @@
-"""Writes checkpoints as core reads them, with random weights: python small_core_models.py COMFYUI MODELS.
+"""Write checkpoints with random weights in core's layout: python small_core_models.py COMFYUI MODELS.
 
-Two HunyuanVideo-1.5 transformers, text or image to video and super resolution, one block of 128 channels each; and a
-VAE of the full size, for core's VAELoader takes the widths for granted.
+Two HunyuanVideo-1.5 transformers with one block of 128 channels each, one for text and image to video and one for super
+resolution; and a full-size VAE, because core's VAELoader assumes the full widths.
 """
 
 import math
@@ -27,7 +27,7 @@ NOISE = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
 
 
 def weights(shapes: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Random weights of these shapes, drawn cheaply: the same numbers again and again."""
+    """Return random weights of these shapes. All repeat the same numbers, which is fast."""
     state = {}
     for key, like in shapes.items():
         if key.endswith(("gamma", "scale", "norm.weight", "norm1.weight", "norm2.weight")):

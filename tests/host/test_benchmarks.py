@@ -1,4 +1,4 @@
-"""The benchmarks as they run without a GPU: small, and only to show that they work."""
+"""The benchmarks run without a GPU, at small sizes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ def run(module: str, *options: object) -> None:
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=240)
 
 
-def test_the_benchmark_measures_every_variant_and_writes_them_down(tmp_path):
+def test_the_decode_benchmark_measures_every_variant_and_writes_a_report(tmp_path):
     run("decode", "--repeat", 1, "--out", tmp_path)
     (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
     (result,) = report["results"]
@@ -27,14 +27,14 @@ def test_the_benchmark_measures_every_variant_and_writes_them_down(tmp_path):
     assert all(f"| {name} |" in table.read_text() for name in expected)
 
 
-def test_a_prediction_has_time_memory_and_traffic_for_each_number_of_ranks(tmp_path):
+def test_a_prediction_gives_time_memory_and_traffic_for_each_number_of_ranks(tmp_path):
     run("predict", "--ranks", "1,2", "--out", tmp_path)
     one, two = json.loads((tmp_path / "predicted-scaling.json").read_text())["predictions"]
     assert one["border_mb"] == one["gathered_mb"] == 0 and two["border_mb"] > 0
     assert all(row["compute_s"] > 0 and row["planned_gib"] > 0 for row in (one, two))
 
 
-def test_whole_prompts_are_timed_stage_by_stage(tmp_path):
+def test_the_end_to_end_benchmark_times_each_stage_of_a_prompt(tmp_path):
     run("end_to_end", "--steps", 1, "--out", tmp_path)
     rows = json.loads((tmp_path / "end-to-end-cpu.json").read_text())["prompts"]
     assert [(row["devices"], row["prompt"]) for row in rows] == [

@@ -1,10 +1,11 @@
-"""Core's stock HunyuanVideo-1.5 graphs, on core's own loaders and nodes, with ours where a user would put them.
+"""Core's stock HunyuanVideo-1.5 graphs, with core's own loaders and nodes, and with this pack's decode nodes.
 
-The transformers are small; the VAE has its full size, because core's VAELoader takes the widths for granted. Core's
-text encoders cannot be made small, so a node that only these tests have gives the conditioning; the stock graphs' CLIP
-vision, latent upscaler and EasyCache are left out, too. Whatever our nodes meet is core's own.
+The transformers are small; the VAE has its full size, because core's VAELoader assumes the full widths. Core's text
+encoders cannot be made small, so a node that exists only in these tests provides the conditioning. CLIP vision, the
+latent upscaler and EasyCache of the stock graphs are left out. All objects that this pack's nodes receive are core's.
 
-That ranks have decoded shows in several frames: core's own decoder gives others, for want of the frame-causal mask.
+Frames of several latent frames show that ranks have decoded: core's own decoder gives a different result, because it
+omits the frame-causal mask.
 """
 
 import subprocess
@@ -39,7 +40,7 @@ NODE_CLASS_MAPPINGS = {"SmallConditioning": SmallConditioning}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server whose models are small, but for the VAE."""
+    """A server with small models and a full-size VAE."""
     if psutil.virtual_memory().available < 14 * 2**30:
         pytest.skip("the full-size VAE, in ComfyUI and on a rank, needs 14 GiB of memory")
     base = tmp_path_factory.mktemp("core")
@@ -56,7 +57,7 @@ def server(tmp_path_factory):
 
 
 def stock(latent: dict, conditioning: tuple[list, list], decode: dict) -> dict:
-    """Core's graph from its loaders to pictures; `latent` and `decode` are the two places where graphs differ."""
+    """Return core's graph from its loaders to pictures. Graphs differ in `latent`, `conditioning` and `decode`."""
     ours = {"rank_group": ["ranks", 0], "mode": "seamless", "tile_size": 256, "overlap": 64}
     if decode["class_type"] == "HV15DistributedVAEDecode":
         decode["inputs"] |= ours
@@ -115,11 +116,11 @@ def image_to_video(decode: dict, vae: str) -> dict:
     return stock(latent, (["latent", 0], ["latent", 1]), decode)
 
 
-def drop_in() -> dict:
+def with_distribute_vae() -> dict:
     return node("VAEDecode", samples=["sample", 0], vae=["distributed", 0])
 
 
-def own_node() -> dict:
+def with_decode_node() -> dict:
     return node("HV15DistributedVAEDecode", samples=["sample", 0], vae=["vae", 0])
 
 
@@ -130,22 +131,22 @@ def pictures(server: Host, graph: dict) -> np.ndarray:
 
 
 @pytest.mark.timeout(600)
-def test_core_s_text_to_video_graph_runs_with_the_drop_in_and_with_the_decode_node(server):
-    frames = pictures(server, text_to_video(drop_in()))
+def test_cores_text_to_video_graph_runs_with_distribute_vae_and_with_the_decode_node(server):
+    frames = pictures(server, text_to_video(with_distribute_vae()))
     assert frames.shape == (5, 32, 32, 3) and frames.std() > 1
-    assert np.array_equal(pictures(server, text_to_video(own_node())), frames)
+    assert np.array_equal(pictures(server, text_to_video(with_decode_node())), frames)
     assert "HunyuanVideo-1.5 VAE in memory (core layout)" in server.log.read_text()
 
 
 @pytest.mark.timeout(600)
-def test_core_s_image_to_video_graph_runs_with_the_drop_in_and_with_the_decode_node(server):
-    frames = pictures(server, image_to_video(drop_in(), "distributed"))
+def test_cores_image_to_video_graph_runs_with_distribute_vae_and_with_the_decode_node(server):
+    frames = pictures(server, image_to_video(with_distribute_vae(), "distributed"))
     assert frames.shape == (5, 32, 32, 3) and frames.std() > 1
-    assert np.array_equal(pictures(server, image_to_video(own_node(), "vae")), frames)
+    assert np.array_equal(pictures(server, image_to_video(with_decode_node(), "vae")), frames)
 
 
 @pytest.mark.timeout(600)
-def test_core_s_super_resolution_and_tiled_decode_run_with_the_drop_in(server):
+def test_cores_super_resolution_and_tiled_decode_run_with_distribute_vae(server):
     options = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
     graph = text_to_video(node("VAEDecodeTiled", samples=["second", 0], vae=["distributed", 0], **options))
     graph["sr"] = node(
@@ -173,22 +174,22 @@ def test_core_s_super_resolution_and_tiled_decode_run_with_the_drop_in(server):
     )
     frames = pictures(server, graph)
     assert frames.shape == (5, 32, 32, 3)
-    graph["decode"] = own_node()
+    graph["decode"] = with_decode_node()
     graph["decode"]["inputs"] |= {"samples": ["second", 0], "rank_group": ["ranks", 0]}
     graph["decode"]["inputs"] |= {"mode": "tiled", "tile_size": 64, "overlap": 16}
     assert np.array_equal(pictures(server, graph), frames)
 
 
 @pytest.mark.timeout(600)
-def test_the_decode_survives_unloading_and_a_stopped_group(server):
-    frames = pictures(server, text_to_video(own_node()))
-    graph = text_to_video(drop_in())
-    for number, act in enumerate(("free", "stop")):
-        if act == "free":
+def test_decodes_work_after_unloading_and_after_a_stop(server):
+    frames = pictures(server, text_to_video(with_decode_node()))
+    graph = text_to_video(with_distribute_vae())
+    for number, action in enumerate(("free", "stop")):
+        if action == "free":
             server.post("/free", {"unload_models": True, "free_memory": True})
         else:
             (group,) = server.get("/hv15/groups")
-            server.post(f"/hv15/groups/{group['id']}/{act}")
-        graph["decode"]["inputs"]["_"] = number  # makes ComfyUI run it again
+            server.post(f"/hv15/groups/{group['id']}/{action}")
+        graph["decode"]["inputs"]["_"] = number  # a changed input, so that ComfyUI does not use its cache
         graph["save"]["inputs"]["filename_prefix"] = f"core{number}"
-        assert np.array_equal(pictures(server, graph), frames), act
+        assert np.array_equal(pictures(server, graph), frames), action

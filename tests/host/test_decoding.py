@@ -1,4 +1,4 @@
-"""Decoding in a real ComfyUI: every checkpoint layout, core's nodes on our VAE, and what is refused."""
+"""Decoding in a real ComfyUI: every checkpoint layout, core's nodes with this pack's VAE, and refused input."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ def ranks(devices="cpu,cpu", **options):
 
 
 def graph(vae_name="tiny (built in)", mode="seamless", tile_size=256, overlap=64, **options):
-    """Decode a saved latent with our node."""
+    """Return a prompt that decodes a saved latent with Distributed VAE Decode."""
     return {
         "latent": node("LoadLatent", latent="decoding.latent"),
         "vae": node("HV15LoadVAE", vae_name=vae_name, dtype="float32"),
@@ -40,8 +40,8 @@ def graph(vae_name="tiny (built in)", mode="seamless", tile_size=256, overlap=64
     }
 
 
-def drop_in(kind="VAEDecode", **inputs):
-    """Decode it with a core node, given our VAE."""
+def with_distribute_vae(kind="VAEDecode", **inputs):
+    """Return a prompt that decodes it with a core node and the VAE of Distribute VAE."""
     prompt = graph()
     settings = {"mode": "seamless", "tile_size": 256, "overlap": 64}
     prompt["distributed"] = node("HV15DistributeVAE", vae=["vae", 0], rank_group=["ranks", 0], **settings)
@@ -51,24 +51,27 @@ def drop_in(kind="VAEDecode", **inputs):
 
 @pytest.fixture(scope="module")
 def server(host):
-    """The host, with a latent and the tiny VAE in every layout."""
+    """The host with a saved latent, and with the tiny VAE in every layout."""
     host.save_latent("decoding.latent", LATENT)
     tiny = graph()
     assert host.run(tiny).error is None
-    (folder,) = host.base.glob("user/hv15_tiny/*t2v*/vae")
-    weights = all_tensors(open_checkpoint(folder))
-    place = host.base / "models" / "vae"
-    place.mkdir(exist_ok=True)
-    save_file(weights, place / "diffusers.safetensors")
-    save_file({to_core(key): tensor for key, tensor in weights.items()}, place / "core.safetensors")
+    (tiny_vae,) = host.base.glob("user/hv15_tiny/*t2v*/vae")
+    weights = all_tensors(open_checkpoint(tiny_vae))
+    folder_of_vaes = host.base / "models" / "vae"
+    folder_of_vaes.mkdir(exist_ok=True)
+    save_file(weights, folder_of_vaes / "diffusers.safetensors")
+    save_file({to_core(key): tensor for key, tensor in weights.items()}, folder_of_vaes / "core.safetensors")
     halves = {to_core(key): tensor.half() for key, tensor in weights.items()}
-    save_file(halves, place / "fp16.safetensors")
-    save_file({key: tensor for key, tensor in weights.items() if "norm_out" not in key}, place / "lacking.safetensors")
-    save_file({"decoder.middle.0.residual.0.gamma": torch.ones(1)}, place / "wan.safetensors")
-    (place / "renamed.safetensors").write_bytes(b"\x80\x04\x95 a pickle, by its first bytes")
-    alone = host.base / "models" / "diffusers" / "alone"
-    alone.mkdir(parents=True, exist_ok=True)
-    save_file(weights, alone / "diffusion_pytorch_model.safetensors")
+    save_file(halves, folder_of_vaes / "fp16.safetensors")
+    save_file(
+        {key: tensor for key, tensor in weights.items() if "norm_out" not in key},
+        folder_of_vaes / "incomplete.safetensors",
+    )
+    save_file({"decoder.middle.0.residual.0.gamma": torch.ones(1)}, folder_of_vaes / "wan.safetensors")
+    (folder_of_vaes / "renamed.safetensors").write_bytes(b"\x80\x04\x95 the first bytes of a pickle")
+    folder = host.base / "models" / "diffusers" / "vae folder"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
     return host
 
 
@@ -83,7 +86,7 @@ def expected(server):
     return frames(server, graph())
 
 
-@pytest.mark.parametrize("name", ["diffusers.safetensors", "core.safetensors", "alone"])
+@pytest.mark.parametrize("name", ["diffusers.safetensors", "core.safetensors", "vae folder"])
 def test_every_layout_decodes_to_the_same_frames(server, expected, name):
     assert expected.shape == (5, 48, 64, 3) and expected.std() > 1
     assert np.array_equal(frames(server, graph(name)), expected)
@@ -94,36 +97,36 @@ def test_a_half_precision_file_decodes_to_nearly_the_same_frames(server, expecte
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("wan.safetensors", "Wan 2.1"),
-        ("lacking.safetensors", "norm_out.gamma"),
+        ("incomplete.safetensors", "norm_out.gamma"),
         ("renamed.safetensors", "cannot be read as safetensors"),
     ],
 )
-def test_files_that_are_not_the_model_s_are_refused_in_words_and_the_next_prompt_works(server, expected, name, words):
+def test_files_of_other_models_are_refused_and_the_next_prompt_works(server, expected, name, message):
     run = server.run(graph(name))
-    assert words in run.error["exception_message"] and run.error["node_type"] == "HV15LoadVAE"
+    assert message in run.error["exception_message"] and run.error["node_type"] == "HV15LoadVAE"
     assert np.array_equal(frames(server, graph()), expected)
 
 
-def test_core_s_decode_of_our_vae_gives_the_decode_node_s_frames(server, expected):
-    assert np.array_equal(frames(server, drop_in()), expected)
+def test_cores_decode_with_distribute_vae_gives_the_decode_nodes_frames(server, expected):
+    assert np.array_equal(frames(server, with_distribute_vae()), expected)
 
 
-def test_core_s_tile_sizes_are_honoured(server):
+def test_cores_tile_sizes_are_used(server):
     sizes = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
     server.save_latent("decoding.latent", torch.randn(1, 32, 2, 6, 7, generator=torch.Generator().manual_seed(4)))
     try:
-        theirs = frames(server, drop_in("VAEDecodeTiled", **sizes))
+        theirs = frames(server, with_distribute_vae("VAEDecodeTiled", **sizes))
         assert np.array_equal(theirs, frames(server, graph(mode="tiled", tile_size=64, overlap=16)))
         assert not np.array_equal(theirs, frames(server, graph(mode="tiled", tile_size=48, overlap=16)))
     finally:
         server.save_latent("decoding.latent", LATENT)
 
 
-def test_encoding_through_our_vae_is_core_s(server):
-    prompt = drop_in()
+def test_encoding_with_distribute_vae_gives_the_shape_of_cores_encoding(server):
+    prompt = with_distribute_vae()
     prompt["image"] = node("EmptyImage", width=64, height=48, batch_size=5, color=0x3377BB)
     for name, vae in (("ours", "distributed"), ("core", "vae")):
         prompt[f"encode_{name}"] = node("VAEEncode", pixels=["image", 0], vae=[vae, 0])
@@ -132,12 +135,12 @@ def test_encoding_through_our_vae_is_core_s(server):
     run = server.run(prompt)
     assert run.error is None, run.error["exception_message"]
     pictures = [server.pictures(run, save) for save in ("save_ours", "save_core")]
-    # Core's encoder draws from the latent's distribution, so the two are alike and not equal.
+    # Core's encoder samples from the latent's distribution, so the results differ. test_vae.py compares the numbers.
     assert np.shape(pictures[0]) == np.shape(pictures[1]) == (5, 48, 64, 3)
 
 
 @pytest.mark.parametrize("change", [{}, {"keep_loaded": "release"}, {"keep_loaded": "stop"}, {"devices": "cpu"}])
-def test_decodes_after_a_stop_are_the_same(server, expected, change):
+def test_decodes_after_a_stop_give_the_same_frames(server, expected, change):
     for _ in range(2):
         assert np.abs(frames(server, graph(**change)).astype(int) - expected).max() <= 1
         server.stop_groups()
@@ -145,7 +148,7 @@ def test_decodes_after_a_stop_are_the_same(server, expected, change):
         server.post("/free", {"unload_models": True, "free_memory": True})
 
 
-def test_a_batch_decodes_to_each_one_s_frames_in_turn(server, expected):
+def test_a_batch_decodes_to_the_frames_of_each_video_in_order(server, expected):
     server.save_latent("decoding.latent", torch.cat([LATENT, LATENT.flip(0) * 0.5]))
     try:
         both = frames(server, graph())
@@ -154,12 +157,12 @@ def test_a_batch_decodes_to_each_one_s_frames_in_turn(server, expected):
     assert both.shape == (10, 48, 64, 3) and np.array_equal(both[:5], expected)
 
 
-def test_tiles_that_overlap_themselves_are_refused(server):
+def test_an_overlap_as_large_as_the_tile_is_refused(server):
     run = server.run(graph(mode="tiled", tile_size=64, overlap=64))
     assert run.error and "overlap" in run.error["exception_message"]
 
 
-def test_the_routes_take_known_ids_alone_and_reveal_no_paths(server, expected):
+def test_the_routes_accept_known_ids_only_and_reveal_no_paths(server, expected):
     answer = server.get("/hv15/groups")
     assert answer and all(group.keys() >= {"id", "state", "ranks"} for group in answer)
     assert str(server.base) not in json.dumps(answer) and "/tmp" not in json.dumps(answer)
@@ -181,15 +184,15 @@ def test_the_routes_take_known_ids_alone_and_reveal_no_paths(server, expected):
         ({"Host": "evil.example:{port}", "Origin": "http://evil.example:{port}"}, 403),
         ({"Host": "localhost:{port}"}, 404),
         ({"Host": "192.168.1.2:{port}"}, 404),
-        ({"Host": "studio.example"}, 404),  # a proxy's
+        ({"Host": "studio.example"}, 404),  # behind a proxy
     ],
 )
-def test_pages_of_no_origin_or_another_name_cannot_stop_a_group(server, headers, status):
+def test_pages_without_an_origin_or_with_a_foreign_name_cannot_stop_a_group(server, headers, status):
     headers = {name: value.format(port=server.port) for name, value in headers.items()}
 
-    async def ask():
+    async def request():
         url = f"{server.url}/hv15/groups/nosuch/stop"
         async with aiohttp.ClientSession(headers=headers) as session, session.post(url) as answer:
             return answer.status
 
-    assert asyncio.run(ask()) == status
+    assert asyncio.run(request()) == status

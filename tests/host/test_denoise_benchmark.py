@@ -1,4 +1,4 @@
-"""The benchmark of denoising as it runs without a GPU: small, and only to show that it works."""
+"""The denoising benchmark runs without a GPU, at a small size."""
 
 import json
 import os
@@ -16,7 +16,7 @@ def read(folder) -> dict:
     return report
 
 
-def test_every_variant_is_measured_and_written_down(tmp_path):
+def test_the_benchmark_measures_every_variant_and_writes_a_report(tmp_path):
     run("denoise", "--repeat", 1, "--out", tmp_path)
     (result,) = read(tmp_path)["results"]
     assert set(result["variants"]) == {"floor"} | FORWARDS | CORE and result["tflop"] >= 0
@@ -26,7 +26,7 @@ def test_every_variant_is_measured_and_written_down(tmp_path):
     assert all(f"| {name} |" in table.read_text() for name in FORWARDS | CORE)
 
 
-def test_two_ranks_share_a_forward_and_a_step_and_agree(tmp_path):
+def test_two_ranks_share_a_forward_and_a_step_with_the_same_result(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "benchmarks.denoise"]
     command += ["--repeat", "1", "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})

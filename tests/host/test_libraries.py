@@ -1,4 +1,4 @@
-"""ComfyUI with diffusers missing, old or broken: what does not need it works, the rest says what it lacks."""
+"""ComfyUI with diffusers missing, too old or broken: nodes that do not need it work, the others report it."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_without_the_libraries_everything_but_the_pipeline_nodes_works(core, tmp_path, fault):
+def test_without_the_libraries_all_nodes_but_the_pipeline_nodes_work(core, tmp_path, fault):
     from set_up import comfyui_path
 
     save_file(weights_of(core.model), core.path)

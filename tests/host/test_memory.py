@@ -1,4 +1,4 @@
-"""Memory between ComfyUI and the ranks, and which groups are alive: ComfyUI's own books, in this process."""
+"""Memory that ComfyUI and the ranks share, and the registry of groups, with ComfyUI's model management."""
 
 import importlib
 import secrets
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture
 def memory(pack, monkeypatch):
-    """The module, with no group in it but those of a test."""
+    """The module, without groups from other tests."""
     import comfy.model_management
 
     memory = importlib.import_module("hv15_pack.nodes.memory")
@@ -22,7 +22,7 @@ def memory(pack, monkeypatch):
 
 
 class ReleasedGroup:
-    """Counts how often it is asked for its memory."""
+    """A group that counts how often it is asked to release its memory."""
 
     def __init__(self, *devices: str, decoded: bool = True) -> None:
         self.id, self.devices, self.decoded, self.released = secrets.token_hex(4), devices, decoded, 0
@@ -47,7 +47,7 @@ def test_free_and_memory_pressure_release_the_ranks(memory):
     assert group.released == 2
 
 
-def test_ranks_that_have_loaded_ahead_keep_it_until_everything_is_to_be_freed(memory):
+def test_weights_that_were_loaded_ahead_stay_until_all_models_are_unloaded(memory):
     import comfy.model_management
 
     group = ReleasedGroup("cpu", decoded=False)
@@ -59,7 +59,7 @@ def test_ranks_that_have_loaded_ahead_keep_it_until_everything_is_to_be_freed(me
     assert group.released == 1
 
 
-def test_comfyui_s_models_leave_the_devices_of_a_group_alone(memory, monkeypatch):
+def test_comfyuis_models_are_unloaded_from_the_devices_of_a_group_only(memory, monkeypatch):
     import comfy.model_management
 
     freed = []
@@ -73,7 +73,7 @@ def test_comfyui_s_models_leave_the_devices_of_a_group_alone(memory, monkeypatch
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    """ComfyUI finds no free memory on any device."""
+    """No device has free memory, as ComfyUI measures it."""
     import comfy.model_management
 
     def free(device=None, torch_free_too=False):
@@ -90,14 +90,14 @@ def test_memory_pressure_on_each_device_of_a_group_reaches_its_ranks(memory, lit
         group = ReleasedGroup("cuda:1", "cuda:2")
         memory.make_room(group)
         comfy.model_management.free_memory(2**30, torch.device("cuda:3"))
-        assert not group.released, "it has nothing on that device"
+        assert not group.released, "the group has no memory on that device"
         comfy.model_management.free_memory(2**30, torch.device(device))
         comfy.model_management.free_memory(2**30, torch.device("cuda:1"))
         comfy.model_management.free_memory(2**30, torch.device("cuda:2"))
         assert group.released == 1
 
 
-def test_pressure_on_the_main_device_leaves_ranks_elsewhere_alone(memory, little_memory):
+def test_pressure_on_the_main_device_does_not_affect_ranks_on_other_devices(memory, little_memory):
     import comfy.model_management
 
     group = ReleasedGroup("cuda:1")
@@ -109,13 +109,13 @@ def test_pressure_on_the_main_device_leaves_ranks_elsewhere_alone(memory, little
 
 
 class Loaded:
-    """A model of ComfyUI's on a device, as `current_loaded_models` lists it."""
+    """A model that ComfyUI has loaded on a device, as listed in `current_loaded_models`."""
 
     def __init__(self, device: str) -> None:
         self.device, self.model = torch.device(device), object()
 
 
-def test_ranks_do_not_load_ahead_on_a_device_that_comfyui_has_a_model_on(memory, monkeypatch):
+def test_ranks_do_not_load_ahead_on_a_device_on_which_comfyui_has_a_model(memory, monkeypatch):
     import comfy.model_management
 
     group = ReleasedGroup("cuda:0", "cuda:1", "cuda:2", decoded=False)
@@ -123,19 +123,21 @@ def test_ranks_do_not_load_ahead_on_a_device_that_comfyui_has_a_model_on(memory,
     monkeypatch.setattr(comfy.model_management, "current_loaded_models", [])
     assert memory.sampling_devices(group) == ["cuda:0"]
     memory.register(group)
-    assert memory.sampling_devices(group) == ["cuda:0"], "the stand-ins are no models"
+    assert memory.sampling_devices(group) == ["cuda:0"], "proxies must not count as models"
     comfy.model_management.current_loaded_models.append(Loaded("cuda:2"))
     assert memory.sampling_devices(group) == ["cuda:0", "cuda:2"]
 
 
-def test_weights_that_were_loaded_ahead_leave_where_comfyui_wants_their_memory(memory, little_memory, monkeypatch):
+def test_weights_that_were_loaded_ahead_are_released_when_comfyui_needs_their_memory(
+    memory, little_memory, monkeypatch
+):
     import comfy.model_management
 
     group = ReleasedGroup("cuda:0", "cuda:1", decoded=False)
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda:0"))
     memory.register(group)
     comfy.model_management.free_memory(2**30, torch.device("cuda:0"))
-    assert not group.released, "nothing was loaded ahead on the device that samples"
+    assert not group.released, "nothing was loaded ahead on ComfyUI's main device"
     comfy.model_management.free_memory(2**30, torch.device("cuda:1"))
     assert group.released == 1
 
@@ -156,19 +158,19 @@ def test_reserved_memory_is_not_used_by_ranks(memory, monkeypatch):
 
 @pytest.fixture
 def groups(pack, memory, little_memory, monkeypatch):
-    """The module, with no group in it but those of a test, on a machine with eight GPUs and sixteen cores."""
+    """The module without groups from other tests, on a machine with sixteen cores and any device."""
     groups = importlib.import_module("hv15_pack.nodes.groups")
     monkeypatch.setattr(groups, "_groups", {})
     monkeypatch.setattr(groups, "check_devices", lambda devices, backend: None)
     monkeypatch.setattr(groups.os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr(groups, "RankGroup", Stopped)
+    monkeypatch.setattr(groups, "RankGroup", GroupWithoutProcesses)
     yield groups
     for group in groups.all_groups():
         group.stop()
 
 
-class Stopped(ReleasedGroup):
-    """A group without processes, which counts how often it is stopped."""
+class GroupWithoutProcesses(ReleasedGroup):
+    """A group without processes that counts how often it is stopped."""
 
     def __init__(self, devices, **options) -> None:
         super().__init__(*devices)
@@ -205,7 +207,7 @@ def test_an_idle_group_ends_when_another_needs_its_device(groups):
     assert set(groups.all_groups()) == {second, third, live(groups, "cuda:3")}
 
 
-def test_of_too_many_groups_the_idle_one_that_was_unused_longest_ends(groups):
+def test_if_there_are_too_many_groups_the_least_recently_used_idle_one_ends(groups):
     created = [live(groups, f"cuda:{index}") for index in range(groups.MOST_GROUPS)]
     live(groups, "cuda:0")
     created[1].state = "busy"
@@ -218,7 +220,7 @@ def test_of_too_many_groups_the_idle_one_that_was_unused_longest_ends(groups):
     assert latest in groups.all_groups()
 
 
-def test_a_group_that_ended_is_no_longer_among_comfyui_s_models(groups, memory):
+def test_a_group_that_ended_is_removed_from_comfyuis_loaded_models(groups, memory):
     import comfy.model_management
 
     group = live(groups, "cuda:0")
@@ -237,7 +239,7 @@ def test_there_are_no_more_cpu_ranks_than_cores_or_memory_allow(groups, monkeypa
     live(groups, "cpu,cpu")
 
 
-def test_auto_is_the_cpu_where_comfyui_was_told_to_use_it(groups, monkeypatch):
+def test_auto_means_the_cpu_if_comfyui_was_started_with_cpu(groups, monkeypatch):
     import comfy.model_management as management
 
     monkeypatch.setattr(groups, "parse_devices", lambda devices: (devices,))
@@ -249,7 +251,7 @@ def test_auto_is_the_cpu_where_comfyui_was_told_to_use_it(groups, monkeypatch):
 
 @pytest.mark.parametrize("name", ["start_timeout", "stall_timeout"])
 @pytest.mark.parametrize("value", [-5, 0, 4.9, 3601, float("nan"), float("inf"), "120", None, True])
-def test_timeouts_that_cannot_be_are_refused_where_they_enter(groups, name, value):
+def test_invalid_timeouts_are_refused_before_a_group_is_created(groups, name, value):
     with pytest.raises(ValueError, match=f"{name} is .*; it must be a number of seconds from 5 to 3600"):
         groups.GroupDescription(**{name: value})
 
@@ -261,7 +263,7 @@ def test_timeouts_that_cannot_be_are_refused_where_they_enter(groups, name, valu
         *[("tile_size", 256.0), ("tile_size", None), ("overlap", "64"), ("overlap", True)],
     ],
 )
-def test_limits_that_cannot_be_are_refused_where_they_enter(pack, name, value):
+def test_invalid_memory_limits_and_tile_sizes_are_refused_before_anything_is_unloaded(pack, name, value):
     on_ranks = importlib.import_module("hv15_pack.nodes.on_ranks")
     options = {"group": None, "mode": "seamless", "tile_size": 256, "overlap": 64} | {name: value}
     with pytest.raises(ValueError, match=f"{name} is {value!r}; it must be"):
@@ -272,12 +274,12 @@ def test_process_ids_are_not_broadcast(groups, monkeypatch):
     sent = []
     server = SimpleNamespace(send_sync=lambda event, data: sent.append((event, data)))
     monkeypatch.setattr(groups, "running_server", lambda: server)
-    groups.announce(Stopped(["cpu"]))
+    groups.announce(GroupWithoutProcesses(["cpu"]))
     ((event, status),) = sent
     assert event == "hv15.group" and status["ranks"] == [{"rank": 0, "device": "cpu"}]
 
 
-def test_a_group_whose_options_change_stays_the_one_on_its_devices(pack, monkeypatch):
+def test_a_group_takes_new_options_without_being_replaced(pack, monkeypatch):
     groups = importlib.import_module("hv15_pack.nodes.groups")
     monkeypatch.setattr(groups, "_groups", {})
     group = groups.live_group(groups.GroupDescription(devices="cpu,cpu"))

@@ -1,4 +1,4 @@
-"""The path of every decode, in this process and on real ranks: what it shows meanwhile, and odd latents and results."""
+"""The path that all decode nodes share, on real ranks: previews, messages, and unusual latents and results."""
 
 import importlib
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def nodes(pack):
 
 @pytest.fixture
 def shown(nodes, monkeypatch):
-    """What a node shows: pictures and messages, however quickly they follow each other."""
+    """The previews and messages of a node, without a minimum interval between previews."""
     shown = SimpleNamespace(pictures=[], messages=[])
 
     class Bar:
@@ -58,17 +58,17 @@ def test_previews_show_what_was_written_in_this_decode_and_never_an_earlier_vide
     nodes, pack, core, shown, monkeypatch, mode
 ):
     vae = pack.load_vae(core.path)
-    handed_out, watch = [], nodes.progress.Progress.watch
+    before, watch = [], nodes.progress.Progress.watch
 
     def spy(self, frames):
-        handed_out.append(frames.clone())
+        before.append(frames.clone())
         watch(self, frames)
 
     monkeypatch.setattr(nodes.progress.Progress, "watch", spy)
     earlier = decode(nodes, vae, latent(1), mode).clone()
     shown.pictures.clear()
     frames = decode(nodes, vae, latent(2), mode)
-    assert torch.equal(handed_out[1], earlier), "the buffer was not used again"
+    assert torch.equal(before[1], earlier), "the buffer was not reused"
     old = colours(earlier)
     allowed = colours(frames) | {(0, 0, 0)}
     assert shown.pictures and old - allowed
@@ -76,7 +76,7 @@ def test_previews_show_what_was_written_in_this_decode_and_never_an_earlier_vide
         assert shades(picture) <= allowed
 
 
-def test_a_used_buffer_shows_nothing_before_the_ranks_have_written(nodes, shown):
+def test_a_reused_buffer_gives_no_preview_before_the_ranks_have_written(nodes, shown):
     used = torch.full((1, 17, 32, 48, 3), 0.7)
     progress = nodes.progress.Progress()
     progress.watch(used)
@@ -92,19 +92,19 @@ def test_a_used_buffer_shows_nothing_before_the_ranks_have_written(nodes, shown)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 32, 48, 3), (2, 5, 16, 16, 3), (1, 121, 48, 80, 3)])
-def test_few_frames_are_marked_and_each_video_has_one(nodes, shown, shape):
+def test_at_most_eight_frames_are_marked_for_previews_and_at_least_one(nodes, shown, shape):
     frames = torch.zeros(shape)
     nodes.progress.Progress().watch(frames)
     marked = int(frames.isnan().flatten(2).any(2).sum())
     assert 1 <= marked <= nodes.progress.PREVIEW_FRAMES
 
 
-def test_an_eight_bit_latent_decodes_as_the_numbers_that_it_holds(nodes, pack, core, shown):
-    vae, half = pack.load_vae(core.path), latent(3, 2).to(torch.float8_e4m3fn)
-    assert torch.equal(decode(nodes, vae, half), decode(nodes, vae, half.float()))
+def test_an_fp8_latent_decodes_like_the_same_values_in_float32(nodes, pack, core, shown):
+    vae, fp8 = pack.load_vae(core.path), latent(3, 2).to(torch.float8_e4m3fn)
+    assert torch.equal(decode(nodes, vae, fp8), decode(nodes, vae, fp8.float()))
 
 
-def test_pixels_that_are_not_numbers_come_with_a_message(nodes, pack, core, shown):
+def test_pixels_that_are_nan_or_infinite_are_reported_on_the_node(nodes, pack, core, shown):
     decode(nodes, pack.load_vae(core.path), latent(3, 2))
     assert not shown.messages
     weights = weights_of(core.model)

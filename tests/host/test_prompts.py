@@ -21,7 +21,7 @@ IDS = [
 
 
 def small(prompt: dict, **decode) -> dict:
-    """The prompt at a size for tests."""
+    """Return the prompt at a small size."""
     prompt = copy.deepcopy(prompt)
     if "sampler" in prompt:
         prompt["sampler"]["inputs"] |= {"width": 96, "height": 64, "frames": 5, "steps": 3}
@@ -32,7 +32,7 @@ def small(prompt: dict, **decode) -> dict:
 
 
 def saved_frames(prompt: dict) -> dict:
-    """The prompt, saving its frames as pictures."""
+    """Return the prompt with its frames saved as pictures."""
     prompt = {key: node for key, node in prompt.items() if key not in ("video", "save")}
     prompt["save"] = {
         "class_type": "SaveImage",
@@ -41,7 +41,7 @@ def saved_frames(prompt: dict) -> dict:
     return prompt
 
 
-def test_all_nodes_are_there_and_say_what_each_input_is(host):
+def test_all_nodes_are_registered_and_have_a_tooltip_for_each_input(host):
     info = host.get("/object_info")
     assert [id for id in IDS if id not in info] == []
     for id in IDS:
@@ -74,7 +74,7 @@ def test_tiled_frames_are_the_same_for_one_and_two_ranks(host, prompt):
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
-def test_our_latents_go_through_cores_decode_and_one_frame_looks_alike(host, prompt):
+def test_cores_decode_of_our_latent_gives_the_same_single_frame(host, prompt):
     ours = saved_frames(small(prompt("text_to_video")))
     ours["sampler"]["inputs"]["frames"] = 1
     core = copy.deepcopy(ours)
@@ -110,22 +110,22 @@ def test_a_second_prompt_reuses_the_group_and_the_cached_conditioning(host, prom
     assert host.rank_pids() == pids
 
 
-def test_the_group_comes_up_and_loads_the_weights_before_there_is_a_latent(host, prompt):
+def test_the_group_starts_and_loads_the_weights_while_the_sampler_runs(host, prompt):
     graph = small(prompt("text_to_video"))
     graph["sampler"]["inputs"] |= {"seed": 79, "steps": 40}
     host.stop_groups()
-    told = []
+    events = []
 
     def follow(type, data):
         if type == "hv15.group":
-            told.append(data["state"])
+            events.append(data["state"])
         if type == "executing":
-            told.append(data["node"])
+            events.append(data["node"])
 
     run = host.run(graph, follow)
     assert run.error is None
-    assert "starting" in told[: told.index("sampler")]
-    assert "busy" in told[: told.index("decode", told.index("sampler"))], told
+    assert "starting" in events[: events.index("sampler")]
+    assert "busy" in events[: events.index("decode", events.index("sampler"))], events
 
 
 def test_sampling_and_decoding_report_progress(host, prompt):
@@ -137,30 +137,30 @@ def test_sampling_and_decoding_report_progress(host, prompt):
 
 
 @pytest.mark.parametrize(
-    ("latent", "words"),
+    ("latent", "message"),
     [
         (torch.randn(1, 16, 2, 4, 4), "16 channels"),
         (torch.randn(1, 32, 4, 4), "a video latent is"),
         (torch.full((1, 32, 2, 4, 4), float("nan")), "NaN or infinite"),
     ],
 )
-def test_a_bad_latent_is_refused_in_words_and_the_next_prompt_works(host, prompt, latent, words):
+def test_a_bad_latent_is_refused_with_a_message_and_the_next_prompt_works(host, prompt, latent, message):
     host.save_latent("bad.latent", latent)
     graph = small(prompt("decode_saved_latent"))
     graph["latent"]["inputs"]["latent"] = "bad.latent"
     run = host.run(graph)
-    assert run.error and words in run.error["exception_message"]
+    assert run.error and message in run.error["exception_message"]
     assert host.run(small(prompt("core_nodes"))).error is None
 
 
-def test_a_device_that_is_not_there_is_refused_by_name(host, prompt):
+def test_a_missing_device_is_refused_by_name(host, prompt):
     graph = small(prompt("core_nodes"))
     graph["ranks"]["inputs"]["devices"] = "cuda:93"
     run = host.run(graph)
     assert run.error and "cuda:93" in run.error["exception_message"]
 
 
-def test_sizes_that_the_model_cannot_take_come_back_with_the_nearest(host, prompt):
+def test_invalid_sizes_are_refused_with_the_nearest_valid_ones(host, prompt):
     graph = small(prompt("text_to_video"))
     graph["sampler"]["inputs"]["width"] = 100
     assert "96 or 112" in host.run(graph).error["exception_message"]
@@ -168,7 +168,7 @@ def test_sizes_that_the_model_cannot_take_come_back_with_the_nearest(host, promp
     assert "5 or 9" in host.run(graph).error["exception_message"]
 
 
-def test_a_start_image_needs_a_checkpoint_for_it(host, prompt):
+def test_a_start_image_needs_an_image_to_video_checkpoint(host, prompt):
     graph = small(prompt("image_to_video"))
     graph["pipeline"]["inputs"]["model"] = "tiny (built in)"
     assert "takes no start_image" in host.run(graph).error["exception_message"]
@@ -191,7 +191,7 @@ def test_a_killed_rank_does_not_cost_the_prompt(host, prompt):
     graph = saved_frames(small(prompt("decode_saved_latent")))
     graph["latent"]["inputs"]["latent"] = "middling.latent"
     expected = host.pictures(host.run(graph))
-    graph["decode"]["inputs"]["tile_size"] = 144  # anything that makes ComfyUI run it again
+    graph["decode"]["inputs"]["tile_size"] = 144  # a changed input, so that ComfyUI does not use its cache
     killed = []
 
     def follow(type, data):
@@ -216,7 +216,7 @@ def test_free_reaches_the_ranks_and_stop_and_restart_work_over_http(host, prompt
     limit = time.monotonic() + 20
     while loaded():
         assert time.monotonic() < limit, "ranks still hold the weights"
-        # Again and again: while ComfyUI collects garbage after a prompt it does not hear of it, until the next prompt.
+        # Repeated, because ComfyUI ignores it until the next prompt while it collects garbage after a prompt.
         host.post("/free", {"unload_models": True, "free_memory": True})
         time.sleep(1)
     (group, *_) = [g for g in host.get("/hv15/groups") if len(g["ranks"]) == 2]

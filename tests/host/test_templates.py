@@ -1,4 +1,4 @@
-"""The graphs of example_workflows, against the nodes that a real ComfyUI has."""
+"""The graphs in example_workflows, compared with the nodes of a real ComfyUI."""
 
 import copy
 import json
@@ -23,8 +23,8 @@ def test_every_node_exists(host, template):
     assert [n["type"] for n in template["nodes"] if n["type"] not in info and n["type"] not in NOTES] == []
 
 
-def test_our_nodes_cover_no_others(template):
-    title = 30  # pixels above a node's own place
+def test_our_nodes_overlap_no_other_nodes(template):
+    title = 30  # pixels above a node's position
 
     def box(node):
         (x, y), (width, height) = node["pos"], node["size"]
@@ -34,8 +34,8 @@ def test_our_nodes_cover_no_others(template):
         left, top, right, bottom = box(ours)
         for other in template["nodes"]:
             x, y, end_x, end_y = box(other)
-            apart = right <= x or end_x <= left or bottom <= y or end_y <= top
-            assert other is ours or apart, f"{ours['type']} covers {other['type']}"
+            separate = right <= x or end_x <= left or bottom <= y or end_y <= top
+            assert other is ours or separate, f"{ours['type']} overlaps {other['type']}"
 
 
 def test_links_agree_with_the_sockets_on_both_ends(template):
@@ -50,7 +50,7 @@ def test_links_agree_with_the_sockets_on_both_ends(template):
     assert used == ids and max(ids) <= template["last_link_id"] and max(nodes) <= template["last_node_id"]
 
 
-def test_our_nodes_have_the_inputs_and_outputs_of_today(host, template):
+def test_our_nodes_have_their_current_inputs_and_outputs(host, template):
     info = host.get("/object_info")
     ours = [node for node in template["nodes"] if node["type"].startswith("HV15")]
     assert ours
@@ -63,7 +63,7 @@ def test_our_nodes_have_the_inputs_and_outputs_of_today(host, template):
         assert len(node["widgets_values"]) == sum("widget" in socket for socket in node["inputs"]) + extra
 
 
-def test_in_cores_graphs_whatever_decodes_does_so_on_ranks():
+def test_in_cores_graphs_every_decode_node_decodes_on_ranks():
     core = [path for path in TEMPLATES if path.stem in STOCK]
     assert len(core) == 2
     for path in core:
@@ -76,7 +76,7 @@ def test_in_cores_graphs_whatever_decodes_does_so_on_ranks():
 
 
 def test_a_template_runs(host, prompt):
-    """The graph's own values, read back as the web UI reads them, at a size for tests."""
+    """With the graph's values, read as the web UI reads them, at a small size."""
     graph = json.loads((ROOT / "example_workflows" / f"{PROMPTS['text_to_video']}.json").read_text())
     run = host.run(shrink(as_prompt(graph)))
     assert run.error is None, run.error["exception_message"]

@@ -1,4 +1,4 @@
-"""Texts that people read beside the graph: names, tooltips, help pages, in English and Chinese."""
+"""Names, tooltips and help pages in English and Chinese, and the tests that the reliability page names."""
 
 import json
 import re
@@ -15,7 +15,7 @@ def locale(language: str) -> dict:
     return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text("utf-8"))
 
 
-def test_locales_and_help_pages_say_what_the_schemas_say(pack):
+def test_locales_and_help_pages_agree_with_the_schemas(pack):
     """`python scripts/make_texts.py` writes them."""
     files = make_texts.generated(pack.nodes.NODES)
     assert len(files) == 1 + 2 * len(pack.nodes.NODES)
@@ -34,14 +34,14 @@ def test_every_input_and_output_has_a_name_and_a_tooltip_in_both_languages(pack)
                 assert all(text["name"] and text["tooltip"] for text in language[part].values()), (id, part)
 
 
-def test_the_names_of_inputs_are_chinese_in_the_chinese_texts():
+def test_input_names_are_translated_in_the_chinese_texts():
     english = {
         name for node in locale("zh").values() for id, text in node["inputs"].items() if (name := text["name"]) == id
     }
     assert english == set()
 
 
-def test_a_chinese_tooltip_names_the_options_and_the_numbers_of_the_english_one():
+def test_a_chinese_tooltip_has_the_options_and_numbers_of_the_english_one():
     chinese = locale("zh")
     for id, texts in locale("en").items():
         for name, text in texts["inputs"].items():
@@ -65,7 +65,7 @@ def test_every_test_that_the_reliability_page_names_exists():
     assert [path for path in re.findall(r"`(tests/[\w/.]+)`", page) if not (ROOT / path).exists()] == []
 
 
-def test_every_node_is_found_by_the_words_that_people_search_for(pack):
+def test_the_node_search_finds_every_node_by_common_terms(pack):
     schemas = [node.define_schema() for node in pack.nodes.NODES]
     aliases = {schema.node_id: getattr(schema, "search_aliases", []) for schema in schemas}
     assert [id for id, words in aliases.items() if "hunyuanvideo" not in words and id != "HV15Sampler"] == []
@@ -74,7 +74,7 @@ def test_every_node_is_found_by_the_words_that_people_search_for(pack):
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_a_generated_page_keeps_its_prose_and_loses_what_is_out_of_date(language):
+def test_a_generated_page_keeps_its_prose_and_replaces_title_and_table(language):
     texts = {
         "display_name": "A",
         "inputs": {"b": {"name": "b", "tooltip": "New."}},

@@ -1,4 +1,4 @@
-"""The tiny built-in model: whole, the same everywhere, and a model whose videos can be seen."""
+"""The built-in tiny model: complete, the same on every machine, with visible and moving pictures."""
 
 import hashlib
 import subprocess
@@ -15,7 +15,7 @@ CLASSES = {"t2v": HunyuanVideo15Pipeline, "i2v": HunyuanVideo15ImageToVideoPipel
 
 
 def digest(folder: Path) -> str:
-    """Of every weight of the pipeline, by name."""
+    """Return a hash of the pipeline's weights and their names."""
     hashed = hashlib.sha256()
     for file in sorted(folder.glob("*/*.safetensors")):
         for name, weight in sorted(load_file(file).items()):
@@ -29,14 +29,14 @@ def test_the_weights_are_the_same_on_every_machine(tiny_folders, kind, expected)
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_diffusers_loads_it_back_with_every_part(tiny_folders, kind):
+def test_diffusers_loads_it_with_every_component(tiny_folders, kind):
     pipeline = CLASSES[kind].from_pretrained(tiny_folders[kind], local_files_only=True)
     assert all(part is not None for part in pipeline.components.values())
     vae = pipeline.vae
     assert (vae.config.latent_channels, vae.spatial_compression_ratio, vae.temporal_compression_ratio) == (32, 16, 4)
 
 
-def test_what_the_pipeline_cuts_off_ends_where_the_prompt_begins(tiny_folders):
+def test_the_pipeline_removes_the_tokens_before_the_prompt_and_no_others(tiny_folders):
     pipeline = HunyuanVideo15Pipeline.from_pretrained(tiny_folders["t2v"], local_files_only=True)
     chat = [{"role": "system", "content": pipeline.system_message}, {"role": "user", "content": "a red fox"}]
     ids = pipeline.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -44,7 +44,7 @@ def test_what_the_pipeline_cuts_off_ends_where_the_prompt_begins(tiny_folders):
     assert kept.startswith("a red fox<|im_end|>")
 
 
-def test_the_prompt_changes_what_the_transformer_sees_and_quoted_text_goes_to_byt5(tiny_folders):
+def test_the_prompt_changes_the_embeddings_and_quoted_text_is_encoded_by_byt5(tiny_folders):
     pipeline = HunyuanVideo15Pipeline.from_pretrained(tiny_folders["t2v"], local_files_only=True)
 
     def encode(prompt: str) -> tuple:
@@ -58,7 +58,7 @@ def test_the_prompt_changes_what_the_transformer_sees_and_quoted_text_goes_to_by
     assert glyph_mask.sum() == 0 and sign_mask.sum() > 4 and glyphs.std() > 0
 
 
-def test_its_pictures_are_neither_flat_nor_still(tiny_folders):
+def test_its_videos_have_contrast_and_motion(tiny_folders):
     pipeline = HunyuanVideo15Pipeline.from_pretrained(tiny_folders["t2v"], local_files_only=True)
     with torch.no_grad():
         latent = torch.randn(1, 32, 2, 6, 8, generator=torch.Generator().manual_seed(1))
@@ -67,7 +67,7 @@ def test_its_pictures_are_neither_flat_nor_still(tiny_folders):
     assert (frames[:, :, 1:] - frames[:, :, :-1]).abs().mean() > 0.01
 
 
-def test_processes_that_make_it_at_once_leave_one_whole_folder(tmp_path, tiny_folders):
+def test_processes_that_create_it_at_the_same_time_leave_one_complete_folder(tmp_path, tiny_folders):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tiny;"
         "print(tiny.ensure_tiny('t2v', Path(sys.argv[2])))"

@@ -1,4 +1,4 @@
-"""The VAE between core and the ranks: core's own classes, at reduced width, beside diffusers and our decoder."""
+"""The VAE object between core and the ranks: core's own classes at reduced width, against diffusers and our decoder."""
 
 import copy
 import gc
@@ -15,7 +15,7 @@ from core_models import WIDTHS, core_model, engine, weights_of
 
 
 def loaded_by_core(model):
-    """What core's VAELoader leaves of a file: a VAE whose file nobody knows."""
+    """Return a VAE as core's VAELoader creates it, without a record of its file."""
     import comfy.sd
 
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
@@ -39,7 +39,7 @@ def to_frames(video):
 
 
 def ranks_decode(path, latent):
-    """As a single rank decodes."""
+    """Decode in this process, as a single rank does."""
     from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
     from distributed.vae.engine import Engine
     from distributed.vae.job import DecodeRequest
@@ -63,14 +63,14 @@ def test_a_core_checkpoint_decodes_on_ranks_as_diffusers_decodes_it(core, frames
     assert (found - expected).abs().max() <= 1e-5
 
 
-def test_one_frame_is_core_s_own(core):
+def test_one_frame_equals_cores_decode(core):
     with torch.inference_mode():
         expected = to_frames(core.model.decode(latent(1)))
     assert (ranks_decode(core.path, latent(1)) - expected).abs().max() <= 1e-5
 
 
-def test_more_frames_differ_from_core_s_by_the_causal_mask_alone(core):
-    """Core lets a frame attend to later ones. Given the mask, it is the model that ranks decode."""
+def test_several_frames_differ_from_cores_decode_by_the_causal_mask_only(core):
+    """In core a frame attends to later frames. With the mask, core computes what the ranks compute."""
     found = ranks_decode(core.path, latent(3))
 
     def causal(q, k, v):
@@ -89,14 +89,14 @@ def test_more_frames_differ_from_core_s_by_the_causal_mask_alone(core):
     assert (found - unmasked).abs().max() > 1e-4
 
 
-def test_either_layout_becomes_the_vae_that_core_would_have_made(pack, core, tmp_path):
+def test_either_layout_becomes_the_vae_that_core_would_create(pack, core, tmp_path):
     from distributed.vae.hunyuanvideo15.layout import to_diffusers
 
     renamed = tmp_path / "diffusers.safetensors"
     save_file({to_diffusers(key): tensor for key, tensor in weights_of(core.model).items()}, renamed)
     image = torch.rand(5, 48, 64, 3)
     with torch.inference_mode():
-        # Core's encoder draws from the latent's distribution.
+        # Core's encoder samples from the latent's distribution.
         torch.manual_seed(5)
         expected = core.model.encode(image.movedim(-1, 0).unsqueeze(0) * 2 - 1)
         for path in (core.path, renamed):
@@ -114,7 +114,7 @@ def test_either_layout_becomes_the_vae_that_core_would_have_made(pack, core, tmp
 
 @pytest.fixture
 def theirs(core, monkeypatch):
-    """The VAE that core's own class makes of the checkpoint."""
+    """The VAE that core's own class creates from the checkpoint."""
     import comfy.sd
 
     with monkeypatch.context() as patch:
@@ -124,7 +124,7 @@ def theirs(core, monkeypatch):
 
 @pytest.mark.parametrize("frames", [1, 3])
 @torch.inference_mode()  # as ComfyUI runs nodes
-def test_core_decodes_with_our_vae_to_the_numbers_of_its_own(pack, core, theirs, frames):
+def test_core_decodes_with_our_vae_exactly_as_with_its_own(pack, core, theirs, frames):
     ours = pack.load_vae(core.path, "float32")
     expected = theirs.decode(latent(frames))
     assert expected.std() > 0.01 and expected.min() >= 0 and expected.max() <= 1
@@ -133,8 +133,8 @@ def test_core_decodes_with_our_vae_to_the_numbers_of_its_own(pack, core, theirs,
     assert torch.equal(ours.decode_tiled(latent(frames), **tiles), theirs.decode_tiled(latent(frames), **tiles))
 
 
-def test_core_encodes_with_our_vae_to_the_numbers_of_its_own(pack, core, theirs):
-    """Core's encoder draws from the latent's distribution."""
+def test_core_encodes_with_our_vae_exactly_as_with_its_own(pack, core, theirs):
+    """Core's encoder samples from the latent's distribution, so both are seeded."""
     ours = pack.load_vae(core.path, "float32")
     pixels = torch.rand(5, 50, 64, 3, generator=torch.Generator().manual_seed(2))  # core crops it to 48
     results = []
@@ -144,7 +144,7 @@ def test_core_encodes_with_our_vae_to_the_numbers_of_its_own(pack, core, theirs)
     assert results[0].shape == (1, 32, 2, 3, 4) and torch.equal(*results)
 
 
-def test_our_vae_has_every_attribute_of_core_s_with_the_same_value(pack, core, theirs):
+def test_our_vae_has_every_attribute_of_cores_vae_with_the_same_value(pack, core, theirs):
     ours, shape = pack.load_vae(core.path, "float32"), (1, 32, 3, 30, 52)
     own = {"first_stage_model", "patcher"}
     for name, expected in vars(theirs).items():
@@ -161,8 +161,8 @@ def test_our_vae_has_every_attribute_of_core_s_with_the_same_value(pack, core, t
     assert type(ours.patcher) is type(theirs.patcher)
 
 
-def test_what_core_s_constructor_sets_is_what_our_vae_has(pack, core, monkeypatch):
-    """As in later versions of core, whose output processor works in place."""
+def test_our_vae_keeps_the_attributes_that_cores_constructor_sets(pack, core, monkeypatch):
+    """In later versions of core the output processor works in place."""
     import comfy.sd
 
     construct = comfy.sd.VAE.__init__
@@ -180,12 +180,12 @@ def test_what_core_s_constructor_sets_is_what_our_vae_has(pack, core, monkeypatc
 
 
 def add_unused(model):
-    """Tensors that core's model has in some versions, that no checkpoint has, and that no layer uses."""
+    """Add tensors that core's model has in some versions, that no checkpoint has, and that no layer uses."""
     for part in (model.encoder, model.decoder):
         part.mid.block_1.temb_proj = torch.nn.Linear(512, WIDTHS[-1])
 
 
-def test_core_s_model_may_hold_more_than_a_checkpoint(pack, core, monkeypatch):
+def test_cores_model_may_have_more_tensors_than_a_checkpoint(pack, core, monkeypatch):
     construct = pack.MappedModel.__init__
 
     def more(self, *args):
@@ -200,7 +200,7 @@ def test_core_s_model_may_hold_more_than_a_checkpoint(pack, core, monkeypatch):
     assert torch.allclose(vae.decode(latent(1)), to_frames(core.model.decode(latent(1))), atol=1e-5)
 
 
-def test_tensors_that_core_s_model_holds_beyond_a_checkpoint_do_not_matter_to_ranks(pack, core):
+def test_ranks_ignore_tensors_of_cores_model_that_no_checkpoint_has(pack, core):
     add_unused(core.model)
     core.model.decoder.mid.block_1.temb_proj.weight.data.fill_(float("nan"))
     assert torch.equal(
@@ -208,7 +208,7 @@ def test_tensors_that_core_s_model_holds_beyond_a_checkpoint_do_not_matter_to_ra
     )
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(pack, core):
+def test_a_checkpoint_with_a_missing_tensor_is_refused(pack, core):
     weights = weights_of(core.model)
     for key in ("decoder.conv_out.conv.bias", "encoder.mid.attn_1.k.weight"):
         save_file({name: tensor for name, tensor in weights.items() if name != key}, core.path)
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(pack, core):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_vae_loads_in_the_dtype_that_was_asked_for(pack, core, tmp_path, dtype):
+def test_a_vae_is_loaded_in_the_requested_dtype(pack, core, tmp_path, dtype):
     path = tmp_path / "half.safetensors"
     save_file({key: tensor.to(dtype) for key, tensor in weights_of(core.model).items()}, path)
     for name, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -225,24 +225,24 @@ def test_a_vae_loads_in_the_dtype_that_was_asked_for(pack, core, tmp_path, dtype
         assert {tensor.dtype for tensor in vae.get_sd().values()} == {wanted}
 
 
-def test_a_file_on_disk_is_what_ranks_map(pack, core):
+def test_ranks_map_the_file_on_disk(pack, core):
     vae = pack.load_vae(core.path)
     assert pack.rank_source(vae) == core.path
     assert pack.rank_source(copy.copy(vae)) == core.path
 
 
 def load_vae_patcher(path, metadata, device):
-    """Stands for core's function of this name, which older versions do not have."""
+    """A replacement for core's function of this name, which older versions do not have."""
 
 
 def remembered(model, path):
-    """What core's VAELoader leaves where core remembers the file."""
+    """Return a VAE as core's VAELoader creates it in versions that record its file."""
     vae = loaded_by_core(model)
     vae.patcher.cached_patcher_init = (load_vae_patcher, (str(path), None, None))
     return vae
 
 
-def test_the_file_that_core_s_loader_remembers_is_what_ranks_map(pack, core, tmp_path):
+def test_ranks_map_the_file_that_cores_loader_has_recorded(pack, core, tmp_path):
     assert pack.rank_source(remembered(core.model, core.path)) == core.path
     half = tmp_path / "half.safetensors"
     save_file({key: tensor.half() for key, tensor in weights_of(core.model).items()}, half)
@@ -250,7 +250,7 @@ def test_the_file_that_core_s_loader_remembers_is_what_ranks_map(pack, core, tmp
     assert pack.rank_source(remembered(converted, half)) == half
 
 
-def test_a_file_that_holds_other_weights_than_the_vae_is_not_trusted(pack, core):
+def test_a_recorded_file_with_other_weights_than_the_vae_is_not_used(pack, core):
     changed = copy.deepcopy(core.model)
     changed.decoder.mid.attn_1.q.weight *= 1.1
     source = pack.rank_source(remembered(changed, core.path))
@@ -259,7 +259,7 @@ def test_a_file_that_holds_other_weights_than_the_vae_is_not_trusted(pack, core)
     assert pack.rank_source(remembered(core.model, core.path.with_name("gone.safetensors"))).is_file()
 
 
-def test_core_can_load_our_vae_anew_for_another_device(pack, core):
+def test_core_can_load_our_vae_again_for_another_device(pack, core):
     import comfy.model_patcher
 
     vae = pack.load_vae(core.path, "float32")
@@ -273,8 +273,8 @@ def test_core_can_load_our_vae_anew_for_another_device(pack, core):
     assert all(torch.equal(weights[key], tensor) for key, tensor in vae.get_sd().items())
 
 
-def test_a_file_that_was_written_over_is_refused_and_loaded_anew(pack, core, monkeypatch):
-    """Its pages are mapped: to read them could end the process, as it would where the file is shorter now."""
+def test_an_overwritten_file_is_refused_and_the_next_prompt_loads_it_again(pack, core, monkeypatch):
+    """Its pages are mapped: reading them kills the process with SIGBUS if the file has become shorter."""
     monkeypatch.setattr(pack.module, "vae_path", lambda name: core.path)
     before = pack.LoadVAE.fingerprint_inputs("a file", "auto")
     vae = pack.load_vae(core.path)
@@ -287,10 +287,10 @@ def test_a_file_that_was_written_over_is_refused_and_loaded_anew(pack, core, mon
     assert pack.LoadVAE.fingerprint_inputs("a file", "auto") != before
 
 
-def test_a_file_that_changed_or_went_is_not_what_was_loaded(pack, core):
+def test_ranks_get_the_loaded_weights_after_the_file_was_replaced_or_deleted(pack, core):
     vae = pack.load_vae(core.path)
     before = ranks_decode(core.path, latent(1))
-    # Replaced as downloads are: the old file's pages stay with those who mapped them.
+    # os.replace gives the path a new file; the pages of the old file stay mapped.
     other = core.path.with_name("other.safetensors")
     save_file({key: tensor * 1.1 for key, tensor in weights_of(core.model).items()}, other)
     os.replace(other, core.path)
@@ -300,7 +300,7 @@ def test_a_file_that_changed_or_went_is_not_what_was_loaded(pack, core):
     assert pack.rank_source(vae) == source
 
 
-def test_weights_in_memory_are_handed_over_once_wherever_they_move(pack, core):
+def test_weights_in_memory_are_copied_once_even_if_core_moves_them(pack, core):
     vae = loaded_by_core(core.model)
     source = pack.rank_source(vae)
     assert torch.equal(ranks_decode(source, latent(3)), ranks_decode(core.path, latent(3)))
@@ -309,7 +309,7 @@ def test_weights_in_memory_are_handed_over_once_wherever_they_move(pack, core):
     assert pack.rank_source(vae) == source == pack.rank_source(copy.copy(vae))
 
 
-def test_changed_weights_are_handed_over_anew(pack, core):
+def test_changed_weights_are_copied_again(pack, core):
     vae = loaded_by_core(core.model)
     before = ranks_decode(pack.rank_source(vae), latent(1))
     for parameter in core.model.decoder.parameters():
@@ -317,8 +317,8 @@ def test_changed_weights_are_handed_over_anew(pack, core):
     assert not torch.equal(ranks_decode(pack.rank_source(vae), latent(1)), before)
 
 
-def test_two_vaes_are_never_taken_for_each_other(pack, core):
-    """Not even where the second takes the first's place in memory, as a key made of addresses would have it."""
+def test_two_vaes_are_never_confused(pack, core):
+    """Memory addresses would not identify a VAE: the second may be allocated where the first was."""
     vae = loaded_by_core(core.model)
     first = ranks_decode(pack.rank_source(vae), latent(1))
     other = loaded_by_core(copy.deepcopy(core.model))
@@ -328,8 +328,8 @@ def test_two_vaes_are_never_taken_for_each_other(pack, core):
     assert torch.equal(ranks_decode(pack.rank_source(vae), latent(1)), first)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file in a private folder is used")
-def test_what_was_handed_over_has_no_name_on_disk_and_goes_with_its_vae(pack, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems use a file in a private folder")
+def test_the_copy_has_no_name_on_disk_and_is_freed_with_its_vae(pack, tmp_path):
     vae = loaded_by_core(core_model(pack))
     source = pack.rank_source(vae)
     assert source.is_file() and "(deleted)" in os.readlink(source)
@@ -339,8 +339,8 @@ def test_what_was_handed_over_has_no_name_on_disk_and_goes_with_its_vae(pack, tm
     assert not source.exists()
 
 
-def test_a_diffusers_file_that_core_s_loader_did_not_read_is_found_out(pack, core):
-    """Core warns of missing keys and goes on with whatever the memory held."""
+def test_weights_that_cores_loader_did_not_read_are_refused(pack, core):
+    """Core only warns about missing keys of a diffusers file and leaves these weights uninitialised."""
     core.model.decoder.mid.block_1.conv1.conv.weight.zero_()
     with pytest.raises(ValueError, match=r"not loaded completely.*Load HunyuanVideo-1\.5 VAE"):
         pack.rank_source(loaded_by_core(core.model))
@@ -349,7 +349,7 @@ def test_a_diffusers_file_that_core_s_loader_did_not_read_is_found_out(pack, cor
         pack.rank_source(loaded_by_core(core.model))
 
 
-def test_another_model_s_vae_is_refused_by_name(pack):
+def test_a_vae_of_another_model_is_refused_by_name(pack):
     from diffusers import AutoencoderKL
 
     blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
@@ -359,7 +359,7 @@ def test_another_model_s_vae_is_refused_by_name(pack):
         pack.rank_source(vae)
 
 
-def test_a_decoder_alone_is_no_vae_for_core(pack, core, tmp_path):
+def test_a_checkpoint_with_only_a_decoder_is_refused_by_the_loader(pack, core, tmp_path):
     weights = {key: tensor for key, tensor in weights_of(core.model).items() if key.startswith("decoder.")}
     save_file(weights, tmp_path / "decoder.safetensors")
     with pytest.raises(ValueError, match="it has no encoder"):
@@ -367,8 +367,8 @@ def test_a_decoder_alone_is_no_vae_for_core(pack, core, tmp_path):
 
 
 @pytest.fixture
-def asked(pack, monkeypatch):
-    """What the drop-in VAE asks of ranks, without any."""
+def decodes(pack, monkeypatch):
+    """The arguments with which a distributed VAE calls `decode_on_ranks`, which is replaced."""
     distribute = importlib.import_module("hv15_pack.nodes.distribute")
     calls = []
     monkeypatch.setattr(
@@ -383,13 +383,13 @@ def asked(pack, monkeypatch):
     return SimpleNamespace(calls=calls, distributed=distributed)
 
 
-def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked):
+def test_a_distributed_vae_equals_the_vae_in_everything_but_decoding(pack, core, decodes):
     import comfy.model_management
     import comfy.sd
 
     vae = pack.load_vae(core.path, "float32")
-    twin = asked.distributed(vae, None, "seamless", 256, 64, 0)
-    again = copy.copy(asked.distributed(twin, None, "tiled", 128, 32, 6))
+    twin = decodes.distributed(vae, None, "seamless", 256, 64, 0)
+    again = copy.copy(decodes.distributed(twin, None, "tiled", 128, 32, 6))
     assert isinstance(again, comfy.sd.VAE) and again.patcher is vae.patcher
     assert again.get_sd().keys() == vae.get_sd().keys() and pack.rank_source(again) == core.path
     assert type(copy.deepcopy(twin)) is type(twin) and copy.deepcopy(twin).options == twin.options
@@ -397,36 +397,36 @@ def test_the_drop_in_is_a_core_vae_in_everything_but_decoding(pack, core, asked)
     again.decode(latent(1), vae_options={})
     again.decode_tiled(latent(1))
     again.decode_tiled(latent(1), tile_x=8, tile_y=4, overlap=1, tile_t=16, overlap_t=2)
-    assert asked.calls == [
+    assert decodes.calls == [
         ("seamless", 256, 64, 0),
         ("tiled", 128, 32, 6),
         ("tiled", 128, 32, 6),
         ("tiled", 64, 16, 6),
     ]
     loaded = [model.model for model in comfy.model_management.current_loaded_models]
-    assert vae.patcher not in loaded, "core's model was loaded for a decode that ranks do"
+    assert vae.patcher not in loaded, "core's model was loaded for a decode on ranks"
 
 
-def test_a_decode_that_was_set_on_the_vae_itself_does_not_hide_the_ranks(pack, core, asked):
+def test_a_decode_attribute_of_the_vae_does_not_bypass_the_ranks(pack, core, decodes):
     vae = pack.load_vae(core.path, "float32")
     vae.decode = vae.decode_tiled = lambda *_: "not on ranks"
-    twin = asked.distributed(vae, None, "seamless", 256, 64, 0)
+    twin = decodes.distributed(vae, None, "seamless", 256, 64, 0)
     assert twin.decode(latent(1)) is None and twin.decode_tiled(latent(1)) is None
-    assert len(asked.calls) == 2 and vae.decode() == "not on ranks"
+    assert len(decodes.calls) == 2 and vae.decode() == "not on ranks"
 
 
-def test_what_another_pack_s_kind_of_vae_does_otherwise_the_drop_in_does_too(pack, core, asked):
+def test_a_distributed_vae_keeps_the_methods_of_another_packs_vae_class(pack, core, decodes):
     vae = pack.load_vae(core.path, "float32")
     odd = type("OddVAE", (type(vae),), {"encode": lambda self, pixels: "encoded oddly", "decode": lambda *_: "not so"})
     vae.__class__ = odd
-    twin = asked.distributed(vae, None, "seamless", 256, 64, 0)
+    twin = decodes.distributed(vae, None, "seamless", 256, 64, 0)
     assert isinstance(twin, odd) and twin.encode(None) == "encoded oddly"
     twin.decode(latent(1))
-    assert asked.calls == [("seamless", 256, 64, 0)]
+    assert decodes.calls == [("seamless", 256, 64, 0)]
 
 
 @pytest.mark.parametrize(
-    ("samples", "words"),
+    ("samples", "message"),
     [
         (torch.zeros(1, 32, 4, 4), r"\[1, 32, 4, 4\]; a video latent is"),
         (torch.zeros(32), r"\[32\]; a video latent is"),
@@ -437,15 +437,15 @@ def test_what_another_pack_s_kind_of_vae_does_otherwise_the_drop_in_does_too(pac
         ([1, 2], "list"),
     ],
 )
-def test_a_bad_latent_is_refused_before_a_group_is_even_made(pack, core, samples, words):
+def test_a_bad_latent_is_refused_before_a_group_is_created(pack, core, samples, message):
     on_ranks, groups = (importlib.import_module(f"hv15_pack.nodes.{name}") for name in ("on_ranks", "groups"))
     options = on_ranks.DecodeOptions(None, "seamless", 256, 64)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         on_ranks.decode_on_ranks(samples, pack.load_vae(core.path), options)
     assert groups.all_groups() == []
 
 
-def test_real_ranks_map_what_was_handed_over_and_another_vae_restarts_nothing(pack, core):
+def test_real_ranks_map_copied_weights_and_another_vae_restarts_no_process(pack, core):
     from distributed import RankGroup
 
     vaes = [loaded_by_core(core.model), loaded_by_core(copy.deepcopy(core.model))]
@@ -460,6 +460,6 @@ def test_real_ranks_map_what_was_handed_over_and_another_vae_restarts_nothing(pa
         source = pack.rank_source(first)
         del vae, first, core.model
         gc.collect()
-        assert not source.exists(), "the weights of a VAE that is gone are still held"
+        assert not source.exists(), "the weights of a deleted VAE are still allocated"
         assert torch.isfinite(group.decode(latent(3), pack.rank_source(vaes[0]))).all()
         assert [rank["pid"] for rank in group.status()["ranks"]] == pids
