@@ -1,4 +1,4 @@
-# Everything sets itself up: `make demo` and `make test` need only Python 3.10+ and the package registries.
+# `make demo` and `make test` install what they need. They require Python 3.10+ and a package index.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -13,7 +13,7 @@ setup: .venv/.ready
 browser: setup
 	$(BIN)/python scripts/set_up.py chromium
 
-# MODEL: a folder of ComfyUI's models/diffusers, instead of the tiny built-in model.
+# MODEL: a folder in ComfyUI's models/diffusers, instead of the built-in tiny model.
 demo: setup
 	$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
 

@@ -1,4 +1,4 @@
-"""A headless ComfyUI with this pack in it, driven over HTTP and its websocket. For the demo and the tests."""
+"""A headless ComfyUI with this pack, controlled over HTTP and its websocket, for the demo and the tests."""
 
 import asyncio
 import json
@@ -29,36 +29,36 @@ START_SECONDS = 180
 
 @dataclass
 class Run:
-    """What became of a prompt."""
+    """The result of a prompt."""
 
     outputs: dict = field(default_factory=dict)
     error: dict | None = None
     interrupted: bool = False
     cached: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    """How long each node ran, by its id."""
+    """Run time of each node in seconds, by its id."""
     previews: int = 0
     progress: list[tuple[str, float]] = field(default_factory=list)
-    """(node, part done), as it was reported."""
+    """Reported progress: (node, fraction done)."""
     texts: list[str] = field(default_factory=list)
-    """What was shown on nodes as text."""
+    """Texts that were shown on nodes."""
     events: list[dict] = field(default_factory=list)
     """The `hv15.group` events."""
 
 
 def node(kind: str, **inputs: object) -> dict:
-    """A node of an API prompt."""
+    """Return a node of an API prompt."""
     return {"class_type": kind, "inputs": inputs}
 
 
 class PromptRefused(Exception):
-    """The server did not accept the prompt; the argument is its answer."""
+    """The server did not accept the prompt. The argument is the server's response."""
 
 
 class Host:
-    """A ComfyUI server of our own on a free port, with everything that it writes below `base`.
+    """A ComfyUI server on a free port that writes all of its files into the folder `base`.
 
-    models: a folder of models to offer beside those in `base`. options: more options for ComfyUI's main.py.
+    models: a folder of further models. options: further options for ComfyUI's main.py.
     """
 
     def __init__(self, base: Path, models: Path | None = None, options: Sequence[str] = ()) -> None:
@@ -86,14 +86,14 @@ class Host:
             (base / "models.json").write_text(
                 json.dumps({"more": {"base_path": str(models), "diffusers": "diffusers"}})
             )
-            command += ["--extra-model-paths-config", str(base / "models.json")]  # YAML, of which JSON is a part
+            command += ["--extra-model-paths-config", str(base / "models.json")]  # JSON is valid YAML
         if not _has_accelerator():
             command.append("--cpu")
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(command, cwd=comfyui_path(), stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self) -> "Host":
-        """Return when the server answers."""
+        """Wait until the server responds. Raises RuntimeError with its log if it does not."""
         limit = time.monotonic() + START_SECONDS
         while time.monotonic() < limit and self.process.poll() is None:
             try:
@@ -104,6 +104,7 @@ class Host:
         raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
 
     def close(self) -> None:
+        """Stop the server."""
         self.process.terminate()
         try:
             self.process.wait(20)
@@ -118,42 +119,42 @@ class Host:
         return _answer("POST", self.url + path, body)
 
     def rank_pids(self) -> set[int]:
-        """The processes of all ranks of all groups."""
+        """Return the process ids of all ranks of all groups."""
         return {rank["pid"] for group in self.get("/hv15/groups") for rank in group["ranks"]}
 
     def stop_groups(self) -> None:
-        """End the ranks of all groups; the next prompt starts those that it needs."""
+        """Stop the ranks of all groups. The next prompt starts those that it needs."""
         for group in self.get("/hv15/groups"):
             self.post(f"/hv15/groups/{group['id']}/stop")
 
     def saved(self, entry: dict) -> Path:
-        """Where a file lies that a run has among its outputs."""
+        """Return the path of a file among a run's outputs."""
         return self.base / "output" / entry["subfolder"] / entry["filename"]
 
     def pictures(self, run: Run, node: str = "save") -> np.ndarray:
-        """The frames that a run's node saved, [T, H, W, 3] in 0..255."""
+        """Return the frames that a node saved, [T, H, W, 3] in 0..255."""
         return np.stack([np.asarray(Image.open(self.saved(entry))) for entry in run.outputs[node]["images"]])
 
     def save_latent(self, name: str, latent: "torch.Tensor") -> None:
-        """Put a latent where LoadLatent finds it by this name."""
+        """Save a latent under a name that LoadLatent lists."""
         import torch
         from safetensors.torch import save_file
 
         save_file({"latent_tensor": latent, "latent_format_version_0": torch.tensor([])}, self.base / "input" / name)
 
     def interrupt_at(self, wanted: str, node: str) -> Callable[[str, dict], None]:
-        """A `follow` for `run` that interrupts, once, when an event of this type comes from this node."""
-        said = threading.Event()
+        """Return a `follow` for `run` that interrupts once, at the first event of this type from this node."""
+        interrupted = threading.Event()
 
         def follow(type: str, data: dict) -> None:
-            if type == wanted and data["node"] == node and not said.is_set():
-                said.set()
+            if type == wanted and data["node"] == node and not interrupted.is_set():
+                interrupted.set()
                 threading.Thread(target=self.post, args=("/interrupt",)).start()
 
         return follow
 
     def run(self, prompt: dict, follow: Callable[[str, dict], None] = lambda type, data: None, seconds=600) -> Run:
-        """Queue an API prompt and follow it to its end. `follow` sees each event of the websocket."""
+        """Queue an API prompt and wait for its end. `follow` is called with each event of the websocket."""
         return asyncio.run(asyncio.wait_for(self._run(prompt, follow), seconds))
 
     async def _run(self, prompt: dict, follow: Callable[[str, dict], None]) -> Run:
@@ -177,7 +178,7 @@ async def _follow(stream: aiohttp.ClientWebSocketResponse, id: str, run: Run, fo
         if message.type == aiohttp.WSMsgType.BINARY:
             kind = int.from_bytes(message.data[:4], "big")
             run.previews += kind in (1, 4)
-            if kind == 3:  # the id of the node, with its length before it, then the text
+            if kind == 3:  # length of the node's id, the id, and the text
                 run.texts.append(message.data[8 + int.from_bytes(message.data[4:8], "big") :].decode())
             continue
         if message.type != aiohttp.WSMsgType.TEXT:
@@ -208,7 +209,7 @@ async def _follow(stream: aiohttp.ClientWebSocketResponse, id: str, run: Run, fo
 
 
 def _answer(method: str, url: str, body: object = None) -> object:
-    """What the server answers. Runs on a thread of its own, so that a `follow` of `Host.run` may ask too."""
+    """Send a request and return the response. It runs in a thread, so that a `follow` of `Host.run` can call it."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, _request(method, url, body)).result()
 

@@ -1,8 +1,8 @@
-"""Text to video in a real, headless ComfyUI, decoded by one rank and by two; run by `make demo`.
+"""Text to video in a real, headless ComfyUI, decoded by one rank and by two ranks. Run by `make demo`.
 
 Queues api_prompts/text_to_video.json over HTTP and follows it on the websocket, for both modes and for one and two
-ranks. Writes a video and a contact sheet for each mode, prints where they are and how long each stage took, and says
-whether one rank and two made the same frames. Ends with an error if they did not.
+ranks. Writes a video and a contact sheet for each mode, prints their paths and the time of each stage, and compares the
+frames of one and two ranks. Exits with status 1 if they differ.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from set_up import ROOT, comfyui_path
 
 STAGES = {"text encoding": ("pipeline", "text"), "denoising": ("sampler",), "decoding": ("decode",)}
 SEAMLESS_LEVELS = 1
-"""Of 255. A library may add up parts of a picture in another order than the whole, and a pixel round the other way."""
+"""Allowed difference, of 255 levels. Libraries may sum in another order for other sizes, which changes the rounding."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="where the files go")
-    parser.add_argument("--prompt", help="what to show, instead of the example's text")
-    parser.add_argument("--model", help="a folder of ComfyUI's models/diffusers, instead of the tiny built-in model")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for the files")
+    parser.add_argument("--prompt", help="a prompt, instead of the example's")
+    parser.add_argument("--model", help="a folder in ComfyUI's models/diffusers, instead of the built-in tiny model")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     graph = json.loads((ROOT / "api_prompts" / "text_to_video.json").read_text())
@@ -48,7 +48,7 @@ def main() -> int:
             for mode in ("tiled", "seamless"):
                 results = []
                 for devices in two_choices():
-                    run = run_fresh(host, graph, mode, devices)
+                    run = run_uncached(host, graph, mode, devices)
                     rows.append((mode, devices, run))
                     results.append(host.pictures(run, "frames"))
                 video = host.saved(run.outputs["save"]["images"][0])
@@ -60,26 +60,26 @@ def main() -> int:
         finally:
             host.close()
     print_table(rows)
-    print("\nFrames of one rank against those of two")
+    print("\nFrames of one rank compared with those of two")
     print("\n".join(f"  {verdict}" for verdict in verdicts))
     print("\nFiles")
     print("\n".join(f"  {file}" for file in files))
     if not same:
-        print("\nOne rank and two ranks do not agree.", file=sys.stderr)
+        print("\nThe frames of one rank and of two ranks differ.", file=sys.stderr)
     return 0 if same else 1
 
 
 def two_choices() -> tuple[str, str]:
-    """Devices for one rank and for two: GPUs where there are two, else CPUs."""
+    """Return the devices for one rank and for two ranks: GPUs if there are two, otherwise CPUs."""
     import torch
 
     return ("cuda:0", "cuda:0,cuda:1") if torch.cuda.device_count() > 1 else ("cpu", "cpu,cpu")
 
 
-def run_fresh(host: Host, graph: dict, mode: str, devices: str) -> Run:
-    """Run the whole graph, with nothing taken from ComfyUI's cache, so that each stage has a time."""
+def run_uncached(host: Host, graph: dict, mode: str, devices: str) -> Run:
+    """Run the graph without ComfyUI's cache, so that every stage is timed."""
     host.post("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(1.5)  # the server clears its cache between prompts, in its own time
+    time.sleep(1.5)  # the server clears its cache in the background
     graph["ranks"]["inputs"]["devices"] = devices
     graph["decode"]["inputs"]["mode"] = mode
     bar = ProgressBar(f"{mode}, {rank_count(devices)}")
@@ -91,7 +91,7 @@ def run_fresh(host: Host, graph: dict, mode: str, devices: str) -> Run:
 
 
 class ProgressBar:
-    """What runs now, and how far it is, on one line of the terminal."""
+    """The running node and its progress, on one line of the terminal."""
 
     WIDTH = 30
 
@@ -104,12 +104,12 @@ class ProgressBar:
         elif type == "progress":
             self.show(data["node"], data["value"] / max(1, data["max"]))
 
-    def show(self, node: str, part: float) -> None:
-        filled = round(self.WIDTH * part)
-        line = f"{self.title:18} {node:9} [{'#' * filled}{'.' * (self.WIDTH - filled)}] {part:4.0%}"
+    def show(self, node: str, fraction: float) -> None:
+        filled = round(self.WIDTH * fraction)
+        line = f"{self.title:18} {node:9} [{'#' * filled}{'.' * (self.WIDTH - filled)}] {fraction:4.0%}"
         if self.live:
             print(f"\r{line}", end="", flush=True)
-        elif part in (0, 1):
+        elif fraction in (0, 1):
             print(line, flush=True)
 
     def end(self) -> None:
@@ -118,7 +118,7 @@ class ProgressBar:
 
 
 def contact_sheet(video: Path, target: Path, columns: int = 4, rows: int = 2) -> Path:
-    """Frames of a video, evenly spread over it, in one picture."""
+    """Write one picture with evenly spaced frames of a video, and return its path."""
     with av.open(str(video)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
     count = min(columns * rows, len(frames))

@@ -1,4 +1,4 @@
-"""Write docs/pictures/, which the README shows: the graph at work, the figures, and what tiles change.
+"""Write the README's pictures to docs/pictures/: the graph during a decode, the timings, and the seams of tiles.
 
 Run it with `.venv/bin/python scripts/make_pictures.py` after `make browser`, when one of the three has changed.
 """
@@ -28,7 +28,7 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 SHOWN = 8
-"""White is a difference of 255 / 8 levels."""
+"""Amplification of differences: white is a difference of 255 / 8 levels."""
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def graph(target: Path) -> None:
-    """The text-to-video template in ComfyUI's web UI, while its ranks decode."""
+    """Write a screenshot of the text-to-video template in ComfyUI's web UI while its ranks decode."""
     with tempfile.TemporaryDirectory(prefix="hv15-pictures-") as folder:
         host = Host(Path(folder))
         try:
@@ -49,7 +49,7 @@ def graph(target: Path) -> None:
                 page.run(
                     """
                     document.querySelector(".hv15\\\\.groups-tab-button").click();
-                    document.elementFromPoint(innerWidth - 32, 20).closest("button")?.click(); // what the UI advertises
+                    document.elementFromPoint(innerWidth - 32, 20).closest("button")?.click(); // the UI's advertisement
                     const by = (type) => app.graph._nodes.find((node) => node.type === type);
                     for (const [name, value] of [["width", 256], ["height", 160], ["frames", 61], ["steps", 4]])
                       by("HV15Sampler").widgets.find((widget) => widget.name === name).value = value;
@@ -74,7 +74,7 @@ def graph(target: Path) -> None:
 
 
 def speed() -> str:
-    """Seconds of one decode, as an SVG: rivals and this pack, from the results of `make bench`."""
+    """Return an SVG chart of decode times in seconds, of this pack and others, from the results of `make bench`."""
     one, two = (json.loads((RESULTS / f"nvidia-h100-80gb-hbm3-x{n}.json").read_text()) for n in (1, 2))
     bars = [
         ("diffusers, tiled", one, "diffusers tiled", "#9aa4b2"),
@@ -86,8 +86,8 @@ def speed() -> str:
     seconds = [variant(report, name)["best_s"] for _, report, name, _ in bars]
     scale, row, left = 480 / max(seconds), 34, 150
     parts = []
-    for at, ((label, _, _, color), value) in enumerate(zip(bars, seconds, strict=True)):
-        y = 44 + at * row
+    for index, ((label, _, _, color), value) in enumerate(zip(bars, seconds, strict=True)):
+        y = 44 + index * row
         parts.append(f'<text x="{left - 8}" y="{y + 16}" text-anchor="end">{label}</text>')
         parts.append(f'<rect x="{left}" y="{y}" width="{value * scale:.1f}" height="22" fill="{color}"/>')
         parts.append(f'<text x="{left + value * scale + 6:.1f}" y="{y + 16}">{value:.2f} s</text>')
@@ -102,12 +102,12 @@ def speed() -> str:
 
 
 def variant(report: dict, name: str) -> dict:
-    """What was measured of a variant at `SIZE`."""
+    """Return the measurements of a variant at `SIZE`."""
     return next(result for result in report["results"] if result["size"] == SIZE)["variants"][name]
 
 
 def seams() -> Image.Image:
-    """Where a decode of four ranks differs from diffusers' untiled one: tiled on the left, seamless on the right."""
+    """Return the difference of four ranks' frames from diffusers' untiled decode: tiled left, seamless right."""
     from benchmarks.decode import diffusers_vae
     from benchmarks.random_weights import TINY, decoder_tensors, random_latent
     from distributed import RankGroup
@@ -115,13 +115,13 @@ def seams() -> Image.Image:
     latent, cpu = random_latent(1, 32, 3, 30, 53), torch.device("cpu")
     tensors = decoder_tensors(TINY, cpu)
     with torch.inference_mode():
-        decoded = diffusers_vae(tensors, TINY, cpu, torch.float32).decode(latent).sample
-    untiled = decoded.movedim(1, -1).add(1).div(2).clamp(0, 1)
+        video = diffusers_vae(tensors, TINY, cpu, torch.float32).decode(latent).sample
+    untiled = video.movedim(1, -1).add(1).div(2).clamp(0, 1)
     with tempfile.TemporaryDirectory(prefix="hv15-pictures-") as logs, RankGroup(["cpu"] * 4, logs=logs) as group:
         vae = {f"decoder.{name}": tensor for name, tensor in tensors.items()}
-        given = [group.decode(latent, vae, mode) for mode in ("tiled", "seamless")]
+        decoded = [group.decode(latent, vae, mode) for mode in ("tiled", "seamless")]
     pictures = []
-    for frames in given:
+    for frames in decoded:
         levels = 255 * (frames - untiled)[0, -1].abs().amax(-1)
         print(f"largest difference {levels.max():.6f} of 255 levels")
         half = F.avg_pool2d(levels[None, None], 2)[0, 0]

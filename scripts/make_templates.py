@@ -1,6 +1,6 @@
 """Write example_workflows/: the API prompts as graphs, and ComfyUI's own HunyuanVideo-1.5 graphs with Distribute VAE.
 
-Run it after a prompt or a node's inputs changed, and after `make demo`, whose frames become the thumbnails.
+Run it when a prompt or a node's inputs have changed, after `make demo`, whose frames are the thumbnails.
 """
 
 import json
@@ -22,7 +22,7 @@ PROMPTS = {
     "image_to_video": "Image to video on several GPUs",
     "decode_saved_latent": "Decode a saved latent on several GPUs",
 }
-"""API prompts, and the names of their templates: the template browser shows the file's name."""
+"""Names of the templates by API prompt. The template browser shows the file's name."""
 STOCK = {
     "ComfyUI text to video, VAE on several GPUs": "video_hunyuan_video_1.5_720p_t2v.json",
     "ComfyUI image to video, VAE on several GPUs": "video_hunyuan_video_1.5_720p_i2v.json",
@@ -30,7 +30,7 @@ STOCK = {
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, ROW = 380, 60
 STEP = 24
-"""Pixels between two widgets of a node."""
+"""Distance of two widgets of a node in pixels."""
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def write(name: str, graph: dict) -> None:
 
 
 def graph_of(name: str, prompt: dict, info: dict) -> dict:
-    """An API prompt as the graph that the web UI opens, laid out from left to right."""
+    """Return an API prompt as a graph for the web UI, laid out from left to right."""
     graph_id = str(uuid.uuid5(uuid.NAMESPACE_OID, name))
     ids = {key: number for number, key in enumerate(prompt, 1)}
     nodes = {key: empty_node(ids[key], node["class_type"], info, node["inputs"]) for key, node in prompt.items()}
@@ -85,7 +85,7 @@ def graph_of(name: str, prompt: dict, info: dict) -> dict:
 
 
 def empty_node(id: int, type: str, info: dict, values: dict) -> dict:
-    """A node with all its sockets and its widgets' values, not yet connected."""
+    """Return a node with all sockets and widget values, without connections."""
     about = info[type]
     sockets, widgets, widget_values = [], [], []
     for part in ("required", "optional"):
@@ -125,6 +125,7 @@ def empty_node(id: int, type: str, info: dict, values: dict) -> dict:
 
 
 def connect(links: list[list], source: dict, output: int, target: dict, name: str, id: int | None = None) -> None:
+    """Connect an output of a node to the input `name` of another."""
     slot = next(index for index, socket in enumerate(target["inputs"]) if socket["name"] == name)
     id = id or len(links) + 1
     source["outputs"][output]["links"].append(id)
@@ -133,7 +134,7 @@ def connect(links: list[list], source: dict, output: int, target: dict, name: st
 
 
 def lay_out(prompt: dict, nodes: dict[str, dict]) -> None:
-    """Columns by the longest way from a node without inputs."""
+    """Place each node in the column of its longest path from a node without inputs."""
 
     def depth(key: str) -> int:
         return max((1 + depth(v[0]) for v in prompt[key]["inputs"].values() if isinstance(v, list)), default=0)
@@ -147,13 +148,13 @@ def lay_out(prompt: dict, nodes: dict[str, dict]) -> None:
 
 
 def below(nodes: Iterable[dict], left: float, width: float) -> float:
-    """A place below all nodes of which a part is in the column that begins at `left`."""
+    """Return the y coordinate below all nodes that overlap the column at `left`."""
     column = [node for node in nodes if node["pos"][0] < left + width and left < node["pos"][0] + node["size"][0]]
     return max((node["pos"][1] + node["size"][1] for node in column), default=0) + ROW
 
 
 def distributed(graph: dict, info: dict) -> dict:
-    """A graph of core's nodes, with Distribute VAE between its VAELoader and whatever decodes."""
+    """Insert Distribute VAE between the VAELoader and the decode nodes of a graph of core's nodes. Return the graph."""
     nodes = {node["id"]: node for node in graph["nodes"]}
     (loader,) = [node for node in nodes.values() if node["type"] == "VAELoader"]
     decoders = {node["id"] for node in nodes.values() if node["type"] in ("VAEDecode", "VAEDecodeTiled")}

@@ -1,11 +1,11 @@
-"""Write the texts that follow from the nodes' schemas: the English locale, and the tables of the help pages.
+"""Generate the English locale and the tables of the help pages from the nodes' schemas.
 
     .venv/bin/python scripts/make_texts.py
 
 A tooltip is written once, in the schema (nodes/*.py). Its Chinese translation is written once, in
-locales/zh/nodeDefs.json. This script copies both to where ComfyUI and its readers look for them:
-`locales/en/nodeDefs.json`, and the title and the table in `web/docs/<node_id>.md` and `web/docs/<node_id>/zh.md`. The
-prose of a help page stays as it is. A test compares what is written with what this script would write.
+locales/zh/nodeDefs.json. This script copies both to `locales/en/nodeDefs.json` and to the title and the table in
+`web/docs/<node_id>.md` and `web/docs/<node_id>/zh.md`. The prose of a help page is not changed. A test compares the
+files with the output of this script.
 """
 
 import importlib.util
@@ -21,9 +21,9 @@ PACK = "hv15_pack_for_texts"
 
 
 def load_pack() -> ModuleType:
-    """The pack's `nodes`, as ComfyUI would import them, on the CPU."""
+    """Import the pack's `nodes` as ComfyUI does, on the CPU."""
     path = str(comfyui_path())
-    sys.path.insert(0, path)  # before the pack's own folder, which has a `nodes` too
+    sys.path.insert(0, path)  # before the pack's own folder, which has a module `nodes` too
     from comfy.cli_args import args
 
     args.cpu = True
@@ -34,12 +34,12 @@ def load_pack() -> ModuleType:
 
 
 def english(nodes: list[type]) -> dict:
-    """What locales/en/nodeDefs.json holds: names and tooltips of every node, its inputs and its outputs."""
+    """Return the content of locales/en/nodeDefs.json: names and tooltips of all nodes, inputs and outputs."""
     return {schema.node_id: node_texts(schema) for schema in (node.define_schema() for node in nodes)}
 
 
 def node_texts(schema: object) -> dict:
-    """The texts of one node."""
+    """Return the texts of one node."""
     return {
         "display_name": schema.display_name,
         "description": schema.description,
@@ -52,13 +52,13 @@ def node_texts(schema: object) -> dict:
 
 
 def page_with_table(page: str, texts: dict, language: str) -> str:
-    """A help page with the title and the table of these texts, and its own prose."""
+    """Return a help page with its own prose, and with the title and the table of these texts."""
     prose = [line for line in page.splitlines()[1:] if not line.startswith("|")]
     return f"# {texts['display_name']}\n\n" + "\n".join(prose).strip() + "\n\n" + table(texts, language)
 
 
 def table(texts: dict, language: str) -> str:
-    """A Markdown table of a node's inputs, and one of its outputs."""
+    """Return a Markdown table of a node's inputs and outputs."""
     input, output, meaning = HEADINGS[language]
     lines = [f"| {input} | {meaning} |", "| --- | --- |"]
     for id, text in texts["inputs"].items():
@@ -70,7 +70,7 @@ def table(texts: dict, language: str) -> str:
 
 
 def generated(nodes: list[type]) -> dict[Path, str]:
-    """Every file that follows from the schemas, and what it should hold."""
+    """Return the content of every generated file, by its path."""
     texts = {"en": english(nodes)}
     texts["zh"] = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text("utf-8"))
     files = {ROOT / "locales" / "en" / "nodeDefs.json": json.dumps(texts["en"], indent=2, ensure_ascii=False) + "\n"}

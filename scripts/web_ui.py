@@ -1,4 +1,4 @@
-"""ComfyUI's web UI in a real headless Chromium, driven over its DevTools protocol. For the tests and the pictures."""
+"""ComfyUI's web UI in a headless Chromium, controlled over the DevTools protocol, for the tests and the pictures."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ import aiohttp
 from set_up import CHROMIUM
 
 PACK = "hunyuanvideo15_distributed"
-"""The pack's folder in custom_nodes, which is its name in the web UI."""
+"""Name of the pack's folder in custom_nodes, which is its name in the web UI."""
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -37,14 +37,14 @@ FLAGS = [
 
 
 class Page:
-    """A tab of the browser."""
+    """A browser tab."""
 
     def __init__(self, debugger: str) -> None:
         self.debugger = debugger
         self.numbers = itertools.count(1)
 
     def run(self, script: str, seconds: float = 120) -> object:
-        """Evaluate JavaScript, the body of an async function; return its result. Its error is an AssertionError."""
+        """Evaluate the body of an async JavaScript function and return its result. Raises AssertionError on errors."""
         options = {"expression": f"(async () => {{{script}}})()", "awaitPromise": True, "returnByValue": True}
         answer = self.call("Runtime.evaluate", options, seconds)
         if "exceptionDetails" in answer:
@@ -52,7 +52,7 @@ class Page:
         return answer["result"].get("value")
 
     def open_template(self, name: str) -> None:
-        """Open one of this pack's templates as the template browser does."""
+        """Open one of this pack's templates, as the template browser does."""
         self.run(
             f"""
             const graph = await (await fetch("/api/workflow_templates/{PACK}/{name}.json")).json();
@@ -61,20 +61,20 @@ class Page:
         )
 
     def until(self, condition: str, seconds: float = 60) -> object:
-        """Wait until a JavaScript expression is true; return its value."""
+        """Wait until a JavaScript expression is true and return its value. Raises AssertionError after `seconds`."""
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
             if value := self.run(f"return ({condition})"):
                 return value
             time.sleep(0.2)
-        raise AssertionError(f"not within {seconds} s: {condition}")
+        raise AssertionError(f"still false after {seconds} s: {condition}")
 
     def picture(self, target: Path) -> None:
-        """Write what the tab shows, as PNG."""
+        """Write a screenshot of the tab as PNG."""
         target.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", {}, 60)["data"]))
 
     def call(self, method: str, params: dict, seconds: float) -> dict:
-        """One call of the DevTools protocol."""
+        """Call a method of the DevTools protocol and return its result."""
         return asyncio.run(asyncio.wait_for(self._call(method, params), seconds))
 
     async def _call(self, method: str, params: dict) -> dict:
@@ -86,13 +86,13 @@ class Page:
                 if answer.get("id") == number:
                     if "error" in answer:
                         return {"exceptionDetails": {"exception": answer["error"]}}
-                    return answer["result"]  # of some methods it is empty
-        raise AssertionError("the browser hung up")
+                    return answer["result"]  # empty for some methods
+        raise AssertionError("the browser closed the connection")
 
 
 @contextlib.contextmanager
 def open_page(chromium: str, url: str) -> Iterator[Page]:
-    """ComfyUI's web UI at `url`, loaded, with this pack's nodes in it."""
+    """Yield a tab with ComfyUI's web UI at `url`, loaded with this pack's nodes."""
     with tempfile.TemporaryDirectory(prefix="hv15-chromium-", ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
             [chromium, f"--user-data-dir={folder}", *FLAGS],
@@ -110,7 +110,7 @@ def open_page(chromium: str, url: str) -> Iterator[Page]:
 
 
 def environment(chromium: str, folder: Path) -> dict[str, str]:
-    """Where a Chromium finds libraries and fonts: one that `set_up` has brought has some for where there are none."""
+    """Return Chromium's environment. The Chromium of `set_up` brings libraries and fonts, which this refers to."""
     home = Path(chromium).parent
     if home != CHROMIUM:
         return dict(os.environ)
@@ -123,7 +123,7 @@ def environment(chromium: str, folder: Path) -> dict[str, str]:
 
 
 async def _debugger(port_file: Path, url: str) -> str:
-    """The address at which a new tab that shows `url` is driven."""
+    """Open a tab with `url` and return the address of its DevTools websocket."""
     limit = time.monotonic() + 60
     while not port_file.exists() or not port_file.read_text():
         assert time.monotonic() < limit, "Chromium did not start"

@@ -1,4 +1,5 @@
-// The sidebar tab with the rank groups. ComfyUI loads this file by itself; what it shows is in panel.mjs.
+// The extension: a sidebar tab with the rank groups (panel.mjs) and messages on nodes (notices.mjs). ComfyUI loads
+// every .js file in this folder.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { followNotices } from "./notices.mjs";
@@ -11,7 +12,7 @@ app.registerExtension({
     const { title } = textsFor(locale);
     let unmount = () => {};
     followNotices(app, api);
-    api.addEventListener("hv15.group", () => {}); // else the web UI warns of the event until the panel is opened
+    api.addEventListener("hv15.group", () => {}); // without a listener the web UI logs a warning for each event
     app.extensionManager.registerSidebarTab({
       id: "hv15.groups",
       icon: "pi pi-sitemap",

@@ -1,12 +1,12 @@
-// A message that a decode shows on its node: as high as its text is long, and gone when the next prompt begins. The web
-// UI by itself shows two lines, and keeps them until another text replaces them.
+// Messages on nodes: the whole text is visible, and it is removed when the next prompt begins. The web UI itself shows
+// two lines, and keeps them until another text replaces them.
 
-const WIDGET = "$$node-text-preview"; // what the web UI calls the text on a node
-const LINE = 19; // pixels
-const CHARACTER = 7.5; // pixels, roughly
-const BORDER = 20; // pixels
+const WIDGET = "$$node-text-preview"; // the name of the web UI's text widget
+const LINE = 19; // height in pixels
+const CHARACTER = 7.5; // approximate width in pixels
+const BORDER = 20; // in pixels
 
-/** Follow the `hv15.notice` events, each of which comes after its text. Returns what ends that. */
+/** Resize the text widget on each `hv15.notice` event, which follows the text. Return a function that stops this. */
 export function followNotices(app, api) {
   const shown = new Set();
 
@@ -24,10 +24,10 @@ export function followNotices(app, api) {
   };
   const onStart = () => {
     for (const node of shown) {
-      const at = node.widgets?.indexOf(textOf(node)) ?? -1;
-      if (at < 0) continue;
-      node.widgets[at].onRemove?.();
-      node.widgets.splice(at, 1);
+      const index = node.widgets?.indexOf(textOf(node)) ?? -1;
+      if (index < 0) continue;
+      node.widgets[index].onRemove?.();
+      node.widgets.splice(index, 1);
       node.setSize?.([node.size[0], node.computeSize?.()[1] ?? node.size[1]]);
       node.setDirtyCanvas?.(true, true);
     }
@@ -41,7 +41,7 @@ export function followNotices(app, api) {
   };
 }
 
-/** The node of an execution id: "7", or "3:7" for node 7 in subgraph node 3. */
+/** Return the node with an execution id: "7", or "3:7" for node 7 in subgraph node 3. */
 function findNode(app, id) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;

@@ -1,6 +1,6 @@
-// How the rank groups are, live: each group with its ranks, and two buttons. No framework. What is shown of a group is
-// its last status, as GET /hv15/groups and the `hv15.group` event give it; elements stay, so that a button can be
-// pressed while its group decodes.
+// The panel of rank groups: one card per group with its ranks and two buttons, updated live, without a framework. A card
+// shows the group's last status, from GET /hv15/groups or an `hv15.group` event. Its elements are updated in place, so
+// that its buttons can be clicked while the group decodes.
 
 const TEXTS = {
   en: {
@@ -8,11 +8,10 @@ const TEXTS = {
     none: "No rank group is running. Queue a prompt with a Rank Group node.",
     restart: "Restart",
     stop: "Stop",
-    gone: "The server did not answer",
+    unreachable: "The server did not respond.",
     states: {
       starting: "starting", ready: "ready", loading: "loading", busy: "busy", releasing: "releasing",
-      recovering: "recovering",
-      failed: "failed", stopped: "stopped",
+      recovering: "recovering", failed: "failed", stopped: "stopped",
     },
   },
   zh: {
@@ -20,7 +19,7 @@ const TEXTS = {
     none: "没有正在运行的进程组。请运行带有“进程组”节点的工作流。",
     restart: "重启",
     stop: "停止",
-    gone: "服务器没有响应",
+    unreachable: "服务器没有响应。",
     states: {
       starting: "启动中", ready: "就绪", loading: "加载中", busy: "运行中", releasing: "释放中", recovering: "恢复中",
       failed: "失败", stopped: "已停止",
@@ -37,12 +36,12 @@ export function textsFor(locale) {
   return TEXTS[locale?.startsWith("zh") ? "zh" : "en"];
 }
 
-/** Part done, 0..1, of a rank's work. */
-export function partDone(rank) {
+/** Return the progress of a rank's job, 0 to 1. */
+function progressOf(rank) {
   return rank.total ? Math.min(1, rank.done / rank.total) : 0;
 }
 
-/** Show the groups in `element` and keep them up to date. Returns what takes the panel down again. */
+/** Show the groups in `element` and keep them up to date. Return a function that removes the panel. */
 export function mountPanel(element, api, locale = "en") {
   const texts = textsFor(locale);
   const cards = new Map();
@@ -52,17 +51,17 @@ export function mountPanel(element, api, locale = "en") {
   root.append(note);
   element.replaceChildren(root);
 
-  const say = (words) => {
-    note.textContent = words;
-    note.hidden = !words;
+  const showNote = (text) => {
+    note.textContent = text;
+    note.hidden = !text;
   };
-  const put = (group) => {
+  const showGroup = (group) => {
     if (!cards.has(group.id)) {
       cards.set(group.id, makeCard(group.id, texts, act));
       root.append(cards.get(group.id).box);
     }
     cards.get(group.id).show(group);
-    say("");
+    showNote("");
   };
   const refresh = async () => {
     try {
@@ -73,20 +72,20 @@ export function mountPanel(element, api, locale = "en") {
         box.remove();
         cards.delete(id);
       }
-      groups.forEach(put);
-      say(groups.length ? "" : texts.none);
+      groups.forEach(showGroup);
+      showNote(groups.length ? "" : texts.none);
     } catch {
-      say(texts.gone);
+      showNote(texts.unreachable);
     }
   };
   const act = async (id, action) => {
     await api.fetchApi(`/hv15/groups/${id}/${action}`, { method: "POST" }).catch(() => {});
-    await refresh(); // tells, too, that the server is gone, or the group
+    await refresh(); // also shows that the server or the group no longer exists
   };
-  const onGroup = (event) => put(event.detail);
+  const onGroup = (event) => showGroup(event.detail);
   api.addEventListener("hv15.group", onGroup);
   api.addEventListener("reconnected", refresh);
-  say(texts.none);
+  showNote(texts.none);
   refresh();
   return () => {
     api.removeEventListener("hv15.group", onGroup);
@@ -124,7 +123,7 @@ function makeCard(id, texts, act) {
       ranks = group.ranks.map(makeRank);
       lines.replaceChildren(...ranks.map(({ line }) => line));
     }
-    group.ranks.forEach((rank, at) => ranks[at].show(rank, texts));
+    group.ranks.forEach((rank, index) => ranks[index].show(rank, texts));
     error.textContent = group.error ?? "";
   };
   return { box, show };
@@ -142,7 +141,7 @@ function makeRank() {
 
   const show = (rank, texts) => {
     name.textContent = `${rank.rank}  ${rank.device}`;
-    bar.value = partDone(rank);
+    bar.value = progressOf(rank);
     bar.ariaLabel = name.textContent;
     showState(state, rank.state, texts);
   };

@@ -1,4 +1,4 @@
-"""The pack in ComfyUI's web UI, in a real browser: the one that `make test` brings, or another (see `set_up`)."""
+"""The pack in ComfyUI's web UI, in a real browser (see `set_up.find_chromium`)."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ def page(host):
     """ComfyUI's web UI, loaded."""
     chromium = find_chromium()
     if not chromium:
-        pytest.skip("there is no Chromium: install one, or name it with CHROMIUM")
+        pytest.skip("needs Chromium: install it, or set CHROMIUM to its path")
     with open_page(chromium, host.url) as page:
         yield page
 
 
 def load(page: Page, template: str) -> dict:
-    """Open a template as the template browser does; return what is missing and the API prompt it makes."""
+    """Open a template as the template browser does. Return its missing nodes, number of nodes and API prompt."""
     page.open_template(template)
     return page.run(
         """
@@ -42,7 +42,7 @@ def test_every_template_is_listed_with_a_picture(page):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_template_opens_with_no_missing_node(page, template):
+def test_a_template_opens_without_missing_nodes(page, template):
     loaded = load(page, template)
     assert loaded["missing"] == [] and loaded["count"] > 0
     alerts = page.run("return [...document.querySelectorAll('.p-toast-message')].map((toast) => toast.textContent)")
@@ -51,16 +51,16 @@ def test_a_template_opens_with_no_missing_node(page, template):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_template_queues_the_same_job_as_its_api_prompt(page, prompt, name):
-    made = load(page, PROMPTS[name])["output"]
+    queued = load(page, PROMPTS[name])["output"]
     expected = prompt(name)
     expected["ranks"]["inputs"]["devices"] = "auto"
     numbers = {key: str(number) for number, key in enumerate(expected, 1)}
     for key, node in expected.items():
-        theirs = made[numbers[key]]
-        assert theirs["class_type"] == node["class_type"]
+        found = queued[numbers[key]]
+        assert found["class_type"] == node["class_type"]
         for input, value in node["inputs"].items():
             linked = [numbers[value[0]], value[1]] if isinstance(value, list) else value
-            assert theirs["inputs"][input] == linked, f"{key}.{input}"
+            assert found["inputs"][input] == linked, f"{key}.{input}"
 
 
 def test_the_panel_shows_a_group_at_work_and_stops_it(page, host):
@@ -109,15 +109,15 @@ def test_each_node_has_a_help_page_in_both_languages(page):
         assert page.run(f"return (await (await fetch('/extensions/{PACK}/docs/{id}/zh.md')).text()).startsWith('# ')")
 
 
-def test_a_button_of_the_panel_works_again_after_the_server_failed(page):
+def test_a_button_of_the_panel_is_enabled_again_after_a_failed_request(page):
     state = page.run(
         f"""
         const {{ mountPanel }} = await import("/extensions/{PACK}/panel.mjs");
         const group = {{ id: "a", state: "ready", ranks: [{{ rank: 0, device: "cpu", state: "ready" }}] }};
-        const asked = [];
+        const requests = [];
         const api = Object.assign(new EventTarget(), {{
           fetchApi: async (path, options) => {{
-            asked.push(path);
+            requests.push(path);
             if (options) throw new Error("the connection was refused");
             return {{ json: async () => [group] }};
           }},
@@ -126,7 +126,7 @@ def test_a_button_of_the_panel_works_again_after_the_server_failed(page):
         const unmount = mountPanel(element, api);
         const button = () => element.querySelector(".hv15-stop");
         const settled = async (count) => {{
-          while (asked.length < count) await new Promise((done) => setTimeout(done, 10));
+          while (requests.length < count) await new Promise((done) => setTimeout(done, 10));
           await new Promise((done) => setTimeout(done, 50));
         }};
         await settled(1);
@@ -135,14 +135,14 @@ def test_a_button_of_the_panel_works_again_after_the_server_failed(page):
         const disabled = button().disabled;
         unmount();
         element.remove();
-        return {{ asked, disabled }};
+        return {{ requests, disabled }};
         """
     )
-    assert state == {"asked": ["/hv15/groups", "/hv15/groups/a/stop", "/hv15/groups"], "disabled": False}
+    assert state == {"requests": ["/hv15/groups", "/hv15/groups/a/stop", "/hv15/groups"], "disabled": False}
 
 
-def test_a_message_on_a_node_is_shown_whole_and_goes_with_the_next_prompt(page):
-    """With the web UI's own text widget, as its own event makes it."""
+def test_a_message_on_a_node_is_shown_completely_and_removed_by_the_next_prompt(page):
+    """The text widget is the one that the web UI itself creates for texts on nodes."""
     load(page, PROMPTS["decode_saved_latent"])
     shown = page.run(
         f"""
@@ -163,5 +163,5 @@ def test_a_message_on_a_node_is_shown_whole_and_goes_with_the_next_prompt(page):
     assert shown["height"] > 100 and shown["grown"] and shown["left"] is False
 
 
-def test_a_call_of_the_browser_with_no_result_is_no_error(page):
+def test_a_devtools_call_with_an_empty_result_is_no_error(page):
     assert page.call("Page.bringToFront", {}, 30) == {}
