@@ -1,4 +1,4 @@
-"""HunyuanVideo-1.5's VAE decode on a persistent group of ranks. Needs torch, and nothing of ComfyUI."""
+"""Decoding with HunyuanVideo-1.5's VAE on a persistent group of ranks. Requires torch; does not require ComfyUI."""
 
 from .errors import Cancelled, GroupError, JobError
 from .group import RankGroup

@@ -1,38 +1,38 @@
-"""Every error of this package.
+"""The exceptions of this package.
 
 Exception
   RuntimeError
-    JobError          the job failed and the group lives: bad input, or too little memory. Ranks stay warm.
-    GroupError        the group broke: a rank died, hung or never started. The next call restarts the group.
+    JobError          The job failed because of invalid input or insufficient memory. The ranks keep running.
+    GroupError        The group broke: a rank died, hung or never started. The next call restarts the group.
   ValueError
-    CheckpointError   a file or state dict that is not a checkpoint this package can use.
-  Cancelled           the caller asked for the job to end. Not a failure.
-  OutOfMemory         one rank has too little memory. Raised on ranks; the controller retries or raises JobError.
-  NotLoaded           a rank lacks what the job builds on. Raised on ranks; the controller loads it and retries.
+    CheckpointError   A file or state dict is not a checkpoint that this package supports.
+  Cancelled           The caller cancelled the job. This is not a failure.
+  OutOfMemory         A rank has insufficient memory. Raised on ranks; the controller retries or raises JobError.
+  NotLoaded           A rank has not loaded data that the job needs. Raised on ranks; the controller loads and retries.
 """
 
 
 class JobError(RuntimeError):
-    """The job failed; the group lives."""
+    """The job failed. The ranks keep running."""
 
 
 class GroupError(RuntimeError):
-    """The group broke; the next call restarts it."""
+    """The group broke. The next call restarts it."""
 
 
 class CheckpointError(ValueError):
-    """The file is not a HunyuanVideo-1.5 checkpoint that can be used; the message says what is wrong with it."""
+    """The file is not a supported HunyuanVideo-1.5 checkpoint. The message says what is wrong with it."""
 
 
 class Cancelled(Exception):
-    """The caller asked for the job to end. The ranks stay ready."""
+    """The caller cancelled the job. The ranks stay ready."""
 
 
 class OutOfMemory(Exception):
-    """A rank has too little memory: `needed` and `free` are bytes, `held` says what others hold of the device's.
+    """A rank has insufficient memory. `needed` and `free` are in bytes; `held` describes the use by other processes.
 
-    smallest_plan: even the plan that takes the least memory needs that much. on_all_ranks: every rank raises this at
-    the same place.
+    smallest_plan: whether no other plan needs less memory. on_all_ranks: whether every rank raises this error at the
+    same point.
     """
 
     def __init__(
@@ -54,4 +54,4 @@ class OutOfMemory(Exception):
 
 
 class NotLoaded(Exception):
-    """A rank lacks something that the job builds on, such as weights after a restart: the message names it."""
+    """A rank has not loaded data that the job needs, such as weights after a restart. The message names the data."""

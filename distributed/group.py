@@ -1,11 +1,11 @@
-"""The handle on a persistent group of ranks, one process for each device.
+"""A handle to a persistent group of ranks, with one process per device.
 
     with RankGroup(devices=["cuda:0", "cuda:1"]) as group:
         frames = group.decode(latent, vae="path/to/vae", mode="seamless")
 
-The group starts in the background, keeps its processes and weights between jobs, and replaces processes that die or
-hang at once: the job in hand is retried on the new ones. Bad input is refused before the ranks hear of it. All methods
-may be called from any thread; jobs queue.
+The group starts in the background and keeps its processes and weights between jobs. Processes that die or hang are
+replaced at once, and the current job is retried on the new ones. Invalid input is rejected before anything is sent to
+the ranks. All methods are thread-safe; jobs are queued.
 """
 
 import contextlib
@@ -46,12 +46,12 @@ MEMORY_TRIES = 4
 class RankGroup:
     """A persistent group of ranks. See the module's docstring.
 
-    devices: "auto", "cuda:0,cuda:1", "npu:0-3", "cpu,cpu", or a list. backend: "auto", or one that torch.distributed
-    knows. options: see `configure`. on_change is called, in any thread, whenever the group's status changes; it must
-    not wait for another thread that uses the group. logs: the folder for the ranks' logs, by default in the user's
-    cache. worker names the module that ranks run.
+    devices: "auto", "cuda:0,cuda:1", "npu:0-3", "cpu,cpu", or a list. backend: "auto", or a backend of
+    torch.distributed. options: see `configure`. on_change: called, in any thread, when the group's status changes; it
+    must not wait for another thread that uses the group. logs: folder for the ranks' logs, by default in the user's
+    cache. worker: name of the module that ranks run.
 
-    Raises ValueError for devices or options that cannot be.
+    Raises ValueError for invalid devices or options.
     """
 
     def __init__(
@@ -73,18 +73,18 @@ class RankGroup:
         self._worker, self._logs = worker, Path(logs).absolute() if logs else default_folder()
         self._supervisor = Supervisor(self._launch, lambda: self.start_timeout, lambda: self.on_change())
         self._turns = threading.Lock()
-        """Held by the call whose job the ranks do."""
+        """Held by the call whose job is running."""
         self._callers: set[Caller] = set()
-        """The calls that wait for the ranks or use them."""
+        """The calls that are queued or running."""
         self._job_in_hand: str | None = None
         self._numbers = itertools.count(1)
         self._buffers = SharedBuffers()
         self._weights: WeightSource | None = None
-        """The last weights that were handed over in memory."""
+        """The last weights that were passed in memory."""
         self._yield_memory = threading.Event()
-        """Set while somebody waits for the ranks to give their memory back: loading ahead ends."""
+        """Set while `release` is waiting: it ends preloading."""
         self.decoded = False
-        """Whether ranks may hold what a job leaves on their devices; else they have loaded ahead, or nothing."""
+        """Whether a job may have left data on the devices. If not, the ranks hold preloaded weights or nothing."""
 
     def __enter__(self) -> "RankGroup":
         self.start(wait=True)
@@ -101,12 +101,13 @@ class RankGroup:
         start_timeout: float = 180,
         stall_timeout: float = 120,
     ) -> None:
-        """Set the options that a living group may change; a job in hand keeps the dtype that it began with.
+        """Set the options that can change while the group is running. The current job keeps its dtype.
 
-        dtype: what ranks compute in, "auto" for what suits their devices. keep_loaded: what happens after a decode, and
-        in `finish`: "keep" weights on the devices, "release" them, or "stop" the processes. start_timeout: seconds for
-        the ranks to come up. stall_timeout: seconds without any progress after which a rank counts as hung. Raises
-        ValueError, and then changes nothing.
+        dtype: data type of the computation; "auto" selects it by device. keep_loaded: action after a decode, and of
+        `finish`: "keep" weights on the devices, "release" them, or "stop" the processes. start_timeout: time limit, in
+        seconds, for starting the ranks. stall_timeout: seconds without progress after which a rank is considered hung.
+
+        Raises ValueError for invalid options, and then changes nothing.
         """
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}.")
@@ -119,19 +120,19 @@ class RankGroup:
         self.start_timeout, self.stall_timeout = start_timeout, stall_timeout
 
     def start(self, wait: bool = False) -> None:
-        """Bring the ranks up in the background, unless they are up. With `wait`, return when they are ready.
+        """Start the ranks in the background, unless they are running. With `wait`, return when they are ready.
 
-        Raises GroupError, with `wait`, where they do not come up.
+        With `wait`, raises GroupError if they do not start.
         """
         self._supervisor.start()
         if wait:
             self._supervisor.wait_started()
 
     def preload(self, vae: str | Path | Mapping[str, Tensor], shared: Collection[str] = ()) -> None:
-        """Bring the ranks up and load this checkpoint, in the background, for the decode that is to come.
+        """Start the ranks and load this checkpoint, in the background, before the next decode.
 
-        On the devices in `shared` it is only read into the host's memory, because other work needs theirs until then.
-        Errors are reported by the next decode.
+        For the devices in `shared` it is only read into host memory, because other work uses their memory until the
+        decode starts. Errors are reported by the next decode.
         """
         self.start()
         threading.Thread(target=self._preload, args=(vae, shared), name="hv15-preload", daemon=True).start()
@@ -153,9 +154,9 @@ class RankGroup:
     ) -> Tensor:
         """Decode `latent`, [B, C, t, h, w] in VAE space, to frames [B, 4t-3, 16h, 16w, 3], float32 in 0..1 on the CPU.
 
-        vae: a checkpoint's path (either layout, file or diffusers folder) or a state dict. tile_size and overlap, in
-        pixels, apply to "tiled" mode. memory: bytes that each rank may use. frames_started gets the frames before they
-        are filled. For the other arguments and the errors see `run`.
+        vae: path of a checkpoint (either layout, file or diffusers folder) or a state dict. tile_size and overlap, in
+        pixels, apply to "tiled" mode. memory: memory limit per rank in bytes. frames_started: called with the frames
+        before they are filled. See `run` for the other arguments and the errors.
         """
         try:
             job = DecodeJob.make(
@@ -194,14 +195,14 @@ class RankGroup:
         notice: Callable[[str], None] | None = None,
         timeout: float | None = None,
     ) -> dict[str, Tensor]:
-        """Run a job on the ranks, after those that came before, and return its outputs.
+        """Run a job on the ranks, after the jobs queued before it, and return its outputs.
 
-        progress(done, total) and cancelled() are called on this thread, several times a second; started gets the
-        outputs before they are filled, notice a sentence for the user when the job is retried. timeout: seconds for
-        the whole call.
+        progress(done, total) and cancelled() are called on this thread, several times a second. started: called with
+        the outputs before they are filled. notice: called with a sentence for the user when the job is retried.
+        timeout: time limit of the whole call in seconds.
 
-        Raises JobError for a job that cannot be done and memory that does not suffice, GroupError where the group
-        broke twice, Cancelled after `cancel` and `stop`, TimeoutError, ValueError for a timeout that is none.
+        Raises JobError if the job fails or memory is insufficient, GroupError if the group broke twice, Cancelled
+        after `cancel` and `stop`, TimeoutError, and ValueError for an invalid timeout.
         """
         if timeout is not None:
             check_seconds("timeout", timeout)
@@ -224,14 +225,14 @@ class RankGroup:
             self._after()
 
     def cancel(self) -> None:
-        """End the job in hand and those that wait: they raise Cancelled within a step. The ranks stay warm."""
+        """Cancel the current job and all queued jobs: they raise Cancelled within a step. The ranks keep running."""
         for caller in list(self._callers):
             caller.stopped = True
 
     def release(self) -> None:
-        """Give back device memory, and buffers that nobody holds; keep processes.
+        """Free device memory and unused buffers. The processes keep running.
 
-        Waits for a job in hand, so none of its callbacks may call this; loading ahead is ended.
+        Waits for the current job, so its callbacks must not call this method. Ends preloading.
         """
         self._yield_memory.set()
         with self._turns:
@@ -239,7 +240,7 @@ class RankGroup:
             self._release()
 
     def stop(self) -> None:
-        """End the processes, and every job with Cancelled. The next call that needs them starts them again."""
+        """Stop the processes. All jobs raise Cancelled. The next call that needs the processes starts them again."""
         with self._supervisor.lock:
             self.cancel()
             self._weights, self.decoded = None, False
@@ -247,9 +248,9 @@ class RankGroup:
         self._buffers.trim()
 
     def status(self) -> dict:
-        """Return what `GET /hv15/groups` lists: id, state, error, dtype, kind of the job in hand, and the ranks.
+        """Return the group's entry in `GET /hv15/groups`: id, state, error, dtype, kind of the current job, and ranks.
 
-        Of each rank: rank, pid, device, state, done and total.
+        Each rank has the keys rank, pid, device, state, done and total.
         """
         with self._supervisor.lock:
             state, ranks = self._supervisor.state, self._supervisor.ranks
@@ -280,7 +281,10 @@ class RankGroup:
         )
 
     def _find_weights(self, vae: str | Path | Mapping[str, Tensor]) -> WeightSource:
-        """Check the VAE. Weights in memory are written once, and kept for the next call."""
+        """Check the VAE and return its weights. A state dict is copied to shared memory and kept for the next call.
+
+        Raises ValueError, OSError, MemoryError.
+        """
         with self._supervisor.lock:
             before = self._weights
         source = WeightSource.find(vae, before)
@@ -291,7 +295,7 @@ class RankGroup:
 
     @contextlib.contextmanager
     def _turn(self, caller: Caller) -> Iterator[Caller]:
-        """Wait for the jobs that came before."""
+        """Wait for the jobs queued before this one. Raises what `Caller.check` raises."""
         self._callers.add(caller)
         try:
             while not self._turns.acquire(timeout=POLL_SECONDS):
@@ -304,7 +308,7 @@ class RankGroup:
             self._callers.discard(caller)
 
     def _share(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, SharedTensor], dict[str, Tensor]]:
-        """Copy inputs to shared memory, which is theirs for as long as the tensors that are returned live."""
+        """Copy inputs to shared memory, which stays allocated as long as the returned tensors exist."""
         places, copies = self._lend({name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()})
         for name, tensor in tensors.items():
             copies[name].copy_(tensor)
@@ -327,7 +331,7 @@ class RankGroup:
     def _run_with_retries(
         self, job: Job, inputs: dict[str, SharedTensor], outputs: dict[str, SharedTensor], caller: Caller
     ) -> None:
-        """Run the job: again with less memory while ranks run out of it, and once on a new group if this one breaks."""
+        """Run the job. Retry it with a smaller limit if ranks run out of memory, and once if the group breaks."""
         dtype = self.dtype
         restarted = loaded = False
         tries, usable = 1, 0
@@ -357,7 +361,7 @@ class RankGroup:
                 tries += 1
                 if tries > MEMORY_TRIES or (shortage.smallest_plan and shortage.needed > usable):
                     raise JobError(str(shortage)) from None
-                if shortage.smallest_plan:  # three quarters are too little, but there is more
+                if shortage.smallest_plan:  # three quarters were too little, but more is available
                     job = job.limited(shortage.needed)
                     continue
                 usable = min(shortage.free, job.memory or shortage.free)
@@ -365,14 +369,14 @@ class RankGroup:
                 caller.report(f"{shortage} Retrying with a limit of {job.memory / 2**30:.2f} GiB.")
 
     def _load(self, load: Load, dtype: str, caller: Caller) -> None:
-        """Have the ranks load something. Raises what `_send` does."""
+        """Load something on all ranks. Raises what `_send` raises."""
         inputs, _held = self._share(load.inputs)
         fields = {**load.fields, "dtype": dtype}
         message = protocol.Load(next(self._numbers), load.kind, fields, inputs)
         self._send(message, RankState.LOADING, caller)
 
     def _send(self, message: protocol.Load | protocol.Run, state: RankState, caller: Caller) -> None:
-        """Send the ranks a job and wait until they have done it. Raises what `exchange` does."""
+        """Send a job to the ranks and wait for its end. Raises what `exchange` raises."""
         self._job_in_hand = message.kind
         exchange(self._supervisor, message, state, caller)
 
@@ -404,6 +408,6 @@ def _first_line(error: Exception) -> str:
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Raise ValueError for what is no positive, finite number of seconds."""
+    """Raise ValueError unless `value` is a positive, finite number of seconds."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be a positive number of seconds.")

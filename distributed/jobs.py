@@ -1,4 +1,4 @@
-"""What a controller can ask of its ranks, whatever the kind of work."""
+"""The interface of a job: a request from the controller to its ranks, for any kind of work."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to be filled by the ranks."""
+    """Shape and dtype of a tensor that the ranks fill."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -17,9 +17,10 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """Something that ranks load for later jobs of this kind, such as weights or conditions.
+    """Data that ranks load for later jobs of this kind, such as weights or conditions.
 
-    `fields` are JSON, `inputs` tensors on the CPU; the kind's task gets both. The group adds its `dtype` to the fields.
+    fields: JSON values. inputs: tensors on the CPU. Both are passed to `Task.load`; the group adds its `dtype` to the
+    fields.
     """
 
     kind: str
@@ -28,39 +29,39 @@ class Load:
 
 
 class Job(Protocol):
-    """One job: inputs in, outputs filled. `RankGroup.run` sends it, watches it and retries it."""
+    """One job, which reads inputs and fills outputs. `RankGroup.run` sends, monitors and retries it."""
 
     @property
     def kind(self) -> str:
-        """The key of the task in `worker.TASKS`, which the group's status shows."""
+        """Key of the task in `worker.TASKS`. The group's status shows it."""
 
     @property
     def noun(self) -> str:
-        """What messages call this work, after "the"."""
+        """Name of this work in messages, to follow "the": "decode"."""
 
     @property
     def fields(self) -> Mapping[str, object]:
-        """What the task is told, JSON alone. The group adds its `dtype`."""
+        """Parameters of the task, as JSON values. The group adds its `dtype`."""
 
     @property
     def inputs(self) -> Mapping[str, Tensor]:
-        """Tensors on the CPU by their name. They are copied to shared memory."""
+        """Input tensors on the CPU, by name. They are copied to shared memory."""
 
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
-        """Tensors to fill, by their name."""
+        """Output tensors, by name."""
 
     @property
     def loads(self) -> Sequence[Load]:
-        """What to load when ranks answer that they lack it (`NotLoaded`); the job is then sent again."""
+        """Data to load if a rank reports that it is missing (`NotLoaded`). The job is then retried."""
 
     @property
     def memory(self) -> int | None:
-        """Bytes that each rank may use; None: all that is free."""
+        """Memory limit per rank in bytes. None: all free memory."""
 
     @property
     def last(self) -> bool:
-        """Whether the group's `keep_loaded` applies after this job. Not so within a series of jobs."""
+        """Whether the group's `keep_loaded` applies after this job. False within a series of jobs."""
 
     def limited(self, memory: int) -> "Job":
-        """Return the same job with another memory limit, for a retry after ranks ran out of memory."""
+        """Return the same job with another memory limit in bytes, for a retry after ranks ran out of memory."""

@@ -1,18 +1,18 @@
-"""Text from files in messages: a name out of a checkpoint may hold anything, and be as long as the file."""
+"""Quote text from files in messages. A name in a checkpoint may contain any character and be as long as the file."""
 
 LIMIT = 100
-"""Characters that are shown of a name."""
+"""Number of characters of a name that are shown."""
 
 
 def printable(text: object, limit: int = LIMIT) -> str:
-    """Return `text` in one line: control characters escaped, cut after `limit` characters."""
+    """Return `text` on one line, with control characters escaped, truncated to `limit` characters."""
     whole = str(text)
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole[:limit])
     return "".join(shown) + "..." * (len(whole) > limit)
 
 
 def quote(name: object) -> str:
-    """Return a name in quotes, as `printable` shows it."""
+    """Return the name in quotes, escaped and truncated by `printable`."""
     return f"'{printable(name)}'"
 
 
