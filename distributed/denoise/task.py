@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import Cancelled, NotLoaded, OutOfMemory
-from ..ranks.buffers import local_path
 from ..ranks.collective import Watch, agree, group_of
 from ..ranks.devices import Device
+from ..ranks.shared_memory import local_path
 from .block import MLP_TOKENS
 from .conditions import Condition, Context
 from .job import NOUN, PARTS, DenoiseRequest

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..quoting import quote
-from ..ranks.buffers import SharedMemory
+from ..ranks.shared_memory import SharedMemory
 from ..safetensors_files import DTYPES
 from .hunyuanvideo15.layout import by_diffusers_name, check_tensors, read_architecture, recognise
 

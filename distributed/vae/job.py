@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..jobs import Load, TensorSpec
-from ..ranks.buffers import place_of
+from ..ranks.shared_memory import place_of
 from .checkpoint import Checkpoint, open_checkpoint
 from .handover import SharedWeights, fingerprint
 from .tiling import SPATIAL, check_tile

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ranks.buffers import local_path
 from ..ranks.collective import Watch
+from ..ranks.shared_memory import local_path
 from .checkpoint import Checkpoint, decoder_tensors, open_checkpoint
 from .engine import Engine
 from .hunyuanvideo15.warm_up import warm_up

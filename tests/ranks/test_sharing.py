@@ -1,4 +1,4 @@
-"""Memory reaches the ranks, and them alone, whatever the system lets processes see of each other."""
+"""Shared memory can be opened by the ranks and by no other account, even if /proc entries cannot be read."""
 
 import os
 import subprocess
@@ -9,23 +9,25 @@ import pytest
 
 from distributed.ranks.buffers import SharedBuffers
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a buffer is a file")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="on other systems shared memory is a file")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_other_accounts_get_no_buffer_even_with_its_name():
+def test_other_accounts_cannot_open_a_buffer_even_with_its_name():
     if os.geteuid() != 0:
         pytest.skip("needs root to become another account")
     frames, shared = SharedBuffers().allocate((1, 1, 16, 16, 3))
-    code = "import sys; from distributed.ranks.buffers import open_shared; open_shared(sys.argv[1]); print('got it')"
+    code = (
+        "import sys; from distributed.ranks.shared_memory import open_shared; open_shared(sys.argv[1]); print('opened')"
+    )
 
-    def ask(*prefix: str) -> subprocess.CompletedProcess:
+    def open_it(*prefix: str) -> subprocess.CompletedProcess:
         path = os.pathsep.join([str(ROOT), *sys.path])
         command = [*prefix, sys.executable, "-c", code, shared.place]
         return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
 
-    assert ask().stdout == "got it\n"
-    refused = ask("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    assert open_it().stdout == "opened\n"
+    refused = open_it("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     assert refused.returncode and refused.stdout == "", refused.stderr
     assert any(error in refused.stderr for error in ("BrokenPipe", "ConnectionReset", "no longer shares"))
     assert frames.sum() == 0
@@ -37,9 +39,9 @@ from benchmarks.random_weights import random_latent
 from distributed import RankGroup
 from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: as if the interpreter had capabilities of its own
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: same effect as an interpreter with capabilities
     if subprocess.run(["readlink", f"/proc/{os.getpid()}/fd/0"], capture_output=True).returncode == 0:
-        sys.exit("its entries can be read")
+        sys.exit("the /proc entries can be read")
     weights = {f"decoder.{key}": value for key, value in decoder_tensors(open_checkpoint(sys.argv[1])).items()}
     with RankGroup("cpu") as group:
         latent = random_latent(1, 32, 2, 2, 2)
@@ -48,8 +50,8 @@ if __name__ == "__main__":
 """
 
 
-def test_frames_and_weights_reach_ranks_where_the_controllers_proc_entries_may_not_be_read(vae):
-    # Root may read everything, but not without its capabilities.
+def test_ranks_open_frames_and_weights_if_the_controllers_proc_entries_cannot_be_read(vae):
+    # Root can read every entry unless it drops its capabilities.
     unprivileged = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     ended = subprocess.run(
         [*unprivileged, sys.executable, "-c", DECODE, vae], cwd=ROOT, capture_output=True, text=True, timeout=120

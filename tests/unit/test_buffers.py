@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distributed.ranks import buffers, memory
-from distributed.ranks.buffers import SharedBuffers, SharedMemory, open_shared, open_tensor
+from distributed.ranks import buffers, memory, shared_memory
+from distributed.ranks.buffers import SharedBuffers, open_tensor
+from distributed.ranks.shared_memory import SharedMemory, open_shared
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a buffer is a file")
 SHAPE = (1, 5, 16, 32, 3)
@@ -64,7 +65,7 @@ def test_nobody_can_cut_a_buffer_short_or_seal_it_further(pool):
             with pytest.raises(PermissionError):
                 os.ftruncate(descriptor, size)
         with pytest.raises(PermissionError):
-            buffers.fcntl.fcntl(descriptor, buffers.fcntl.F_ADD_SEALS, buffers.fcntl.F_SEAL_WRITE)
+            shared_memory.fcntl.fcntl(descriptor, shared_memory.fcntl.F_ADD_SEALS, shared_memory.fcntl.F_SEAL_WRITE)
     finally:
         os.close(descriptor)
     assert frames.sum() == 0
@@ -104,7 +105,8 @@ def test_free_buffers_make_room_for_larger_frames(pool, monkeypatch):
     def available() -> int:
         return left + (0 if pool._free else size)
 
-    monkeypatch.setattr(buffers, "available_memory", available)
+    for module in (buffers, shared_memory):
+        monkeypatch.setattr(module, "available_memory", available)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * size, available=left))
     assert pool.allocate((1, 9, *SHAPE[2:]))[0].nbytes < 2 * size
     with pytest.raises(OSError):

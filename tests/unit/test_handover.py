@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from distributed.errors import CheckpointError
-from distributed.ranks import buffers
-from distributed.ranks.buffers import local_path, place_of
+from distributed.ranks import shared_memory
+from distributed.ranks.shared_memory import local_path, place_of
 from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
 from distributed.vae.handover import SharedWeights, check_state_dict, fingerprint
 from tests.unit.checkpoints import assert_same, decoder_of, in_core_layout, make_model, save
@@ -63,7 +63,7 @@ def test_freed_weights_cannot_be_opened_but_mappings_survive(weights):
 
 
 def test_weights_that_do_not_fit_into_memory_are_rejected_with_the_numbers(weights, monkeypatch):
-    monkeypatch.setattr(buffers, "available_memory", lambda: 2**10)
+    monkeypatch.setattr(shared_memory, "available_memory", lambda: 2**10)
     with pytest.raises(MemoryError, match=r"^0\.\d\d GiB of memory is needed; .* is available"):
         SharedWeights(weights, "mark")
 
