@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..ranks.devices import Device
+
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return the attention of every token to all tokens. All tensors are [S, heads, dim]."""
     if not query.numel():
         return torch.empty_like(query)  # a rank without heads
-    if getattr(query, "is_npu", False):
+    device = Device(query.device)
+    if device.has_npu_kernels:
         import torch_npu
 
         heads, scale = query.shape[1], query.shape[2] ** -0.5
@@ -21,13 +24,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             query[None], key[None], value[None], head_num=heads, input_layout="BSND", scale=scale
         )[0][0]
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    with _kernels(query.device) if query.is_cuda else contextlib.nullcontext():
+    with _kernels(device):
         return F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
 
 
-def _kernels(device: torch.device) -> contextlib.AbstractContextManager:
+def _kernels(device: Device) -> contextlib.AbstractContextManager:
     """Return a context in which PyTorch uses the first supported kernel of `_order`."""
-    return sdpa_kernel(_order(torch.cuda.get_device_capability(device)), set_priority=True)
+    capability = device.compute_capability
+    return sdpa_kernel(_order(capability), set_priority=True) if capability else contextlib.nullcontext()
 
 
 @cache

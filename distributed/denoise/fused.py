@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ranks.devices import Device
+
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of the rotary embedding, [tokens, dim / 2] each, float32."""
 
@@ -29,7 +31,7 @@ def _triton():
 
 
 def _kernels(x: Tensor):
-    return _triton() if x.is_cuda else None
+    return _triton() if Device(x.device).has_fused_kernels else None
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -50,7 +52,7 @@ def add_norm(x: Tensor, gate: Tensor, update: Tensor, shift: Tensor, scale: Tens
 
 def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
     """Return GELU (tanh form) of a linear layer. On CUDA it is fused into the matrix product."""
-    if x.is_cuda:
+    if Device(x.device).has_fused_kernels:
         return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)
     return F.gelu(layer(x), approximate="tanh")
 

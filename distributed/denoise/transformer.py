@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ranks.devices import Device
 from .block import Stream, run_block
 from .conditions import Condition, Context, encode, refine
 from .fused import Rotation
@@ -151,7 +152,7 @@ class _Pace:
     """Reports blocks as the device finishes them, and keeps the host at most `AHEAD` blocks ahead of it."""
 
     def __init__(self, latent: Tensor, on_block: OnBlock, blocks: int) -> None:
-        self.device, self.synchronous = latent.device, latent.is_cpu
+        self.device, self.synchronous = latent.device, Device(latent.device).is_host
         self.on_block, self.blocks = on_block, blocks
         self.done, self.events = 0, collections.deque()
 

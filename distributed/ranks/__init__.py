@@ -1,1 +1,1 @@
-"""How rank processes live. Knows no model and no kind of job."""
+"""Life cycle of rank processes and communication with them, independent of any model and kind of job."""

@@ -1,8 +1,8 @@
-"""Run a module of this pack in a new process that imports what the controller's process imports.
+"""Run a module of this pack in a new process that imports the same files as the controller's process.
 
-Started by its path, `python FLAGS bootstrap.py MODULE ARGUMENTS`, because nothing else finds it for certain: the search
-path is not set yet. It takes the controller's search path over as it is, and loads the package `distributed` from its
-file, so no other package of that name, however early it was put on the path or imported, is taken for it.
+Usage: `python FLAGS bootstrap.py MODULE ARGUMENTS`. The script is started by its path because the search path is not
+set yet. It uses the controller's search path unchanged and loads the package `distributed` from its file. Another
+package of that name is never used, even if it is earlier on the path or already imported.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ def main() -> None:
     """Set the search path, load the package and run the module."""
     sys.path[:] = json.loads(os.environ[VARIABLE])["search_path"]
     for name in [name for name in sys.modules if name.split(".")[0] == "distributed"]:
-        del sys.modules[name]  # a .pth file imported another package of this name
+        del sys.modules[name]  # a .pth file may have imported another package of this name
     folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     spec = importlib.util.spec_from_file_location(
         "distributed", os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]

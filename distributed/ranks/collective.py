@@ -1,4 +1,4 @@
-"""What ranks agree on: collectives of the world, small and on the CPU, that keep all ranks at the same place."""
+"""Collectives on small CPU tensors, by which all ranks agree on a value or on an error, and process groups."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -16,7 +16,7 @@ _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 class Watch(Protocol):
-    """What a task reports to while it runs. Both methods may be called from any thread."""
+    """Interface for a running task to report progress and check for cancellation. Both methods are thread-safe."""
 
     def progress(self, done: int, total: int) -> None: ...
 
@@ -24,7 +24,7 @@ class Watch(Protocol):
 
 
 def agree(value: int, operation: dist.ReduceOp = dist.ReduceOp.MAX) -> int:
-    """Return the largest value of all ranks, or what `operation` makes of the values. A collective of the world."""
+    """Return the maximum of the ranks' values, or the result of another reduction. A collective of all ranks."""
     if not dist.is_initialized():
         return int(value)
     tensor = torch.tensor(value, dtype=torch.int64)
@@ -33,9 +33,9 @@ def agree(value: int, operation: dist.ReduceOp = dist.ReduceOp.MAX) -> int:
 
 
 def all_or_none(prepare: Callable[[], T]) -> T:
-    """Return what `prepare` returns, if it succeeds on every rank. A collective of the world.
+    """Return the result of `prepare`, if it succeeds on every rank. A collective of all ranks.
 
-    Where it fails on some ranks, those raise their own exception and all others raise Cancelled.
+    If it fails on some ranks, these ranks raise their own exception and all others raise Cancelled.
     """
     problem = None
     try:

@@ -1,8 +1,9 @@
-"""The one place where NVIDIA GPUs, Ascend NPUs and CPUs differ.
+"""Differences between NVIDIA GPUs, Ascend NPUs and CPUs.
 
-Elsewhere what a device can do is asked of a `Device`, and nobody compares its kind with a string.
-Ascend support is written against torch_npu's documented interface and has not been run on hardware. There, replicate
-padding has no bfloat16; the decoder copies its borders itself (`kernels.fill_groups`) and needs none.
+All other modules query the capabilities of a `Device` and never compare its kind with a string.
+Ascend support is written against torch_npu's documented interface and has not been run on hardware. Replicate padding
+does not support bfloat16 on Ascend; the decoder does not use it, because it copies borders itself
+(`kernels.fill_groups`).
 """
 
 import errno
@@ -22,71 +23,80 @@ from .memory import available_memory, describe_memory
 COLLECTIVES = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 MOST_RANKS = 64
 HCCL_PORTS = range(50000, 65000, 64)
-"""First ports of the ranges that groups on one host use for HCCL; each group needs its own. The last one marks it."""
-HCCL_TAKES = 32
-"""Ports that HCCL takes from HCCL_IF_BASE_PORT on (CANN 8.3; 16 in 8.0)."""
+"""First ports of the port ranges for HCCL. Each group on a host needs its own range, and binds the range's last port to
+reserve it."""
+HCCL_USED = 32
+"""Number of ports that HCCL uses, starting at HCCL_IF_BASE_PORT (CANN 8.3; 16 in 8.0)."""
 COPIERS = 4
-"""CPU threads of a rank on an accelerator. They carry finished frames into the shared buffer, which one does so slowly
-that a decode ended 16 ms after its last kernel (720x1280x121 on two H100)."""
+"""CPU threads of a rank on an accelerator. They copy finished frames into the shared buffer. With one thread, a decode
+ended 16 ms after its last kernel (720x1280x121 on two H100)."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one rank computes on, and what it can do. `Device(torch.device("cuda:1"))`."""
+    """The device of one rank and its capabilities: `Device(torch.device("cuda:1"))`."""
 
     torch: torch.device
 
     @property
     def kind(self) -> str:
-        """ "cuda", "npu" or "cpu"."""
+        """The device type: "cuda", "npu" or "cpu"."""
         return self.torch.type
 
     @property
     def is_host(self) -> bool:
-        """Whether its memory is the host's, which all ranks share, and nothing travels to it or from it."""
+        """Whether the device uses host memory, which all ranks share. No transfers to or from it are needed."""
         return self.kind == "cpu"
 
     @property
     def has_streams(self) -> bool:
-        """Whether copies run beside the computation, on streams of `module`."""
+        """Whether copies can overlap with computation, on streams of `module`."""
         return not self.is_host
 
     @property
     def has_fused_kernels(self) -> bool:
-        """Whether the Triton kernels can run on it, where Triton is installed."""
+        """Whether fused kernels support the device: `torch._addmm_activation`, and Triton's if Triton is installed."""
         return self.kind == "cuda"
 
     @property
+    def has_npu_kernels(self) -> bool:
+        """Whether torch_npu's fused kernels support the device."""
+        return self.kind == "npu"
+
+    @property
     def forms_attention_scores(self) -> bool:
-        """Whether attention holds the whole matrix of scores in the device's memory."""
+        """Whether attention stores the whole matrix of scores in device memory."""
         return self.kind == "cuda"
 
     @property
     def compute_capability(self) -> tuple[int, int] | None:
-        """What kind of NVIDIA GPU it is; None for all other devices."""
+        """The compute capability of an NVIDIA GPU; None for all other devices."""
         if self.kind != "cuda" or torch.version.hip:
             return None
         return torch.cuda.get_device_capability(self.torch)
 
     @property
     def module(self) -> ModuleType:
-        """Torch's functions for it, such as `torch.cuda`. Raises RuntimeError for the CPU, which has none."""
+        """The torch module of the device type, such as `torch.cuda`. Raises RuntimeError for the CPU."""
         return torch.get_device_module(self.torch)
 
     @property
     def process_group_device(self) -> torch.device | None:
-        """What torch.distributed is to bind a process group to."""
+        """The device to which torch.distributed binds a process group; None for the CPU."""
         return None if self.is_host else self.torch
 
     def free_bytes(self, ranks: int = 1) -> int:
-        """Bytes that nobody uses, for one of `ranks` that share the host; what torch keeps for later is not used."""
+        """Return the free memory in bytes. Memory that torch's allocator caches counts as free.
+
+        ranks: number of ranks that share the host; host memory is divided equally between them.
+        """
         if self.is_host:
             return available_memory() // ranks
         free, _ = self.module.mem_get_info(self.torch)
         return free + self.module.memory_reserved(self.torch) - self.module.memory_allocated(self.torch)
 
     def held_by_others(self) -> str:
-        """What other processes hold of its memory, for an error; empty for the CPU."""
+        """Return a text on the device memory that other processes use, for error messages; empty for the CPU."""
         if self.is_host:
             return ""
         free, total = self.module.mem_get_info(self.torch)
@@ -94,26 +104,33 @@ class Device:
         return f"other processes hold {others / 2**30:.2f} of {total / 2**30:.2f} GiB"
 
     def reserve(self, needed: int) -> None:
-        """Have torch's allocator hold `needed` bytes in all, for what comes next. Raises torch.OutOfMemoryError."""
+        """Grow the cache of torch's allocator so that `needed` bytes in total are allocated or cached.
+
+        Raises torch.OutOfMemoryError.
+        """
         if not self.is_host:
-            there = self.module.memory_allocated(self.torch)
-            torch.empty(max(0, needed - there), dtype=torch.uint8, device=self.torch)
+            allocated = self.module.memory_allocated(self.torch)
+            torch.empty(max(0, needed - allocated), dtype=torch.uint8, device=self.torch)
 
     def empty_cache(self) -> None:
-        """Give back what torch's allocator keeps for later."""
+        """Free the memory that torch's allocator caches."""
         if not self.is_host:
             self.module.empty_cache()
 
     def collective_backend(self, chosen: str) -> str:
-        """torch.distributed's backend string: small agreements over gloo, borders over the device's own library."""
+        """Return the backend string for torch.distributed.
+
+        CPU tensors, with which ranks agree on small values, use gloo; device tensors use the chosen backend, by
+        default the device's own library.
+        """
         own = COLLECTIVES[self.kind] if chosen == "auto" else chosen
         return "gloo" if self.is_host else f"cpu:gloo,{self.kind}:{own}"
 
 
 def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
-    """One device for each rank, from `auto`, "cuda:0,cuda:1", "npu:0-3", "cpu,cpu" or a list of such.
+    """Return one device per rank, from "auto", "cuda:0,cuda:1", "npu:0-3", "cpu,cpu" or a list of such strings.
 
-    Raises ValueError for what cannot be read, for a mixture of kinds, and for the same accelerator twice.
+    Raises ValueError for invalid names, different device types, and accelerators that are named twice.
     """
     words = devices.split(",") if isinstance(devices, str) else list(devices)
     words = [word.strip().lower() for word in words if word.strip()]
@@ -125,7 +142,7 @@ def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
         if word == "cpu":
             parsed.append("cpu")
         elif match and match[3] and int(match[3]) < int(match[2]):
-            raise ValueError(f"devices has {word!r}, a range that ends before it begins.")
+            raise ValueError(f"devices has {word!r}, a range whose end is before its start.")
         elif match:
             parsed.extend(f"{match[1]}:{i}" for i in range(int(match[2]), int(match[3] or match[2]) + 1))
         else:
@@ -135,10 +152,12 @@ def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
     if not parsed:
         raise ValueError("devices is empty. Write auto, or a list such as cuda:0,cuda:1 or cpu,cpu.")
     if len(parsed) > MOST_RANKS:
-        raise ValueError(f"devices names {len(parsed)} ranks; a group has {MOST_RANKS} at the most.")
+        raise ValueError(f"devices names {len(parsed)} ranks; a group can have at most {MOST_RANKS}.")
     kinds = set(map(kind_of, parsed))
     if len(kinds) > 1:
-        raise ValueError(f"devices mixes {' and '.join(sorted(kinds))}; all ranks of a group are of one kind.")
+        raise ValueError(
+            f"devices mixes {' and '.join(sorted(kinds))}; all ranks of a group must use the same device type."
+        )
     twice = sorted({device for device in parsed if device != "cpu" and parsed.count(device) > 1})
     if twice:
         raise ValueError(f"devices names {', '.join(twice)} more than once; each rank needs a device of its own.")
@@ -146,24 +165,24 @@ def parse_devices(devices: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def kind_of(device: str) -> str:
-    """ "cuda", "npu" or "cpu", of one of `parse_devices`'s."""
+    """Return the type ("cuda", "npu" or "cpu") of a device that `parse_devices` returned."""
     return device.split(":")[0]
 
 
 def check_devices(devices: Sequence[str], backend: str) -> None:
-    """Raise ValueError where a device is not there, saying which are, or where the backend is not for its kind."""
+    """Raise ValueError if a device does not exist, or if the backend does not support the device type."""
     kind = kind_of(devices[0])
     if backend not in ("auto", COLLECTIVES[kind]):
         raise ValueError(f"backend is {backend!r}; ranks on {kind} devices use auto or {COLLECTIVES[kind]}.")
-    there = device_count(kind)
-    missing = [device for device in devices if kind != "cpu" and int(device.split(":")[1]) >= there]
+    count = device_count(kind)
+    missing = [device for device in devices if kind != "cpu" and int(device.split(":")[1]) >= count]
     if missing:
-        has = ", ".join(f"{kind}:{i}" for i in range(there)) or f"no {kind} device"
+        has = ", ".join(f"{kind}:{i}" for i in range(count)) or f"no {kind} device"
         raise ValueError(f"devices asks for {', '.join(missing)}; this machine has {has}.")
 
 
 def device_count(kind: str) -> int:
-    """How many devices of this kind torch sees here."""
+    """Return the number of devices of this type on this machine; for the CPU, the number of cores."""
     if kind == "cpu":
         return os.cpu_count() or 1
     if kind == "npu" and not _import_npu():
@@ -187,22 +206,22 @@ def _import_npu() -> bool:
 
 
 def activate(name: str) -> torch.device:
-    """Make this process compute on the device `name`."""
+    """Set up this process to compute on the device `name`. Raises RuntimeError for an NPU without torch_npu."""
     kind = kind_of(name)
     if kind == "cpu":
-        # More threads would add up in another order, and a tiled decode would differ with the number of ranks.
+        # Several threads would sum in another order, and a tiled decode would depend on the number of ranks.
         torch.set_num_threads(1)
         return torch.device("cpu")
     torch.set_num_threads(COPIERS)
     if kind == "npu":
         if not _import_npu():
             raise RuntimeError("An npu device needs torch_npu, which is not installed. Install the extra 'npu'.")
-        # The same sums in the same order every time, so that tiled decodes agree bit by bit.
+        # Sums must have a fixed order so that tiled decodes are bitwise reproducible.
         torch.use_deterministic_algorithms(True, warn_only=True)
     device = torch.device(name)
     torch.get_device_module(device).set_device(device)
     if kind == "cuda":
-        torch.backends.cudnn.benchmark = False  # heuristics choose alike in every process; a search may not
+        torch.backends.cudnn.benchmark = False  # unlike the heuristics, a search may choose differently in each process
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -210,10 +229,10 @@ def activate(name: str) -> torch.device:
 
 
 def host_memory(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Host memory for so many numbers to travel to a device or from it: pinned, which is fast and slow to get.
+    """Return host memory of `count` elements for transfers to or from a device, pinned if possible.
 
-    Where there is no more to pin, of which Windows and WSL set a limit, other memory does, more slowly. Raises
-    MemoryError, with the numbers, where the machine or the container has not so much memory.
+    Pinned memory is slow to allocate, but transfers are fast. Windows and WSL limit how much can be pinned; beyond the
+    limit, pageable memory is returned. Raises MemoryError, with the numbers, if less memory is available.
     """
     size = count * dtype.itemsize
     if size > available_memory():
@@ -225,24 +244,24 @@ def host_memory(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def reserve_ports(kind: str) -> socket.socket | None:
-    """For Ascend: a range of ports that no other group on this host has, for as long as the socket is open.
+    """Reserve a range of ports for HCCL on Ascend, until the returned socket is closed. Return None for other types.
 
-    The socket holds the last port of the range, on loopback; whoever wants the range finds it taken. A range is passed
-    over where another program has a port that HCCL would take. Raises OSError where no range is left.
+    The socket binds the last port of the range on loopback, so no other group on this host reserves the same range.
+    Ranges in which another program uses a port that HCCL needs are skipped. Raises OSError if no range is free.
     """
     if kind != "npu":
         return None
     for first in random.sample(HCCL_PORTS, len(HCCL_PORTS)):
         mark = _bound("127.0.0.1", first + HCCL_PORTS.step - 1)
-        if mark and all(map(_is_free, range(first, first + HCCL_TAKES))):
+        if mark and all(map(_is_free, range(first, first + HCCL_USED))):
             return mark
         if mark:
             mark.close()
-    raise OSError(errno.EADDRINUSE, f"all {len(HCCL_PORTS)} port ranges for HCCL are taken")
+    raise OSError(errno.EADDRINUSE, f"all {len(HCCL_PORTS)} port ranges for HCCL are in use")
 
 
 def _bound(address: str, port: int) -> socket.socket | None:
-    """A socket that holds this port, or None where someone has it."""
+    """Return a socket bound to this port, or None if the port is in use."""
     holder = socket.socket()
     try:
         holder.bind((address, port))
@@ -253,16 +272,16 @@ def _bound(address: str, port: int) -> socket.socket | None:
 
 
 def _is_free(port: int) -> bool:
-    """Whether nobody on this host has the port, on any interface."""
+    """Return whether the port is free on all interfaces of this host."""
     if holder := _bound("", port):
         holder.close()
     return holder is not None
 
 
 def environment(kind: str, ports: socket.socket | None) -> dict[str, str]:
-    """Environment of the ranks. Nothing listens beyond loopback.
+    """Return environment variables for ranks on devices of this type. They restrict communication to loopback.
 
-    HCCL chooses its interface itself: that it would take loopback could not be tried on hardware.
+    HCCL selects its interface itself: whether it accepts loopback could not be tested on hardware.
     """
     loopback = {}
     if sys.platform == "linux":
@@ -271,13 +290,13 @@ def environment(kind: str, ports: socket.socket | None) -> dict[str, str]:
         port = ports.getsockname()[1] - HCCL_PORTS.step + 1
         return {**loopback, "HCCL_IF_BASE_PORT": str(port), "HCCL_DETERMINISTIC": "true"}
     if kind == "cuda":
-        # The windows are large and live as long as a decode; without this the cache breaks up between sizes.
+        # The decoder's buffers are large and exist for a whole decode; without this, the cache becomes fragmented.
         return {**loopback, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     return loopback
 
 
 def automatic_dtype(devices: Sequence[str]) -> str:
-    """float32 on the CPU; bfloat16 on accelerators, but float16 where a GPU is older than Ampere and has none."""
+    """Return float32 for CPUs and bfloat16 for accelerators; float16 for GPUs older than Ampere, without bfloat16."""
     kind = kind_of(devices[0])
     if kind == "cuda" and min(torch.cuda.get_device_capability(device)[0] for device in devices) < 8:
         return "float16"

@@ -1,4 +1,4 @@
-"""One job with the ranks: send it, wait for the answers, judge them."""
+"""The exchange of one job with the ranks: send it, wait for the answers, return or raise the result."""
 
 import logging
 import time
@@ -14,15 +14,15 @@ from .supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 3
-"""How long the other ranks have to answer after one of them failed; after that they are hanging."""
+"""Time limit for the other ranks to answer after one rank failed. After that they are considered hung."""
 NOTIFY_SECONDS = 0.5
-"""How often progress, which changes all the time, is reported as a change of the group."""
+"""Minimum interval between reports of progress as a change of the group."""
 POLL_SECONDS = 0.1
-"""How often a caller's callbacks are called while nothing happens."""
+"""Interval between calls of a caller's callbacks."""
 
 
 class MemoryShortage(Exception):
-    """Ranks ran out of memory: `needed` and `free` are bytes. smallest_plan: no other plan needs less."""
+    """Ranks ran out of memory. `needed` and `free` are in bytes. smallest_plan: whether no other plan needs less."""
 
     def __init__(self, answer: Failed) -> None:
         super().__init__(answer.message)
@@ -30,7 +30,10 @@ class MemoryShortage(Exception):
 
 
 class Caller:
-    """One call that waits for the ranks: its callbacks, its time limit, and whether `cancel` or `stop` ended it."""
+    """One call that is queued or running: its callbacks, its time limit, and whether `cancel` or `stop` ended it.
+
+    noun: name of the work in messages. limit: time limit, on the clock of `time.monotonic`.
+    """
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class Caller:
             raise Cancelled
 
     def check(self) -> None:
-        """Raise Cancelled or TimeoutError where that is due."""
+        """Raise Cancelled if the call was cancelled, TimeoutError after its time limit, or what its callback raises."""
         self.check_stopped()
         if self.cancelled():
             raise Cancelled
@@ -60,23 +63,23 @@ class Caller:
             raise TimeoutError(f"The {self.noun} took longer than its timeout; it was cancelled.")
 
     def report(self, message: str) -> None:
-        """Tell the user."""
+        """Log a message and show it to the user."""
         log.warning("%s", message)
         self.notice(message)
 
 
 def exchange(supervisor: Supervisor, message: Load | Run, state: RankState, caller: Caller) -> None:
-    """Send the ranks a job, which puts them in `state`, and return when all have done it.
+    """Send a job to the ranks, which changes their state to `state`, and return when all ranks have completed it.
 
-    Raises GroupError, JobError, MemoryShortage, NotLoaded, Cancelled, TimeoutError, or what a callback raised.
+    Raises GroupError, JobError, MemoryShortage, NotLoaded, Cancelled, TimeoutError, or what a callback raises.
     """
     try:
         frame = encode(message)
-        decode(frame, TO_RANK)  # what a rank would not understand must not cost it its connection
+        decode(frame, TO_RANK)  # a rank closes the connection when it receives an invalid message
     except ValueError as error:
         raise JobError(f"The {caller.noun} cannot be sent to the ranks: {error}.") from error
     ranks = supervisor.take(message.id, state, caller.check)
-    usable = False  # an interruption leaves unknown how much of the job the ranks have heard
+    usable = False  # after an interruption, it is unknown which ranks have received the job
     try:
         ranks.send_frame(frame)
         stop = _await_answers(supervisor, ranks, message.id, caller)
@@ -92,7 +95,10 @@ def exchange(supervisor: Supervisor, message: Load | Run, state: RankState, call
 
 
 def _await_answers(supervisor: Supervisor, ranks: RankProcesses, id: int, caller: Caller) -> BaseException | None:
-    """Wait until the ranks have answered, or never will. Return what ended the job before, such as a cancel."""
+    """Wait until all ranks have answered or cannot answer any more.
+
+    Return the exception that ended the job before its completion, such as Cancelled; None if there was none.
+    """
     stop, grace = None, None
     reported, reported_at = 0, time.monotonic()
 
@@ -105,7 +111,7 @@ def _await_answers(supervisor: Supervisor, ranks: RankProcesses, id: int, caller
                 ranks.changed.wait_for(settled, POLL_SECONDS)
                 done, total = sum(r.done for r in ranks.records), sum(r.total for r in ranks.records)
             if supervisor.ranks is not ranks:
-                ranks.ended.wait()  # until then they may write to the outputs
+                ranks.ended.wait()  # before that, they may write to the outputs
                 return Cancelled()
             if settled():
                 return stop
@@ -115,7 +121,7 @@ def _await_answers(supervisor: Supervisor, ranks: RankProcesses, id: int, caller
             if stop is None:
                 caller.check()
                 caller.progress(done, total)
-        except (Exception, KeyboardInterrupt) as error:  # the caller's callbacks may raise an interruption
+        except (Exception, KeyboardInterrupt) as error:  # a callback may raise KeyboardInterrupt
             if stop is None:
                 ranks.send(Cancel(id))
             stop = error
@@ -134,11 +140,11 @@ def _failures(ranks: RankProcesses) -> list[RankStatus]:
 
 
 def _judge(ranks: RankProcesses) -> None:
-    """Raise what the ranks' answers amount to, unless the job is done on all of them."""
+    """Raise the exception for the ranks' answers, unless all ranks have completed the job."""
     if ranks.broken:
         raise GroupError(ranks.broken)
     failed = _failures(ranks)
-    # A rank whose peer failed ends with "cancelled"; the peer's own answer says more.
+    # If one rank fails, the others answer "cancelled". The cause is in the answer of the rank that failed.
     causes = [record for record in failed if record.answer.reason != "cancelled"]
     shortages = [record.answer for record in causes if record.answer.reason == "memory"]
     if shortages:

@@ -1,4 +1,4 @@
-"""How a process ended: its exit code, from the launcher that waited for it to the controller that reports it."""
+"""Exit codes of ranks: the launcher writes the code to a file, and the controller reads and reports it."""
 
 import json
 import os
@@ -6,18 +6,18 @@ import signal
 from pathlib import Path
 
 FILE = "exit.json"
-"""In the group's private folder: rank and exit code of the process that ended first, written by the launcher."""
+"""File in the group's private folder with the rank and exit code of the process that ended first."""
 
 
 def write_exit(folder: Path, rank: int, exit_code: int) -> None:
-    """Record that `rank` was the first to end, with this exit code. Whoever reads sees all of it or nothing."""
+    """Record that `rank` was the first to end, with this exit code. The file is written atomically."""
     unfinished = folder / f"{FILE}.new"
     unfinished.write_text(json.dumps({"rank": rank, "exit_code": exit_code}))
     os.replace(unfinished, folder / FILE)
 
 
 def read_exit(folder: Path, rank: int) -> int | None:
-    """The exit code of `rank`, if it is recorded as the first to end."""
+    """Return the exit code of `rank` if it is recorded as the first to end; None otherwise."""
     try:
         found = json.loads((folder / FILE).read_text())
     except OSError:
@@ -26,7 +26,7 @@ def read_exit(folder: Path, rank: int) -> int | None:
 
 
 def describe_exit(exit_code: int) -> str:
-    """What an exit code says, as the predicate of a sentence. A negative one is the signal, as in `subprocess`."""
+    """Describe an exit code as the predicate of a sentence. A negative code is a signal, as in `subprocess`."""
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
     try:

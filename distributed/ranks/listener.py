@@ -1,12 +1,12 @@
-"""How a rank and its controller meet: a listening socket on loopback, and proof on both sides of the group's key.
+"""Control connections: a listening socket on loopback, and mutual authentication by the group's key.
 
     controller -> rank   32 random bytes
     rank -> controller   32 random bytes, and HMAC-SHA256(key, "rank" + both)
     controller -> rank   HMAC-SHA256(key, "controller" + both)
 
-The key is in the group's folder, which its owner alone can read. Other accounts of the machine can connect; one thread
-serves all of them, and HANDSHAKES of them at a time. When there are more, the oldest are closed, so that they cannot
-take this process's descriptors; a rank that is closed with them tries again.
+The key is in the group's folder, which only its owner can read. Other accounts of the machine can connect, too. One
+thread serves all connections, at most HANDSHAKES at a time. Beyond that, the oldest are closed, so that other accounts
+cannot exhaust this process's descriptors. A rank whose connection is closed in this way retries.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 HANDSHAKES = 32
 HANDSHAKE_SECONDS = 10
 CONNECT_SECONDS = 60
-"""How long a rank tries again when its handshake is cut short."""
+"""Time for which a rank retries after its connection is closed during the handshake."""
 REST_SECONDS = 0.1
 NONCE = DIGEST = 32
 
@@ -38,9 +38,10 @@ def _proof(key: bytes, who: bytes, challenge: bytes, answer: bytes) -> bytes:
 
 
 def connect(address: tuple[str, int], key: bytes) -> Channel:
-    """Return a rank's end. Raises OSError or EOFError where nobody listens, ValueError for a listener without the key.
+    """Connect a rank to its controller and return the rank's end of the channel.
 
-    A handshake that is cut short is tried again for CONNECT_SECONDS.
+    If the connection is closed during the handshake, retry for CONNECT_SECONDS. Raises OSError or EOFError if the
+    controller does not listen, and ValueError for a listener without the key.
     """
     limit = time.monotonic() + CONNECT_SECONDS
     while True:
@@ -59,7 +60,7 @@ def connect(address: tuple[str, int], key: bytes) -> Channel:
 
 
 def shake_hands(connection: socket.socket, key: bytes) -> None:
-    """A rank's half of the handshake. Raises OSError, EOFError, and ValueError for a listener without the key."""
+    """Perform a rank's side of the handshake. Raises OSError, EOFError, ValueError for a listener without the key."""
     challenge = _receive(connection, NONCE)
     answer = secrets.token_bytes(NONCE)
     connection.sendall(answer + _proof(key, b"rank", challenge, answer))
@@ -72,7 +73,7 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     while len(received) < count:
         part = connection.recv(count - len(received))
         if not part:
-            raise EOFError("the handshake was cut short")
+            raise EOFError("the connection was closed during the handshake")
         received += part
     return received
 
@@ -86,9 +87,9 @@ class _Handshake:
 
 
 class Listener:
-    """The controller's end. Each caller that knows the key gets a channel, which `admit` serves in its own thread.
+    """The controller's listening socket. Only the first rejected connection is logged.
 
-    The first caller without the key is logged.
+    admit: called, in a new thread, with the channel of each authenticated peer.
     """
 
     def __init__(self, key: bytes, admit: Callable[[Channel], None]) -> None:
@@ -109,7 +110,7 @@ class Listener:
             undo.pop_all()
 
     def close(self) -> None:
-        """Listen no more, and return when the thread has ended. Channels that were admitted live on."""
+        """Stop listening, and return when the thread has ended. Channels that were admitted stay open."""
         self._closing.close()
         self._thread.join()
 
@@ -124,19 +125,19 @@ class Listener:
                             return
                         ready.data()
                     for handshake in [h for h in self._pending if h.limit < time.monotonic()]:
-                        self._reject(handshake, "it said nothing")
-                except Exception:  # whatever it is: as long as this thread lives, ranks can come up
-                    log.exception("The control port met an error.")
+                        self._reject(handshake, "the handshake timed out")
+                except Exception:  # this thread must continue, because ranks connect through it
+                    log.exception("An error occurred on the control port.")
                     time.sleep(REST_SECONDS)
 
     def _accept(self) -> None:
         try:
             connection, _ = self._socket.accept()
-        except (BlockingIOError, ConnectionError):  # the caller is gone again
+        except (BlockingIOError, ConnectionError):  # the peer has closed the connection
             return
-        except OSError:  # this process has no descriptor left
+        except OSError:  # this process is out of descriptors
             if self._pending:
-                self._reject(next(iter(self._pending)), "there is no descriptor left")
+                self._reject(next(iter(self._pending)), "this process is out of file descriptors")
             else:
                 time.sleep(REST_SECONDS)
             return
@@ -149,10 +150,10 @@ class Listener:
         except OSError as error:
             self._reject(handshake, error)
         if len(self._pending) > HANDSHAKES:
-            self._reject(next(iter(self._pending)), "there are too many at a time")
+            self._reject(next(iter(self._pending)), "too many connections at a time")
 
     def _advance(self, handshake: _Handshake) -> None:
-        if handshake not in self._pending:  # rejected for another, after `select` had returned both
+        if handshake not in self._pending:  # it was rejected in favour of another after `select` had returned both
             return
         try:
             part = handshake.connection.recv(NONCE + DIGEST - len(handshake.received))
@@ -164,12 +165,12 @@ class Listener:
         handshake.received += part
         answer, proof = bytes(handshake.received[:NONCE]), bytes(handshake.received[NONCE:])
         if not part:
-            self._reject(handshake, "it hung up")
+            self._reject(handshake, "it was closed during the handshake")
         elif len(proof) == DIGEST:
             if hmac.compare_digest(proof, _proof(self._key, b"rank", handshake.challenge, answer)):
                 self._welcome(handshake, answer)
             else:
-                self._reject(handshake, "it does not know the group's key")
+                self._reject(handshake, "the peer does not know the group's key")
 
     def _welcome(self, handshake: _Handshake, answer: bytes) -> None:
         self._end(handshake, keep=True)
@@ -177,7 +178,7 @@ class Listener:
         try:
             handshake.connection.send(_proof(self._key, b"controller", handshake.challenge, answer))
             threading.Thread(target=self._talk, args=(channel,), name="hv15-rank", daemon=True).start()
-        except (OSError, RuntimeError) as error:  # it has hung up, or there can be no more threads
+        except (OSError, RuntimeError) as error:  # the peer closed the connection, or no thread can be started
             channel.close()
             log.warning("A rank could not be admitted: %s.", error)
 
@@ -195,7 +196,7 @@ class Listener:
 
     def _end(self, handshake: _Handshake, keep: bool = False) -> None:
         del self._pending[handshake]
-        with contextlib.suppress(KeyError, ValueError):  # it was not registered yet
+        with contextlib.suppress(KeyError, ValueError):  # not registered yet
             self._selector.unregister(handshake.connection)
         if not keep:
             handshake.connection.close()

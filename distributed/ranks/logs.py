@@ -1,4 +1,4 @@
-"""Folders for the logs of rank groups: one for each start, the oldest ones removed."""
+"""Folders for the logs of rank groups: one per start. The oldest folders are removed."""
 
 import contextlib
 import logging
@@ -17,16 +17,16 @@ except ImportError:  # Windows, which removes no file that is open
 log = logging.getLogger(__name__)
 
 RUNS_KEPT = 16
-"""Logs of this many starts are kept, besides those of groups that live."""
+"""Number of starts whose logs are kept. Logs of running groups are always kept."""
 LAUNCHER_LOG = "launcher.log"
 _RUN = re.compile(r"run-\d{8}-\d{6}-[a-z0-9_]{8}")
 _FILE = re.compile(r"launcher\.log|rank-\d+(\.old)?\.log")
 _refused: set[Path] = set()
-"""Folders whose refusal was logged."""
+"""Folders that could not be used, for which a warning was logged."""
 
 
 def default_folder() -> Path | None:
-    """Where logs go that nobody chose a folder for: the user's cache. None for a user without a home."""
+    """Return the default folder for logs, in the user's cache; None for a user without a home."""
     try:
         return Path.home() / ".cache" / "hunyuanvideo15-distributed" / "logs"
     except RuntimeError:
@@ -34,9 +34,9 @@ def default_folder() -> Path | None:
 
 
 def new_folder(logs: Path | None, private: Path) -> Path:
-    """A new folder in `logs` for the logs of one start, for its owner alone; the oldest ones of many are removed.
+    """Create a folder in `logs` for the logs of one start, readable by its owner only, and remove the oldest folders.
 
-    Where `logs` cannot be used, which is logged once, the folder is `private`, and is gone with the group.
+    If `logs` cannot be used, which is logged once, create the folder in `private`, which is removed with the group.
     """
     if logs:
         try:
@@ -44,20 +44,20 @@ def new_folder(logs: Path | None, private: Path) -> Path:
         except OSError as error:
             if logs not in _refused:
                 _refused.add(logs)
-                log.warning("Logs cannot be written to %s (%s). They go to a temporary folder.", logs, error)
+                log.warning("Logs cannot be written to %s (%s). Using a temporary folder.", logs, error)
     folder = private / "logs"
     folder.mkdir(mode=0o700)
     return folder
 
 
 def open_launcher_log(folder: Path) -> int:
-    """A descriptor of the launcher's new log, for its owner alone.
+    """Create the launcher's log, readable by its owner only, and return its descriptor.
 
-    It holds a lock for as long as a process has it open, which tells others that this group lives.
+    The descriptor holds a lock while any process has it open. The lock shows that this group is running.
     """
     descriptor = os.open(folder / LAUNCHER_LOG, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     if fcntl:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
+        with contextlib.suppress(OSError):  # some network file systems do not support locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
 
@@ -66,11 +66,11 @@ def _new_run(logs: Path) -> Path:
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     runs = sorted((folder for folder in logs.iterdir() if _is_run(folder)), key=lambda folder: folder.name)
     for old in runs[: 1 - RUNS_KEPT]:
-        if not _lives(old):
+        if not _is_running(old):
             shutil.rmtree(old, ignore_errors=True)
     run = Path(tempfile.mkdtemp(prefix=time.strftime("run-%Y%m%d-%H%M%S-"), dir=logs))
     try:
-        (run / LAUNCHER_LOG).write_bytes(bytes(2**20))  # fails where the disk is full
+        (run / LAUNCHER_LOG).write_bytes(bytes(2**20))  # fails if the disk is full
         (run / LAUNCHER_LOG).unlink()
     except OSError:
         shutil.rmtree(run, ignore_errors=True)
@@ -79,7 +79,7 @@ def _new_run(logs: Path) -> Path:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder is one of ours: by its whole name, and by what is in it."""
+    """Return whether this module created the folder, by its full name and the names of its files."""
     if not _RUN.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
     try:
@@ -88,8 +88,8 @@ def _is_run(folder: Path) -> bool:
         return False
 
 
-def _lives(run: Path) -> bool:
-    """Whether a process of the group that writes to this folder is still there."""
+def _is_running(run: Path) -> bool:
+    """Return whether the group that writes to this folder is still running."""
     if not fcntl:
         return False
     try:

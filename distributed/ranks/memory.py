@@ -1,7 +1,7 @@
-"""How much memory of the host this process may still take: the smaller of what the machine and the container leave.
+"""Host memory that is available to this process, limited by the machine and by its container.
 
-A container's limit is a control group's, of version 1 or 2, and groups nest: each level has a limit of its own. The
-kernel kills a process that goes beyond any of them, so what is about to be taken is compared with all of them first.
+A container is limited by control groups, of version 1 or 2. Control groups are nested, and each level can have its own
+limit. The kernel kills a process that exceeds any of them, so allocations are checked against all limits first.
 """
 
 import contextlib
@@ -15,22 +15,22 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 def available_memory() -> int:
-    """Bytes of host memory that this process may still take. The page cache, which gives way, counts as free."""
-    return max(0, min([psutil.virtual_memory().available, *(room for _, room in _limits())]))
+    """Return the available host memory in bytes. The page cache counts as available, because the kernel reclaims it."""
+    return max(0, min([psutil.virtual_memory().available, *(free for _, free in _limits())]))
 
 
 def describe_memory() -> str:
-    """How much host memory is available and who limits it, for error messages."""
+    """Return a text on the available host memory and its limit, for error messages."""
     tightest = min(_limits(), key=lambda limit: limit[1], default=None)
     total, host = psutil.virtual_memory().total, psutil.virtual_memory().available
     if tightest and tightest[1] < host:
-        limit, room = tightest
-        return f"{max(0, room) / 2**30:.2f} GiB is available (the container's limit is {limit / 2**30:.2f} GiB)"
+        limit, free = tightest
+        return f"{max(0, free) / 2**30:.2f} GiB is available (the container's limit is {limit / 2**30:.2f} GiB)"
     return f"{host / 2**30:.2f} GiB is available (the machine has {total / 2**30:.2f} GiB)"
 
 
 def _limits() -> list[tuple[int, int]]:
-    """Of each control group that limits this process, its limit and what is left of it, in bytes."""
+    """Return the limit and the free memory, in bytes, of each control group that limits this process."""
     found = []
     for folder, top, names in _control_groups():
         while True:
@@ -45,7 +45,7 @@ def _limits() -> list[tuple[int, int]]:
 
 
 def _control_groups() -> Iterator[tuple[Path, Path, tuple[str, str, str]]]:
-    """The groups of this process that limit memory: their folder, the folder of the hierarchy's top, and file names."""
+    """Yield, for each hierarchy that limits memory, this process's folder, the top folder, and the file names."""
     try:
         lines, mounts = MEMBERSHIP.read_text().splitlines(), MOUNTS.read_text().splitlines()
     except OSError:  # not Linux
@@ -65,12 +65,12 @@ def _control_groups() -> Iterator[tuple[Path, Path, tuple[str, str, str]]]:
             if form == kind and (kind == "cgroup2" or "memory" in options.split(",")):
                 inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
                 folder = Path(top) / inside
-                # A container may see another part of the hierarchy than its path tells: its own, at the top.
+                # In a container, the process's own group may be mounted at the top instead of at its path.
                 yield (folder if folder.is_dir() else Path(top)), Path(top), names
 
 
 def _page_cache(file: Path, name: str) -> int:
-    """Bytes of a group's page cache that the kernel takes back before it kills."""
+    """Return the bytes of a group's page cache that the kernel reclaims before it kills a process."""
     for line in file.read_text().splitlines():
         if line.startswith(f"{name} "):
             return int(line.split()[1])

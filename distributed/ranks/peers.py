@@ -1,10 +1,10 @@
-"""Connections between ranks that are certain to lead to ranks.
+"""Authenticated connections between ranks.
 
-gloo listens on a loopback port while a process group is created, and takes whoever connects first for the peer. Every
-account of the machine can connect. So the ranks of a new group first wait for each other, which leaves strangers
-little time. Then each proves to each other one that it knows the group's key, which only the owner of the private
-folder can read. Where one cannot, a stranger is connected in its place, and no rank goes on. What gloo listens on is
-closed afterwards: nobody can connect to a rank that is up, or fill it with connections.
+gloo listens on a loopback port while a process group is created, and accepts the first connection as its peer. Every
+account of the machine can connect. Therefore the ranks of a new group first wait for each other, which leaves other
+programs little time to connect. Then each pair of ranks proves that both know the group's key, which only the owner of
+the private folder can read. If a proof is wrong or missing, another program is connected in place of a rank, and the
+ranks exit. Afterwards the listening sockets of gloo are closed, so no program can connect to running ranks.
 """
 
 import contextlib
@@ -22,15 +22,16 @@ from .devices import Device
 from .environment import RankEnvironment
 
 PROOF_SECONDS = 10
-"""How long a rank may take to prove itself once it is connected."""
+"""Time limit for the proofs of the other ranks after the connection is established."""
 FOREVER = datetime.timedelta(days=1)
-"""Ranks that hang are noticed by their lack of progress, not by a fixed time."""
+"""Timeout of collectives. Ranks that hang are detected by their lack of progress, not by this timeout."""
 
 
 def connect_world(started: RankEnvironment, device: Device) -> None:
     """Initialise torch.distributed with the group's other ranks. A collective.
 
-    Raises ConnectionError where another program connected in place of a rank, and RuntimeError where it also wrote.
+    If another program connected in place of a rank, raises ConnectionError, or RuntimeError if gloo fails because of
+    the data that the program sent.
     """
     ranks = range(len(started.devices))
     store = dist.FileStore(str(started.folder / "store"), len(ranks))
@@ -51,8 +52,8 @@ def connect_world(started: RankEnvironment, device: Device) -> None:
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """Create a process group of some ranks. A collective of the world; raises as `connect_world` does."""
-    dist.all_reduce(torch.zeros(1))  # all are here, and connect in the next moment
+    """Create a process group of some ranks. A collective of all ranks. Raises what `connect_world` raises."""
+    dist.all_reduce(torch.zeros(1))  # so that all ranks connect at the same time
     group = dist.new_group(ranks)
     close_listeners()
     if dist.get_rank() in ranks:
@@ -61,7 +62,10 @@ def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
 
 
 def _prove(started: RankEnvironment, ranks: Sequence[int], group: dist.ProcessGroup | None) -> None:
-    """Exchange proofs with every other rank of a process group. Raises ConnectionError for those that have none."""
+    """Exchange proofs with every other rank of a process group.
+
+    Raises ConnectionError if a rank sends a wrong proof, or none within PROOF_SECONDS.
+    """
     key = (started.folder / "key").read_bytes()
     here, others = started.rank, [rank for rank in ranks if rank != started.rank]
 
@@ -76,17 +80,18 @@ def _prove(started: RankEnvironment, ranks: Sequence[int], group: dist.ProcessGr
         try:
             work.wait(datetime.timedelta(seconds=PROOF_SECONDS))
         except RuntimeError as error:
-            raise ConnectionError(f"Rank {other} did not prove itself: {error}") from error
+            raise ConnectionError(f"Rank {other} did not authenticate: {error}") from error
     for other in others:
         if not hmac.compare_digest(bytes(received[other].tolist()), proof(other, here)):
             raise ConnectionError(f"Another program is connected in place of rank {other}.")
 
 
 def close_listeners() -> None:
-    """Close the sockets that gloo listens on, which it needs only while it creates a process group. On Linux.
+    """Close the listening sockets of gloo, which it needs only while it creates a process group. On Linux only.
 
-    gloo keeps the descriptor, so another file takes the socket's place: the kernel then ends the socket, and removes it
-    from what gloo's thread waits for. Those are known by that thread's epoll instance; NCCL's are in none.
+    gloo keeps using the descriptor, so it is replaced by one of the null device: the kernel then closes the socket and
+    removes it from the epoll instance of gloo's thread. Only sockets in an epoll instance are closed; NCCL's listening
+    sockets are in none.
     """
     for descriptor in _watched_descriptors():
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as handle:
@@ -97,7 +102,7 @@ def close_listeners() -> None:
 
 
 def _watched_descriptors() -> set[int]:
-    """Descriptors that some epoll instance of this process waits for."""
+    """Return the descriptors that are registered in an epoll instance of this process."""
     watched = set()
     descriptors = Path("/proc/self/fd")
     for link in descriptors.iterdir() if descriptors.is_dir() else ():

@@ -1,9 +1,8 @@
-"""One set of running rank processes: started by torchrun (`torchrun`), joined over the control connections, ended for
-certain.
+"""One set of rank processes: start them through torchrun (`torchrun`), talk to them over the control connections, and
+end them.
 
-A `RankProcesses` lives from one start to one end and is never repaired: when anything about it is in doubt it is
-`broken`, with the reason, and the `Supervisor` replaces it. A thread of its own looks for signs of death and of
-standstill, whatever else waits for what.
+A `RankProcesses` is started once and ended once. It is never repaired: after any failure it is `broken`, with the
+reason, and the `Supervisor` replaces it. A separate thread detects processes that have died or hang.
 """
 
 import contextlib
@@ -33,18 +32,18 @@ log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
 BEATS_MISSED_SECONDS = 10
-"""A rank that says nothing for this long is stopped or stuck beyond help (it speaks twice a second)."""
+"""Time without a heartbeat after which a rank is considered hung. Ranks send two heartbeats per second."""
 END_SECONDS = 1
-"""How long the launcher may take to say how a rank ended."""
+"""Time limit for the launcher to write the exit code of a rank."""
 LOG_LINES = 8
 
 
 class RankProcesses:
-    """Rank processes for `devices`, one each. `changed` is notified, and `on_change` called, when a status changes.
+    """Rank processes, one per device. `changed` is notified, and `on_change` called, when the status of a rank changes.
 
-    stall_seconds tells how long a rank may have a job and not move. Logs go to a new folder in `logs`, or, where there
-    can be none, to the group's private folder. Only the process that made it can end it: a child that it forks has a
-    copy of this object, and leaves the ranks alone.
+    stall_seconds: returns the time limit for a job without progress. Logs are written to a new folder in `logs`, or to
+    the group's private folder if that is not possible. Only the process that created this object can end the ranks: a
+    forked child has a copy of the object, on which `end` does nothing.
     """
 
     def __init__(
@@ -60,9 +59,9 @@ class RankProcesses:
         self.changed = threading.Condition()
         self.broken: str | None = None
         self.ended = threading.Event()
-        """Set when no process is left."""
+        """Set when all processes have ended."""
         self._family: set[psutil.Process] = set()
-        """What the launcher has started. It may be dead, and its children nobody's, when they are to be ended."""
+        """The launcher's descendants. They are recorded because the launcher may die before they are ended."""
         self._stall_seconds = stall_seconds
         self._on_change = on_change
         self._ending = threading.Event()
@@ -108,8 +107,8 @@ class RankProcesses:
             threading.Thread(target=self._watch, name="hv15-watch", daemon=True).start()
             undo.pop_all()
 
-    def wait_ready(self, seconds: float, what: str = "come up") -> bool:
-        """Wait until every rank can take a job. False when the ranks broke or ended; too long a wait breaks them."""
+    def wait_ready(self, seconds: float, what: str = "become ready") -> bool:
+        """Wait until every rank is ready. Return False if the ranks broke or ended; after `seconds` they are broken."""
         limit = time.monotonic() + seconds
         late = self._not_ready()
         with self.changed:
@@ -125,11 +124,11 @@ class RankProcesses:
         return [record for record in self.records if record.state is not RankState.READY]
 
     def send(self, message: Message) -> None:
-        """Send every rank the same message. Raises ValueError for one that cannot be encoded."""
+        """Send the same message to every rank. Raises ValueError if it cannot be encoded."""
         self.send_frame(encode(message))
 
     def send_frame(self, frame: bytes) -> None:
-        """Send every rank a message that was encoded before."""
+        """Send an encoded message to every rank."""
         for record in self.records:
             try:
                 if record.channel:
@@ -138,7 +137,7 @@ class RankProcesses:
                 self.give_up(f"{record} cannot be reached ({error})", record)
 
     def release(self, seconds: float) -> None:
-        """Have the ranks, which are ready, give their memory back; return when they have, or break after `seconds`."""
+        """Free the device memory of all ranks, which must be ready. If this takes longer than `seconds`, they break."""
         with self.changed:
             for record in self.records:
                 record.move(RankState.RELEASING)
@@ -147,14 +146,17 @@ class RankProcesses:
         self.wait_ready(seconds, "release its memory")
 
     def begin(self, job: int, state: RankState) -> None:
-        """From now on answers and progress are those of this job."""
+        """Start a new job: answers and progress now refer to it."""
         with self.changed:
             for record in self.records:
-                if record.state is not RankState.FAILED:  # it broke just now
+                if record.state is not RankState.FAILED:  # the ranks may have broken a moment ago
                     record.begin(job, state)
 
     def give_up(self, reason: str, record: RankStatus | None = None) -> None:
-        """The ranks are `broken`, for this reason. Whoever waits for them, or sends to them, is woken."""
+        """Mark the ranks as `broken`, for this reason. Threads that wait for them or send to them are woken.
+
+        record: the rank that caused it, whose log is quoted; by default the launcher's log is quoted.
+        """
         with self.changed:
             if self.broken or self._ending.is_set():
                 return
@@ -170,7 +172,7 @@ class RankProcesses:
         self._on_change()
 
     def end(self) -> None:
-        """End every process and remove every file. Ask, then insist; returns within about five seconds."""
+        """End all processes and remove all files. Processes that do not exit are killed. Takes at most five seconds."""
         if os.getpid() != self._owner:
             return
         with self.changed:
@@ -189,7 +191,7 @@ class RankProcesses:
             family = list(self._family)
         _, left = psutil.wait_procs(family, timeout=patience)
         for process in left:
-            with contextlib.suppress(psutil.Error):  # it left between the two lines
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
                 process.kill()
         try:
             self.launcher.wait(1)
@@ -215,12 +217,12 @@ class RankProcesses:
                 record.channel.shut()
 
     def _watch(self) -> None:
-        """Look for signs of death, and of ranks that live but do not move, until the end."""
+        """Check for processes that have died or hang, until `end`."""
         due = time.monotonic()
         while not self._ending.wait(WATCH_SECONDS) and not self.broken:
             due += WATCH_SECONDS
             now = time.monotonic()
-            if now - due > WATCH_SECONDS:  # this process itself stood still: nobody could be heard meanwhile
+            if now - due > WATCH_SECONDS:  # this process was suspended and could not receive messages
                 for record in self.records:
                     record.heard_at += now - due
                     record.moved_at += now - due
@@ -231,24 +233,24 @@ class RankProcesses:
         if any(record.state is RankState.STARTING for record in self.records):
             self._remember_family()
         if self.launcher.poll() is not None:
-            if self.launcher.returncode >= 0:  # it went because a rank died, whose end tells more, in a moment
+            if self.launcher.returncode >= 0:  # it exits after a rank died; wait for that rank's exit code
                 self._ending.wait(END_SECONDS + WATCH_SECONDS)
             self.give_up(f"the launcher {describe_exit(self.launcher.returncode)}")
         for record in self.records:
             if record.channel and now - record.heard_at > BEATS_MISSED_SECONDS:
                 self.give_up(f"{record} has not responded for {now - record.heard_at:.0f} seconds", record)
         busy = [record for record in self.records if record.state.has_job]
-        # While one moves the others may have nothing to do but wait for it. The one that hangs stood still first.
+        # While one rank makes progress, the others may wait for it. The hung rank is the one that stopped first.
         if busy and all(now - record.moved_at > self._stall_seconds() for record in busy):
             record = min(busy, key=lambda record: record.moved_at)
             self.give_up(f"{record} made no progress for {now - record.moved_at:.0f} seconds", record)
 
     def _serve(self, channel: Channel) -> None:
-        """Hear one rank for as long as its channel lives."""
+        """Receive the messages of one rank until its channel ends."""
         try:
             record = self._introduce(channel.receive(), channel)
         except BROKEN as error:
-            log.warning("Rejected a connection that is no rank of this group: %s.", error)
+            log.warning("Rejected a connection that is not a rank of this group: %s.", error)
             return
         try:
             while True:
@@ -256,16 +258,15 @@ class RankProcesses:
         except (EOFError, OSError):
             self.give_up(f"{record}, pid {record.pid}, {self._end_of(record)}", record)
         except ValueError as error:
-            self.give_up(f"{record}, pid {record.pid}, sent a message that is not understood ({error})", record)
+            self.give_up(f"{record}, pid {record.pid}, sent an invalid message ({error})", record)
 
     def _introduce(self, message: Message, channel: Channel) -> RankStatus:
-        """Return the rank that says hello on a new channel. Raises ValueError for one that was not started here.
+        """Return the rank that sent `Hello` on a new channel. Raises ValueError if it was not started by this object.
 
-        A process id that a rank gives ends up among those that are killed in the end, so it has to be the launcher's
-        descendant.
+        The process id in the message must be that of a descendant of the launcher, because `end` kills the process.
         """
         if not isinstance(message, Hello) or message.rank >= len(self.records):
-            raise ValueError(f"it begins with {str(message)[:200]}")
+            raise ValueError(f"its first message is {str(message)[:200]}")
         record = self.records[message.rank]
         self._remember_family()
         with self.changed:
@@ -273,7 +274,7 @@ class RankProcesses:
                 raise ValueError(f"process {message.pid} was not started by this group's launcher")
             known = [other for other in self.records if other.channel]
             if record in known or message.pid in [other.pid for other in known] or message.device != record.device:
-                raise ValueError(f"{message} does not fit {record}")
+                raise ValueError(f"{message} does not match {record}")
             record.pid, record.channel, record.heard_at = message.pid, channel, time.monotonic()
         return record
 
@@ -284,17 +285,19 @@ class RankProcesses:
             before = record.state
             record.hear(message)
             self.changed.notify_all()
-        if record.state is not before and not before.has_job:  # the end of a job changes the state of the group
+        if (
+            record.state is not before and not before.has_job
+        ):  # at the end of a job, the group's change of state is reported
             self._on_change()
 
     def _end_of(self, record: RankStatus) -> str:
-        """How a rank ended. The launcher is its parent and knows; it writes it down, a moment later."""
+        """Describe how a rank ended. The launcher, its parent, writes the exit code shortly after."""
         limit = time.monotonic() + END_SECONDS
         while time.monotonic() < limit and not self._ending.is_set() and not self.broken:
             if (exit_code := read_exit(self.folder, record.rank)) is not None:
                 return describe_exit(exit_code)
             time.sleep(0.05)
-        return "is gone" if not psutil.pid_exists(record.pid) else "closed its connection"
+        return "has exited" if not psutil.pid_exists(record.pid) else "closed its connection"
 
 
 def _read(path: Path) -> str:

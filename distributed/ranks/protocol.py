@@ -1,11 +1,11 @@
-"""The control connection between the controller and each rank: every message on it, and a channel for them.
+"""The control connection between the controller and each rank: all messages, and the channel that carries them.
 
-A frame is four bytes with the length of what follows, and a JSON object {"type": name, field: value, ...}. Tensors
-travel through shared buffers (`buffers`), never on the connection. Each message is a frozen dataclass below; what
-arrives is checked field by field against it.
+A frame is a length of four bytes, followed by a JSON object {"type": name, field: value, ...} of that length. Tensors
+are passed through shared memory (`buffers`), never over the connection. Each message is a frozen dataclass below;
+received messages are checked field by field.
 
-Any doubt about a channel ends it: a rank whose channel ends exits, and a controller whose rank's channel ends replaces
-the group. A job that failed is no such doubt; it is reported on a channel that lives on. `listener` has the handshake.
+Any error on a channel ends it: the rank exits, and the controller replaces the group. The failure of a job is not such
+an error; it is reported over the channel, which stays open. The handshake is in `listener`.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 from .buffers import SharedTensor
 
 SEND_SECONDS = 10
-"""How long a peer may take nothing of what is sent to it before its channel counts as broken."""
+"""Time limit for sending, after which the channel is considered broken."""
 BROKEN = (EOFError, OSError, ValueError)
-"""What a channel raises when it is no longer to be trusted."""
+"""Exceptions of a channel that is broken and must not be used any more."""
 MESSAGE_LENGTH = 4000
-"""Characters of an error that a rank reports."""
+"""Maximum length of an error message that a rank reports, in characters."""
 MOST = 2**53
-"""JSON numbers above this are not whole numbers everywhere."""
+"""Maximum integer. JSON implementations that use doubles cannot represent all larger integers."""
 
 
 def _cut(value: Any) -> str:
@@ -38,7 +38,7 @@ def _cut(value: Any) -> str:
 def _whole(least: int = 0, most: int = MOST) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"{_cut(value)} is no whole number from {least} to {most}")
+            raise ValueError(f"{_cut(value)} is not an integer from {least} to {most}")
         return value
 
     return check
@@ -47,7 +47,8 @@ def _whole(least: int = 0, most: int = MOST) -> Callable[[Any], int]:
 def _text(longest: int, *allowed: str) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         if type(value) is not str or len(value) > longest or (allowed and value not in allowed):
-            raise ValueError(f"{_cut(value)} is no text of at most {longest} characters{allowed or ''}")
+            choices = f" out of {', '.join(allowed)}" if allowed else ""
+            raise ValueError(f"{_cut(value)} is not a string of at most {longest} characters{choices}")
         return value
 
     return check
@@ -55,13 +56,13 @@ def _text(longest: int, *allowed: str) -> Callable[[Any], str]:
 
 def _flag(value: Any) -> bool:
     if type(value) is not bool:
-        raise ValueError(f"{_cut(value)} is neither true nor false")
+        raise ValueError(f"{_cut(value)} is not a boolean")
     return value
 
 
 def _object(value: Any) -> dict:
     if type(value) is not dict:
-        raise ValueError(f"{_cut(value)} is no object")
+        raise ValueError(f"{_cut(value)} is not an object")
     return value
 
 
@@ -78,7 +79,7 @@ Tensors = Annotated[dict[str, SharedTensor], _tensors]
 
 @dataclass(frozen=True)
 class Load:
-    """Have the task of this kind load something for the runs to come."""
+    """Load data for later runs of this kind of task."""
 
     id: Whole
     kind: Kind
@@ -88,7 +89,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Run:
-    """Run a job: read the inputs, fill the outputs."""
+    """Run a job, which reads the inputs and fills the outputs."""
 
     id: Whole
     kind: Kind
@@ -99,14 +100,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Cancel:
-    """End a job early, at the next place where all ranks agree on it."""
+    """Cancel a job at the next point where all ranks can agree on it."""
 
     id: Whole
 
 
 @dataclass(frozen=True)
 class Release:
-    """Give back all device memory."""
+    """Free all device memory."""
 
 
 @dataclass(frozen=True)
@@ -125,17 +126,17 @@ class Hello:
 
 @dataclass(frozen=True)
 class Ready:
-    """The rank has come up and takes jobs."""
+    """The rank has started and accepts jobs."""
 
 
 @dataclass(frozen=True)
 class Released:
-    """The device memory was given back."""
+    """The device memory was freed."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """Sent twice a second. `moved` grows with every sign of progress in job `id`."""
+    """A heartbeat, sent twice a second. `moved` increases with every sign of progress in job `id`."""
 
     id: Whole
     done: Whole
@@ -145,7 +146,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Done:
-    """The job is done on this rank. All of its work is."""
+    """The rank has completed its part of the job, so `done` equals `total`."""
 
     id: Whole
     done: Whole
@@ -154,9 +155,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The job failed on this rank, which lives on. The numbers belong to the reason "memory", in bytes.
+    """The job failed on this rank, which keeps running.
 
-    peers_waiting: other ranks may wait for this one inside the job, and can only be ended.
+    needed, free: sizes in bytes, and smallest_plan, as in `OutOfMemory`, for the reason "memory". peers_waiting:
+    whether other ranks may wait for this rank inside the job, so that the group must be restarted.
     """
 
     id: Whole
@@ -172,7 +174,7 @@ Message = Load | Run | Cancel | Release | Stop | Hello | Ready | Released | Beat
 
 
 class Direction(NamedTuple):
-    """The messages that travel one way, and the most bytes that one of them may have."""
+    """The messages of one direction, and the maximum length of their JSON in bytes."""
 
     messages: tuple[type, ...]
     limit: int
@@ -188,7 +190,7 @@ _CHECKS = {
 
 
 def encode(message: Message) -> bytes:
-    """Return a message's JSON. Raises ValueError for what JSON cannot hold, and for a message that is too long."""
+    """Return a message as JSON. Raises ValueError for values that JSON does not support and for too long messages."""
     limit = next(way.limit for way in (TO_RANK, TO_CONTROLLER) if type(message) in way.messages)
     try:
         value = {"type": type(message).__name__, **vars(message)}
@@ -196,7 +198,7 @@ def encode(message: Message) -> bytes:
     except (TypeError, RecursionError) as error:
         raise ValueError(f"not a message: {error}") from error
     if len(frame) > limit:
-        raise ValueError(f"{type(message).__name__} has {len(frame)} bytes; {limit} is the most")
+        raise ValueError(f"{type(message).__name__} has {len(frame)} bytes; the limit is {limit}")
     return frame
 
 
@@ -207,7 +209,7 @@ def _plain(value: Any) -> dict:
 
 
 def decode(frame: bytes, direction: Direction) -> Message:
-    """Return the message in a frame. Raises ValueError for everything that is not one of the direction's messages."""
+    """Return the message in a frame. Raises ValueError if it is not a valid message of this direction."""
     try:
         value = _object(json.loads(frame, parse_constant=_finite, parse_float=_finite))
     except RecursionError:
@@ -237,7 +239,7 @@ def _finite(digits: str) -> float:
 
 
 class Channel:
-    """One end of an authenticated control connection. Sending is safe from several threads; one thread receives."""
+    """One end of an authenticated control connection. Any thread may send; only one thread may receive."""
 
     def __init__(self, connection: socket.socket, receives: Direction) -> None:
         self._connection, self._receives = connection, receives
@@ -249,34 +251,34 @@ class Channel:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def send(self, message: Message) -> None:
-        """Send a message. Raises one of BROKEN where the other end takes nothing for SEND_SECONDS."""
+        """Send a message. Raises one of BROKEN if the peer does not receive it within SEND_SECONDS."""
         self.send_frame(encode(message))
 
     def send_frame(self, frame: bytes) -> None:
-        """Send a message that was encoded before."""
+        """Send an encoded message. Raises what `send` raises."""
         if not self._sending.acquire(timeout=SEND_SECONDS):
-            raise TimeoutError("an earlier message is still in flight")
+            raise TimeoutError("an earlier message is still being sent")
         try:
             self._connection.sendall(struct.pack("!I", len(frame)) + frame)
         finally:
             self._sending.release()
 
     def receive(self) -> Message:
-        """Return the next message. Raises one of BROKEN when there is none to come, or one that is not understood."""
+        """Return the next message. Raises one of BROKEN if the connection ends or the message is invalid."""
         (length,) = struct.unpack("!I", self._read(4))
         if length > self._receives.limit:
-            raise ValueError(f"a message of {length} bytes; {self._receives.limit} is the most")
+            raise ValueError(f"a message of {length} bytes; the limit is {self._receives.limit}")
         return decode(self._read(length), self._receives)
 
     def shut(self) -> None:
-        """End the connection, waking whoever receives or sends on it. Any thread may call this."""
+        """Shut the connection down and wake the threads that send or receive. Any thread may call this method."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the connection and free its descriptor. For the thread that receives."""
+        """Close the connection and its descriptor. Only the receiving thread may call this method."""
         self.shut()
-        with self._sending:  # a send on a descriptor that is free again could reach another connection
+        with self._sending:  # the descriptor may be reused by another connection as soon as it is closed
             self._reader.close()
             self._connection.close()
 

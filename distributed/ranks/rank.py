@@ -1,8 +1,8 @@
-"""One rank's process: connect, come up, run jobs, report. It knows no kind of job but by its `Task`.
+"""The process of one rank: connect, start, run jobs, report. It runs any kind of job through its `Task`.
 
-The main thread runs tasks. A second one listens to the controller and a third sends a sign of life twice a second, so
-a cancel is heard in the middle of a job, and a job that makes no progress is noticed. When the controller goes away, by
-whatever end, the process leaves at once.
+The main thread runs tasks. A second thread receives the controller's messages, so that a job can be cancelled while it
+runs. A third thread sends a heartbeat twice a second, by which the controller detects a job that makes no progress. If
+the controller ends for any reason, the process exits at once.
 """
 
 import contextlib
@@ -53,13 +53,13 @@ from .task import JobWatch, Task
 log = logging.getLogger("hv15")
 BEAT_SECONDS = 0.5
 COMPUTES = 1 / 20
-"""Share of a CPU above which a rank on the CPU counts as computing. One that waits uses a tenth of that; on a
-busy machine one that computes may get little more than this."""
+"""Fraction of a CPU above which a rank on the CPU is considered computing. A waiting rank uses a tenth of it; a
+computing rank may get little more than this fraction on a busy machine."""
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 class Rank:
-    """This process, seen from the inside. `tasks` makes the task of each kind, given the device."""
+    """The state and main loop of this process. tasks: for each kind, a function that creates the task for a device."""
 
     def __init__(
         self,
@@ -71,13 +71,15 @@ class Rank:
         self.channel, self.started, self.output = channel, started, output
         self.makers, self.tasks = tasks, dict[str, Task]()
         self.world_size = len(started.devices)
+        self.device: torch.device | None = None
+        """Set when the device is activated."""
         self.watch = JobWatch()
         self.todo: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.peers_waiting = False
-        """Whether a failure now would leave the other ranks waiting for this one."""
+        """Whether the other ranks would wait for this one if it failed now."""
 
     def run(self) -> None:
-        """Come up, then do what is asked until told to stop."""
+        """Start, then process messages until `Stop`."""
         self.channel.send(Hello(self.started.rank, os.getpid(), self.started.device))
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
@@ -98,7 +100,7 @@ class Rank:
         self._release()
 
     def _join(self) -> None:
-        """Meet the other ranks."""
+        """Connect to the other ranks."""
         device = devices.Device(self.device)
         if self.world_size == 1:
             return
@@ -116,7 +118,7 @@ class Rank:
             if done != total:
                 raise RuntimeError(f"The task ended after {done} of {total} steps.")
         except Cancelled:
-            self.peers_waiting = False  # ranks agree on it
+            self.peers_waiting = False  # all ranks raise it together
             self._fail(message, "cancelled")
         except OutOfMemory as error:
             self.peers_waiting &= not error.on_all_ranks
@@ -144,7 +146,7 @@ class Rank:
         task.run(message.fields, tensors, self.watch)
 
     def _prepare(self, message: Load | Run, shared: Mapping) -> tuple[Task, dict[str, Tensor]]:
-        """Open the tensors and load, on all ranks or on none."""
+        """Open the tensors and load the task. Raises on all ranks if it fails on any rank."""
         if message.kind not in self.makers:
             raise ValueError(f"There is no task of the kind {message.kind!r}.")
         if message.kind not in self.tasks:
@@ -160,7 +162,7 @@ class Rank:
         return task, all_or_none(load)
 
     def _make_room(self, task: Task, fields: Mapping) -> None:
-        """Have the idle tasks leave the device where this one would not run at full speed beside them."""
+        """Release the idle tasks if this task could not run at full speed beside them."""
         idle = [other for other in self.tasks.values() if other is not task]
         if not idle:
             return
@@ -184,55 +186,56 @@ class Rank:
                 if isinstance(message, Stop):
                     return
         except BROKEN as error:
-            # The controller is gone, or has given this rank up. Whatever the main thread does, nobody waits for it.
-            leave_orphaned(error)
+            # The controller has ended, or has closed this rank's connection. No process needs the current job.
+            exit_orphaned(error)
 
     def _beat(self) -> None:
         try:
             controller = psutil.Process(self.started.controller)
         except psutil.NoSuchProcess as error:
-            leave_orphaned(error)
+            exit_orphaned(error)
         own, computed = psutil.Process(), 0.0
         while True:
-            if not controller.is_running():  # a child that it forked may hold the connection open
-                leave_orphaned(ProcessLookupError("the controller has ended"))
+            if not controller.is_running():  # a forked child of the controller may hold the connection open
+                exit_orphaned(ProcessLookupError("the controller has ended"))
             before, computed = computed, own.cpu_times().user
-            if self.started.device == "cpu" and computed - before > BEAT_SECONDS * COMPUTES:
-                # A convolution may take minutes here. (A thread that waits for a GPU would look the same.)
+            on_host = self.device is not None and devices.Device(self.device).is_host
+            if on_host and computed - before > BEAT_SECONDS * COMPUTES:
+                # One convolution on the CPU may take minutes. (A thread that waits for a GPU uses the CPU, too.)
                 self.watch.moved += 1
             try:
                 self.channel.send(Beat(*self.watch.state, self.watch.moved))
             except BROKEN:
-                return  # `_listen` sees to it
+                return  # `_listen` ends the process
             self.output.rotate()
             time.sleep(BEAT_SECONDS)
 
 
-def leave_orphaned(error: Exception) -> NoReturn:
-    """End this process when its controller has ended, and with it what the controller can no longer clean up."""
-    log.error("The rank leaves: its connection ended (%s: %s).", type(error).__name__, error)
+def exit_orphaned(error: Exception) -> NoReturn:
+    """End this process and its launcher, and delete the group's folder, because the controller has ended."""
+    log.error("The rank exits: its connection to the controller was lost (%s: %s).", type(error).__name__, error)
     started = RankEnvironment.from_env()
     shutil.rmtree(started.folder, ignore_errors=True)
-    if os.getppid() == started.launcher:  # it may be stopped, and then would stay for ever
+    if os.getppid() == started.launcher:  # a launcher that is suspended would never exit by itself
         with contextlib.suppress(OSError):
             os.kill(started.launcher, KILL)
     os._exit(1)
 
 
 def main(tasks: Mapping[str, Callable[[torch.device], Task]]) -> NoReturn:
-    """Live as a rank that runs these kinds of tasks."""
+    """Run this process as a rank with these kinds of tasks."""
     started = RankEnvironment.from_env()
     output = OutputFile(started.logs / f"rank-{started.rank}.log")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         channel = connect(started.control, (started.folder / "key").read_bytes())
     except BROKEN as error:
-        leave_orphaned(error)
+        exit_orphaned(error)
     try:
         Rank(channel, started, tasks, output).run()
     except BaseException:
-        log.critical("The rank ends:\n%s", traceback.format_exc())
+        log.critical("The rank exits because of an error:\n%s", traceback.format_exc())
         sys.stderr.flush()
         os._exit(1)
-    # Destroying process groups can wait for peers that are gone already; there is nothing left to save.
+    # Exit without destroying the process groups, which could wait for ranks that have already exited.
     os._exit(0)

@@ -1,16 +1,16 @@
-"""The states of a rank group and of a rank, and which may follow which.
+"""The states of a rank group and of a rank, and the transitions between them.
 
 A group:
-starting -> ready <-> busy            the life of a healthy group
-busy, ready -> recovering -> ready    a rank died or hung; the group is started again
-starting, recovering -> failed        it did not come up
-ready, busy -> failed                 it broke once too often, and waits to be asked
-any -> stopped                        somebody stopped it; a later call starts it again
+starting -> ready <-> busy            normal operation
+busy, ready -> recovering -> ready    a rank died or hung, and the group is restarted
+starting, recovering -> failed        the group could not be started
+ready, busy -> failed                 the group broke again; the next call restarts it
+any -> stopped                        the group was stopped; the next call restarts it
 
 A rank, which is never repaired but replaced:
 starting -> ready <-> loading, busy, releasing
-any but stopped -> failed             it died, hung or was not understood
-A group without processes shows its ranks as starting or stopped.
+any except stopped -> failed          the rank died, hung or sent an invalid message
+If a group has no processes, its ranks are shown as starting or stopped.
 """
 
 from enum import Enum
@@ -37,7 +37,7 @@ class RankState(str, Enum):
 
     @property
     def has_job(self) -> bool:
-        """Whether the rank is to show progress and to answer."""
+        """Whether the rank has a job, so it must make progress and answer."""
         return self in (RankState.LOADING, RankState.BUSY)
 
 
@@ -63,7 +63,7 @@ S = TypeVar("S", State, RankState)
 
 
 def follow(current: S, following: S) -> S:
-    """Return the following state. Raises ValueError where it may not follow."""
+    """Return `following`. Raises ValueError if there is no transition to it from `current`."""
     table, who = (FOLLOWS, "group") if isinstance(current, State) else (RANK_FOLLOWS, "rank")
     if following is not current and following not in table[current]:
         raise ValueError(f"A {who} that is {current.value} cannot become {following.value}.")

@@ -1,4 +1,4 @@
-"""What the controller knows of one rank, and what each message of the rank changes in it."""
+"""The status of one rank in the controller, and its update by the rank's messages."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,7 +9,11 @@ from .states import RankState, follow
 
 @dataclass
 class RankStatus:
-    """What the controller knows of one rank. `job` is the number of the job in hand, `answer` the rank's answer."""
+    """The status of one rank in the controller.
+
+    job: number of the current job. answer: the rank's answer to it. done, total: its progress. moved: the counter in
+    the rank's last `Beat`. moved_at, heard_at: times of the last progress and the last message (`time.monotonic`).
+    """
 
     rank: int
     device: str
@@ -28,17 +32,17 @@ class RankStatus:
         return f"rank {self.rank} ({self.device})"
 
     def move(self, state: RankState) -> None:
-        """Change the state. Raises ValueError where it may not follow."""
+        """Change the state. Raises ValueError if there is no such transition."""
         self.state = follow(self.state, state)
 
     def begin(self, job: int, state: RankState) -> None:
-        """Take a new job: from now on answers and progress are those of this one."""
+        """Start a new job: answer and progress now refer to it."""
         self.move(state)
         self.job, self.answer, self.moved_at = job, None, time.monotonic()
         self.done = self.total = 0
 
     def hear(self, message: Message) -> None:
-        """Take a message in. Raises ValueError for one that no rank in this state sends."""
+        """Update the status from a message. Raises ValueError if the message is invalid in this state."""
         self.heard_at = time.monotonic()
         match message:
             case Ready():
@@ -49,7 +53,7 @@ class RankStatus:
                 self.move(RankState.READY)
             case Beat():
                 self._expect(message, message.id <= self.job and message.done <= message.total)
-                if message.id == self.job:  # else a late one of the job before
+                if message.id == self.job:  # otherwise it is a late heartbeat of an earlier job
                     self.done, self.total = message.done, message.total
                 if message.moved != self.moved:
                     self.moved, self.moved_at = message.moved, self.heard_at
@@ -66,5 +70,5 @@ class RankStatus:
     def _expect(self, message: Message, true: bool) -> None:
         if not true:
             raise ValueError(
-                f"unexpected from a rank that is {self.state.value}, with job {self.job}: {str(message)[:200]}"
+                f"unexpected from a rank in state {self.state.value} with job {self.job}: {str(message)[:200]}"
             )

@@ -1,8 +1,8 @@
-"""Keeps a group's rank processes running: starts them, replaces those that broke, and gives up when that is no use.
+"""Keep a group's rank processes running: start them, replace them after a failure, and stop after repeated failures.
 
-`RankProcesses` live from one start to one end; the supervisor has at most one set of them that is not being ended. All
-decisions are taken under one lock, and a thread that starts or ends processes takes effect only while the state still
-asks for it: a `stop`, or another start, that came in between wins.
+The supervisor has at most one `RankProcesses` that is not being ended. All decisions are made under one lock. The
+result of a thread that starts processes is used only if its start is still current: a `stop` or another start in the
+meantime takes precedence.
 """
 
 import logging
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """The state of a group, and its processes while it has some.
+    """The state of a group, and its processes if there are any.
 
-    launch makes new processes, which call what they are given whenever their status changes. start_timeout tells how
-    many seconds they have to come up. on_change is called, in any thread, when the status of the group has changed.
+    launch: creates new processes, which call the given function when their status changes. start_timeout: returns the
+    time limit for their start in seconds. on_change: called, in any thread, when the group's status has changed.
     """
 
     def __init__(
@@ -36,17 +36,17 @@ class Supervisor:
         self.ranks: RankProcesses | None = None
         self._starting: threading.Thread | None = None
         self._may_auto_restart = True
-        """Whether ranks that break while idle are replaced without a call: once, until they have done a job."""
+        """Whether ranks that break while idle are replaced without a call. This happens once, until a job succeeds."""
 
     def notify(self) -> None:
-        """Report that the status has changed."""
+        """Call `on_change`. Its exceptions are logged."""
         try:
             self._on_change()
         except Exception:
             log.exception("The on_change callback failed.")
 
     def start(self, check: Callable[[], None] = lambda: None) -> None:
-        """Start processes in the background, unless there are some. What `check` raises under the lock prevents it."""
+        """Start processes in the background, unless there are any. `check` is called under the lock and may raise."""
         with self.lock:
             check()
             if self.state in (State.STOPPED, State.FAILED):
@@ -54,17 +54,17 @@ class Supervisor:
                 self._begin(State.STARTING)
 
     def wait_started(self) -> None:
-        """Wait for a start in the background. Raises GroupError where the group did not come up."""
+        """Wait for a start in the background. Raises GroupError if the group did not start."""
         if thread := self._starting:
             thread.join()
         with self.lock:
             if self.state in (State.FAILED, State.STOPPED):
-                raise GroupError(self.error or "The rank group was stopped while it started.")
+                raise GroupError(self.error or "The rank group was stopped while it was starting.")
 
     def take(self, job: int, rank_state: RankState, check: Callable[[], None]) -> RankProcesses:
-        """Return the processes, once they are up, with `job` in hand. `check` is called while that takes its time.
+        """Wait until the processes are ready, assign them `job`, and return them. `check` is called repeatedly.
 
-        Raises GroupError where they do not come up, Cancelled where the group was stopped, and what `check` raises.
+        Raises GroupError if they do not start, Cancelled if the group is stopped, and what `check` raises.
         """
         while True:
             check()
@@ -84,7 +84,7 @@ class Supervisor:
         return ranks
 
     def give_back(self, ranks: RankProcesses, usable: bool) -> None:
-        """Take the processes back after a job; replace them if they are not usable any more."""
+        """Return the processes after a job. They are replaced if they are no longer usable."""
         with self.lock:
             if self.ranks is ranks and self.state is State.BUSY:
                 if usable and not ranks.broken:
@@ -93,17 +93,17 @@ class Supervisor:
                     self._begin(State.RECOVERING)
 
     def confirm(self) -> None:
-        """The processes have done a job: when they break while idle, they are replaced."""
+        """Record that a job succeeded: if the processes break while idle, they are replaced."""
         self._may_auto_restart = True
 
     def give_up(self, error: str) -> None:
-        """Stop trying to bring the group up, until a call needs it again."""
+        """Stop restarting the group, until a call needs it again."""
         with self.lock:
             if self.state is State.RECOVERING:
                 self._fail(error)
 
     def stop(self) -> None:
-        """End the processes, and what starts them. Returns when they have ended."""
+        """End the processes, also those that are starting, and return when they have ended."""
         with self.lock:
             ranks, self.ranks = self.ranks, None
             self._move(State.STOPPED)
@@ -111,7 +111,7 @@ class Supervisor:
         if ranks:
             ranks.end()
         if starting and starting is not threading.current_thread():
-            starting.join()  # it ends what it has started
+            starting.join()  # it ends the processes that it has started
 
     def _move(self, state: State, error: str | None = None) -> None:
         self.state, self.error = follow(self.state, state), error
@@ -124,7 +124,7 @@ class Supervisor:
         self._move(state)
         try:
             self._starting.start()
-        except RuntimeError as error:  # there can be no more threads
+        except RuntimeError as error:  # no thread can be started
             self._starting = None
             if old:
                 old.end()
@@ -152,7 +152,7 @@ class Supervisor:
             self._settle(None, f"The rank group did not start: {ranks.broken}")
 
     def _is_current_start(self) -> bool:
-        """Return whether what this thread starts is still wanted. The lock is held."""
+        """Return whether this thread's start is still current. The lock is held."""
         starting = self.state in (State.STARTING, State.RECOVERING)
         return starting and self._starting is threading.current_thread()
 
@@ -162,10 +162,10 @@ class Supervisor:
                 self.ranks = ranks
                 self._move(State.FAILED if error else State.READY, error)
         if ranks:
-            self._changed(ranks)  # they may have broken just now
+            self._changed(ranks)  # they may have broken in the meantime
 
     def _changed(self, ranks: RankProcesses) -> None:
-        """The processes changed, in some thread. Replace idle ones that broke."""
+        """Replace the processes if they broke while idle. Called, in any thread, when their status changes."""
         with self.lock:
             if ranks.broken and self.ranks is ranks and self.state is State.READY:
                 if self._may_auto_restart:
@@ -176,7 +176,7 @@ class Supervisor:
         self.notify()
 
     def _fail(self, error: str) -> None:
-        """Give up until the next call. The lock is held."""
+        """End the processes and do not restart them before the next call. The lock is held."""
         ranks, self.ranks = self.ranks, None
         self._move(State.FAILED, error)
         if ranks:

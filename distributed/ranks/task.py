@@ -1,4 +1,4 @@
-"""What a rank is asked to do: one task for each kind of job, and what is known of the job in hand."""
+"""The interface of a task, which runs one kind of job on a rank, and the progress of the current job."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -9,39 +9,39 @@ from .collective import Watch
 
 
 class Task(Protocol):
-    """One kind of work on this rank. A rank keeps one task for each kind that it was asked for.
+    """One kind of work on this rank. A rank keeps one task for each kind of job that it has received.
 
-    `fields` is what the job tells the task, `tensors` are the job's inputs and outputs by name, in shared memory.
+    fields: parameters of the job. tensors: its inputs and outputs in shared memory, by name.
     """
 
     def load(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
-        """Load what the fields name, unless it is loaded. Called ahead of time, and before each `run` with its fields.
+        """Load the data that the fields name, unless it is loaded. Called to preload, and before each `run`.
 
-        It contains no collective. Where it raises on one rank, the job ends on all of them. Raises NotLoaded where a
-        run builds on something that only another load can bring.
+        It must not contain a collective. If it raises on one rank, the job ends on all ranks. Raises NotLoaded if the
+        job needs data that only another load can provide.
         """
 
     def run(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
-        """Do this rank's part of a job and fill its part of the outputs. All ranks call it with the same fields.
+        """Run this rank's part of a job and fill its part of the outputs. All ranks call it with the same fields.
 
-        All that it reports as total is done when it returns. Raises Cancelled on all ranks at once.
+        When it returns, the reported progress must equal the reported total. Raises Cancelled on all ranks together.
         """
 
     def fits(self, fields: Mapping, free: int) -> bool:
-        """Return whether the job runs at full speed with `free` bytes of the device beside what this task holds."""
+        """Return whether the job runs at full speed with `free` bytes in addition to the memory that this task uses."""
 
     def release(self) -> None:
-        """Give the device memory back."""
+        """Free the device memory."""
 
 
 class JobWatch:
-    """What is known of the job in hand: written by the task, read by the beat."""
+    """Progress and cancellation of the current job: written by the task, read by the heartbeat thread."""
 
     def __init__(self) -> None:
         self.state = (0, 0, 0)
-        """Id, done and total: one value, so that a beat never pairs a job with the progress of another."""
+        """Id, done and total in one value, so that a heartbeat never combines the id and progress of different jobs."""
         self.moved = 0
-        """Grows with every sign of progress; a controller that sees no change for long knows that the rank hangs."""
+        """Counter of signs of progress. If it does not change for long, the controller considers the rank hung."""
         self._cancelled: set[int] = set()
 
     def begin(self, id: int) -> None:
@@ -56,5 +56,5 @@ class JobWatch:
         self._cancelled.add(id)
 
     def cancelled(self) -> bool:
-        self.moved += 1  # a task asks between its steps, which may be long before the first result
+        self.moved += 1  # a task calls this after each step, also before its first progress
         return self.state[0] in self._cancelled

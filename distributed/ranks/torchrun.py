@@ -1,8 +1,8 @@
-"""The launcher's process: torchrun, with a rendezvous for one host.
+"""The process of the launcher: torchrun, with a rendezvous for one host.
 
-torchrun's own rendezvous either listen on all interfaces or keep their state as a pickle. A group's processes are all
-on one host, where there is nobody to wait for: the launcher is alone with its store, a file in the group's folder.
-Run as `python bootstrap.py distributed.ranks.torchrun WORKER`, where WORKER is the module that ranks run.
+torchrun's own rendezvous backends either listen on all interfaces or store their state as a pickle. All processes of a
+group are on one host, so there is only one launcher, and its store is a file in the group's folder.
+Usage: `python bootstrap.py distributed.ranks.torchrun WORKER`, where WORKER is the module that ranks run.
 """
 
 import os
@@ -27,7 +27,7 @@ BACKEND = "one-host"
 
 
 class OneHost(RendezvousHandler):
-    """The rendezvous of a launcher with itself."""
+    """A rendezvous of one launcher."""
 
     def __init__(self, parameters: RendezvousParameters) -> None:
         self.file, self.id = parameters.endpoint, parameters.run_id
@@ -36,7 +36,7 @@ class OneHost(RendezvousHandler):
         return BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
-        # Ranks meet in a store of their own (`worker`), so the address that torchrun tells them goes unused.
+        # Ranks use a store of their own (`peers.connect_world`), so the address that torchrun passes them is unused.
         return RendezvousInfo(FileStore(self.file), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
 
     def is_closed(self) -> bool:
@@ -55,7 +55,7 @@ class OneHost(RendezvousHandler):
 
 
 def main() -> None:
-    """Run one worker for each device until all have ended or one has failed."""
+    """Run one worker per device until all have ended or one has failed."""
     environment = replace(RankEnvironment.from_env(), launcher=os.getpid())
     os.environ.update(environment.to_env())
     rendezvous_handler_registry.register(BACKEND, OneHost)

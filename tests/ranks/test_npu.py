@@ -100,7 +100,7 @@ def test_ports_for_hccl_that_another_program_listens_on_are_passed_over(sockets,
     monkeypatch.setattr(devices, "HCCL_PORTS", range(first, second + 1, 64))
     sockets(socket.create_server(("127.0.0.1", first + 5)))
     assert base_port(sockets(devices.reserve_ports("npu"))) == second
-    with pytest.raises(OSError, match="all 2 port ranges for HCCL are taken"):
+    with pytest.raises(OSError, match="all 2 port ranges for HCCL are in use"):
         devices.reserve_ports("npu")
 
 

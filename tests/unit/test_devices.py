@@ -26,20 +26,21 @@ def test_nothing_is_reserved_on_the_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend", "streams", "fused"),
+    ("name", "backend", "streams", "fused", "npu"),
     [
-        ("cpu", "gloo", False, False),
-        ("cuda:1", "cpu:gloo,cuda:nccl", True, True),
-        ("npu:0", "cpu:gloo,npu:hccl", True, False),
+        ("cpu", "gloo", False, False, False),
+        ("cuda:1", "cpu:gloo,cuda:nccl", True, True, False),
+        ("npu:0", "cpu:gloo,npu:hccl", True, False, True),
     ],
 )
-def test_each_kind_has_its_own_abilities(name, backend, streams, fused):
+def test_each_kind_has_its_own_abilities(name, backend, streams, fused, npu):
     class Named:  # torch makes no npu device without torch_npu
         type = kind_of(name)
 
     device = Device(Named())
     assert device.collective_backend("auto") == backend
     assert device.has_streams == streams and device.has_fused_kernels == fused
+    assert device.has_npu_kernels == npu
     assert (device.process_group_device is None) == device.is_host
 
 
@@ -49,8 +50,6 @@ def test_a_chosen_backend_is_used_for_the_device_alone():
 
 class Accelerator:
     """Torch's functions for a device with 10 GiB, of which this process has 3 and others 2."""
-
-    taken = 0
 
     def mem_get_info(self, device):
         return 5 * GIB, 10 * GIB
