@@ -88,7 +88,7 @@ def interpreter_flags() -> list[str]:
 
 
 def search_path() -> tuple[str, ...]:
-    """Return this process's `sys.path` with absolute entries. Imports ignore non-string entries, so they are omitted."""
+    """Return `sys.path` with absolute entries. Imports ignore non-string entries, so they are omitted."""
     return tuple(_absolute(entry) for entry in sys.path if isinstance(entry, str))
 
 

@@ -1,4 +1,4 @@
-"""A rank's process that meets the other ranks later than they expect it, as one that imports slowly does."""
+"""A rank that connects to the other ranks with a delay, as if its imports were slow."""
 
 import os
 import time
@@ -12,12 +12,12 @@ connect = dist.init_process_group
 waits = [2.0 * int(os.environ["RANK"])]
 
 
-def dawdle(*args: object, **options: object) -> None:
+def connect_late(*args: object, **options: object) -> None:
     time.sleep(waits.pop() if waits else 0)
     connect(*args, **options)
 
 
-dist.init_process_group = dawdle
+dist.init_process_group = connect_late
 
 if __name__ == "__main__":
     rank.main(TASKS)

@@ -1,8 +1,9 @@
-"""Another account that connects to ranks while they meet is never taken for one of them, and cannot stay."""
+"""Ranks authenticate each other, so a program of another account that connects is never accepted as a rank."""
 
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 
 from benchmarks.random_weights import random_latent
 from distributed import GroupError, RankGroup
+from distributed.ranks.peers import PROOF_SECONDS
 
+ROOT = Path(__file__).resolve().parents[2]
 STRANGER = """
 import os, socket, struct, sys
 print("ready", flush=True)
@@ -22,7 +25,7 @@ while True:
         address, state = line.split()[1], line.split()[3]
         if state == "0A" and address.startswith("0100007F:") and address not in known:
             known.add(address)
-            for pair in range(4):  # gloo counts its connections, and a caller says which one it is
+            for pair in range(4):  # gloo numbers its connections, and a client sends the number
                 try:
                     caller = socket.create_connection(("127.0.0.1", int(address[9:], 16)), 1)
                     caller.sendall(os.urandom(4096) if sys.argv[1] == "garbage" else struct.pack("q", pair))
@@ -34,7 +37,7 @@ while True:
 
 @pytest.fixture
 def stranger(request):
-    """Another account's program that connects to whatever begins to listen on loopback."""
+    """A program of another account that connects to each new listening port on loopback."""
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if os.geteuid() or not python or not Path("/proc/net/tcp").exists():
         pytest.skip("needs root to become another account, a system's Python and Linux")
@@ -47,30 +50,64 @@ def stranger(request):
     process.stdout.close()
 
 
+def connect_with_keys(folder: Path, keys: list[str]) -> list[str]:
+    """Start a rank on gloo for each key and return what each prints: the seconds that it took and the result."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks.proving", str(rank), str(len(keys)), str(folder), key],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        for rank, key in enumerate(keys)
+    ]
+    try:
+        return [rank.stdout.readline() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
+def test_ranks_with_the_same_key_connect(tmp_path):
+    assert [line.split()[1] for line in connect_with_keys(tmp_path, ["key", "key"])] == ["connected"] * 2
+
+
+def test_ranks_with_different_keys_refuse_each_other_within_the_time_limit(tmp_path):
+    for rank, line in enumerate(connect_with_keys(tmp_path, ["key", "another key"])):
+        seconds, error = line.split(maxsplit=1)
+        assert error == f"ConnectionError: Another program is connected in place of rank {1 - rank}.\n"
+        assert float(seconds) < PROOF_SECONDS
+
+
 def listening(group: RankGroup) -> list[str]:
     pids = [rank["pid"] for rank in group.status()["ranks"]]
     return [c.laddr for pid in pids for c in psutil.Process(pid).net_connections() if c.status == psutil.CONN_LISTEN]
 
 
-def test_ranks_that_have_met_listen_nowhere_and_go_on(vae):
+def test_connected_ranks_do_not_listen_and_can_create_process_groups(vae):
     with RankGroup("cpu,cpu,cpu") as group:
         assert listening(group) == []
         expected = group.decode(random_latent(1, 32, 2, 2, 4), vae)
-        few = group.decode(random_latent(1, 32, 2, 1, 2), vae)  # by two of the three, in a group of their own
+        few = group.decode(
+            random_latent(1, 32, 2, 1, 2), vae
+        )  # on two of the three ranks, in a process group of their own
         assert few.isfinite().all() and listening(group) == []
         assert torch.equal(group.decode(random_latent(1, 32, 2, 2, 4), vae), expected)
 
 
 @pytest.mark.parametrize("stranger", ["calls", "garbage"], indirect=True)
-def test_a_group_starts_while_a_stranger_connects_to_whatever_listens(vae, stranger):
+def test_a_group_starts_while_another_account_connects_to_every_listening_port(vae, stranger):
     with RankGroup("cpu,cpu,cpu", start_timeout=60) as group:
         assert group.decode(random_latent(1, 32, 2, 2, 4), vae).isfinite().all()
         assert listening(group) == []
 
 
 @pytest.mark.parametrize("stranger", ["calls", "garbage"], indirect=True)
-def test_a_stranger_that_was_connected_in_place_of_a_rank_is_noticed_before_anything_is_decoded(vae, stranger):
-    """Ranks that connect seconds after each other leave it all the time that it needs."""
+def test_a_group_decodes_or_fails_in_time_if_another_account_connects_before_the_other_ranks(vae, stranger):
+    """The ranks connect seconds after each other, so the program has enough time to connect in place of a rank."""
     begun = time.monotonic()
     try:
         with RankGroup("cpu,cpu,cpu", worker="tests.ranks.dawdling", start_timeout=40) as group:

@@ -1,4 +1,4 @@
-"""What a rank group refuses and reports before it has any processes."""
+"""Options and input that a rank group refuses, and its status, before any process is started."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ LATENT = torch.zeros(1, 32, 1, 1, 1)
 
 @pytest.mark.parametrize("name", ["start_timeout", "stall_timeout"])
 @pytest.mark.parametrize("value", ["120", None, -5, 0, float("nan"), float("inf"), True, [1], 1j])
-def test_a_timeout_that_is_no_positive_number_of_seconds_is_refused_and_nothing_changes(name, value):
+def test_an_invalid_timeout_is_refused_and_no_option_changes(name, value):
     group = RankGroup(["cpu"], stall_timeout=7)
     with pytest.raises(ValueError, match=f"{name} is .*; it must be a positive number of seconds"):
         group.configure(dtype="float16", keep_loaded="stop", **{name: value})
@@ -20,13 +20,13 @@ def test_a_timeout_that_is_no_positive_number_of_seconds_is_refused_and_nothing_
 
 
 @pytest.mark.parametrize(("option", "value"), [("dtype", "float8"), ("keep_loaded", "always"), ("dtype", None)])
-def test_an_option_that_is_none_of_the_choices_is_refused(option, value):
+def test_an_option_with_an_unknown_value_is_refused(option, value):
     with pytest.raises(ValueError, match=f"{option} is .*; it must be"):
         RankGroup(["cpu"], **{option: value})
 
 
 @pytest.mark.parametrize("memory", [float("nan"), float("inf"), 0, -1, "4GB", 1.5e9, 2**70])
-def test_a_memory_limit_that_is_no_number_of_bytes_is_refused_before_anything_starts(memory, vae_file):
+def test_an_invalid_memory_limit_is_refused_before_any_process_starts(memory, vae_file):
     group = RankGroup(["cpu"])
     with pytest.raises(JobError, match="memory is"):
         group.decode(LATENT, vae_file, memory=memory)
@@ -34,7 +34,7 @@ def test_a_memory_limit_that_is_no_number_of_bytes_is_refused_before_anything_st
 
 
 @pytest.mark.parametrize("timeout", [float("nan"), -1, "60"])
-def test_a_timeout_of_a_decode_that_is_none_is_refused_before_anything_starts(timeout, vae_file):
+def test_an_invalid_timeout_of_a_decode_is_refused_before_any_process_starts(timeout, vae_file):
     group = RankGroup(["cpu"])
     with pytest.raises(ValueError, match="timeout is"):
         group.decode(LATENT, vae_file, timeout=timeout)

@@ -1,4 +1,4 @@
-"""Messages on the control connection: what is written comes back, and nothing else is taken."""
+"""Messages of the control connection are decoded as they were encoded, and anything else is refused."""
 
 import json
 import socket
@@ -58,33 +58,33 @@ def direction(message: object):
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_a_message_comes_back_as_it_was_and_only_in_its_direction(message):
+def test_a_message_is_decoded_as_it_was_encoded_and_only_in_its_direction(message):
     frame = encode(message)
     assert decode(frame, direction(message)) == message
     with pytest.raises(ValueError, match="unknown message"):
         decode(frame, TO_RANK if direction(message) is TO_CONTROLLER else TO_CONTROLLER)
 
 
-def test_every_message_is_tried_here():
+def test_the_examples_include_every_message():
     assert {type(message) for message in MESSAGES} == {*TO_RANK.messages, *TO_CONTROLLER.messages}
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_a_field_that_is_missing_or_has_another_type_or_is_unknown_is_refused(message):
+def test_a_message_with_a_missing_unknown_or_wrongly_typed_field_is_refused(message):
     fields = json.loads(encode(message))
     for name in fields.keys() - {"type"}:
         with pytest.raises(ValueError):
             decode(
                 json.dumps({key: value for key, value in fields.items() if key != name}).encode(), direction(message)
             )
-        taken = 0
+        accepted = 0
         for bad in BAD_VALUES:
             try:
                 decode(json.dumps({**fields, name: bad}).encode(), direction(message))
-                taken += 1
+                accepted += 1
             except ValueError as error:
                 assert len(str(error)) < 400
-        assert taken <= 3, f"{name} takes nearly everything"
+        assert accepted <= 3, f"{name} accepts nearly every value"
     with pytest.raises(ValueError, match="has the fields"):
         decode(json.dumps({**fields, "more": 1}).encode(), direction(message))
 
@@ -104,49 +104,49 @@ def test_a_field_that_is_missing_or_has_another_type_or_is_unknown_is_refused(me
         "memfd:",
     ],
 )
-def test_a_shared_tensor_that_is_none_is_refused(shared):
+def test_an_invalid_shared_tensor_is_refused(shared):
     frame = json.dumps({"type": "Load", "id": 1, "kind": "echo", "fields": {}, "inputs": {"x": shared}}).encode()
     with pytest.raises(ValueError, match=r"Load\.inputs"):
         decode(frame, TO_RANK)
 
 
-GARBLED = {
-    "not json": "\x00garbage",
-    "no object": "[1, 2]",
-    "unknown": '{"type": "Dance"}',
+INVALID = {
+    "not JSON": "\x00garbage",
+    "not an object": "[1, 2]",
+    "unknown type": '{"type": "Dance"}',
     "no type": "{}",
-    "a list for a type": '{"type": ["Done"]}',
-    "another's": '{"type": "Stop"}',
-    "a field too many": '{"type": "Done", "id": 5, "done": 0, "total": 0, "more": 1}',
-    "a field too few": '{"type": "Done", "id": 5}',
-    "text for a number": '{"type": "Beat", "id": 5, "done": "0", "total": 0, "moved": 1}',
-    "true for a number": '{"type": "Beat", "id": 5, "done": true, "total": 1, "moved": 1}',
+    "type is a list": '{"type": ["Done"]}',
+    "wrong direction": '{"type": "Stop"}',
+    "additional field": '{"type": "Done", "id": 5, "done": 0, "total": 0, "more": 1}',
+    "missing field": '{"type": "Done", "id": 5}',
+    "string instead of a number": '{"type": "Beat", "id": 5, "done": "0", "total": 0, "moved": 1}',
+    "boolean instead of a number": '{"type": "Beat", "id": 5, "done": true, "total": 1, "moved": 1}',
     "NaN": '{"type": "Beat", "id": 5, "done": NaN, "total": 0, "moved": 1}',
-    "an overflow": '{"type": "Beat", "id": 5, "done": 0, "total": 1e999, "moved": 1}',
+    "overflow": '{"type": "Beat", "id": 5, "done": 0, "total": 1e999, "moved": 1}',
     "negative": '{"type": "Beat", "id": 5, "done": -1, "total": 0, "moved": 1}',
     "too large": '{"type": "Beat", "id": 5, "done": 0, "total": ' + "9" * 400 + ', "moved": 1}',
-    "deep": "[" * 20000 + "]" * 20000,
-    "more done than there is": '{"type": "Beat", "id": 5, "done": 5, "total": 4, "moved": 1}',
-    "a job to come": '{"type": "Beat", "id": 6, "done": 0, "total": 0, "moved": 1}',
-    "done too soon": '{"type": "Done", "id": 5, "done": 1, "total": 100}',
-    "done with the job before": '{"type": "Done", "id": 4, "done": 0, "total": 0}',
-    "failed in the job to come": encode(Failed(6, "error")).decode(),
-    "a reason that is none": encode(Failed(5, "error")).decode().replace('"error"', '"mood"'),
-    "released": '{"type": "Released"}',
-    "ready again": '{"type": "Ready"}',
-    "hello again": '{"type": "Hello", "rank": 1, "pid": 1, "device": "cpu"}',
+    "deeply nested": "[" * 20000 + "]" * 20000,
+    "more done than the total": '{"type": "Beat", "id": 5, "done": 5, "total": 4, "moved": 1}',
+    "progress of a later job": '{"type": "Beat", "id": 6, "done": 0, "total": 0, "moved": 1}',
+    "done before all work is complete": '{"type": "Done", "id": 5, "done": 1, "total": 100}',
+    "done with an earlier job": '{"type": "Done", "id": 4, "done": 0, "total": 0}',
+    "failed in a later job": encode(Failed(6, "error")).decode(),
+    "unknown reason": encode(Failed(5, "error")).decode().replace('"error"', '"mood"'),
+    "released while busy": '{"type": "Released"}',
+    "ready while busy": '{"type": "Ready"}',
+    "hello while busy": '{"type": "Hello", "rank": 1, "pid": 1, "device": "cpu"}',
 }
 
 
-@pytest.mark.parametrize("frame", GARBLED.values(), ids=GARBLED)
-def test_a_busy_rank_is_not_understood_when_it_sends_anything_else_than_its_progress_or_its_answer(frame):
+@pytest.mark.parametrize("frame", INVALID.values(), ids=INVALID)
+def test_messages_of_a_busy_rank_other_than_its_progress_and_its_answer_are_refused(frame):
     status = RankStatus(1, "cpu")
     status.hear(Ready())
     status.begin(5, RankState.BUSY)
     with pytest.raises(ValueError):
         status.hear(decode(frame.encode(), TO_CONTROLLER))
     assert status.answer is None and status.done == status.total == 0
-    for message in (Beat(4, 9, 9, 1), Beat(5, 1, 4, 2), Done(5, 4, 4)):  # a late beat of the job before is none of it
+    for message in (Beat(4, 9, 9, 1), Beat(5, 1, 4, 2), Done(5, 4, 4)):  # a late heartbeat of an earlier job is ignored
         status.hear(message)
     assert (status.answer, status.done, status.state) == (Done(5, 4, 4), 4, RankState.READY)
     with pytest.raises(ValueError, match="unexpected"):
@@ -167,11 +167,11 @@ def test_any_bytes_are_refused_with_a_value_error(frame):
     ),
     st.sampled_from([*TO_CONTROLLER.messages, *TO_RANK.messages]),
 )
-def test_any_json_is_one_of_the_messages_or_refused_with_a_value_error(value, message):
+def test_any_json_is_a_valid_message_or_refused_with_a_value_error(value, message):
     value = {**value, "type": message.__name__} if isinstance(value, dict) else value
-    for way in (TO_CONTROLLER, TO_RANK):
+    for allowed in (TO_CONTROLLER, TO_RANK):
         try:
-            assert type(decode(json.dumps(value).encode(), way)) in (Ready, Released, Release, Stop)
+            assert type(decode(json.dumps(value).encode(), allowed)) in (Ready, Released, Release, Stop)
         except ValueError as error:
             assert len(str(error)) < 400
 
@@ -190,12 +190,12 @@ def test_json_that_is_nested_too_deeply_is_refused():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), {1}, torch.zeros(1), "x" * 2**20])
-def test_what_cannot_travel_is_refused_before_it_is_sent(bad):
+def test_values_that_cannot_be_encoded_are_refused_before_they_are_sent(bad):
     with pytest.raises(ValueError):
         encode(Load(1, "echo", {"bad": bad}))
 
 
-def test_a_channel_refuses_a_long_message_by_its_announcement_and_notices_an_end_in_the_middle():
+def test_a_channel_refuses_a_message_that_is_too_long_or_truncated():
     for sent in (struct.pack("!I", TO_CONTROLLER.limit + 1), struct.pack("!I", 100) + b"{", b"\0\0"):
         here, there = tcp_pair()
         channel = Channel(here, TO_CONTROLLER)
@@ -206,7 +206,7 @@ def test_a_channel_refuses_a_long_message_by_its_announcement_and_notices_an_end
         channel.close()
 
 
-def test_a_peer_that_takes_nothing_cannot_hold_a_sender_for_long(monkeypatch):
+def test_sending_to_a_peer_that_receives_nothing_times_out(monkeypatch):
     monkeypatch.setattr(protocol, "SEND_SECONDS", 1)
     here, there = tcp_pair()
     channel = Channel(here, TO_CONTROLLER)
@@ -224,24 +224,22 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
         return server.accept()[0], caller
 
 
-def test_rank_and_listener_prove_to_each_other_that_they_know_the_key():
-    heard = []
-    listener = Listener(b"key", lambda channel: heard.append(channel.receive()))
+def test_a_rank_and_a_listener_with_the_same_key_connect():
+    received = []
+    listener = Listener(b"key", lambda channel: received.append(channel.receive()))
     try:
         channel = connect(listener.address, b"key")
         channel.send(Ready())
-        limit = threading.Event()
-        for _ in range(100):
-            if heard:
-                break
-            limit.wait(0.05)
-        assert heard == [Ready()]
+        limit = time.monotonic() + 5
+        while not received and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert received == [Ready()]
         channel.close()
     finally:
         listener.close()
 
 
-def test_a_rank_does_not_take_a_stranger_for_its_controller():
+def test_a_rank_refuses_a_listener_that_does_not_know_the_key():
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def pretend() -> None:

@@ -1,4 +1,4 @@
-"""Which state of a group, and of a rank, may follow which: all pairs, written out."""
+"""All transitions between the states of a group and of a rank, written out."""
 
 import itertools
 
@@ -38,7 +38,7 @@ ALLOWED = [allowed(State, GROUP), allowed(RankState, RANK)]
 
 
 @pytest.mark.parametrize(("current", "following"), PAIRS)
-def test_only_the_pairs_above_may_follow(current, following):
+def test_only_the_listed_transitions_are_possible(current, following):
     if (current, following) in ALLOWED[isinstance(current, RankState)]:
         assert follow(current, following) is following
     else:
@@ -46,7 +46,7 @@ def test_only_the_pairs_above_may_follow(current, following):
             follow(current, following)
 
 
-def test_the_panel_has_a_word_for_every_state():
+def test_the_panel_has_a_text_for_every_state():
     from pathlib import Path
 
     panel = (Path(__file__).resolve().parents[2] / "web" / "panel.mjs").read_text()
