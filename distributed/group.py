@@ -220,7 +220,7 @@ class RankGroup:
             return filled
 
     def finish(self) -> None:
-        """Do what `keep_loaded` says, after a series of jobs such as the steps of a sampling."""
+        """Apply `keep_loaded` after a series of jobs, such as the steps of a sampler."""
         with self._turns:
             self._after()
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..jobs import Load, TensorSpec
-from ..ranks.buffers import DTYPES, place_of
+from ..ranks.buffers import DTYPES
+from ..ranks.shared_memory import place_of
 from .conditions import trim
 from .weights import TransformerCheckpoint
 

@@ -1,20 +1,20 @@
-"""An echo task for tests of supervision, which needs no VAE, and ranks that misbehave when told to.
+"""An echo task for tests of supervision, which needs no VAE, and ranks that cause faults on request.
 
-`Echo` is the job: y = x + 1, a part on each rank, in `steps` steps of `seconds` each. One rank does its `fault` in
-the first step:
+`Echo` is the job: it computes y = x + 1, divided between the ranks, in `steps` steps of `seconds` each. One rank causes
+the `fault` in the first step:
 
-raise       raises alone
-hang        never reaches the next collective, but lives and sends its beats
+raise       raises an exception that the other ranks do not raise
+hang        never reaches the next collective, but keeps sending heartbeats
 exit        exits with code 7
 chatter     writes two megabytes to its standard output
-short       ends before its work is done
-send        sends the controller a frame of its own
-long        announces a message of four gigabytes
-refuse      raises while it loads, before the job
-With `once`, a file, the fault is done only while the file is there, and takes it away.
+short       returns before its work is complete
+send        sends the given frame to the controller
+long        sends the length of a message of four gigabytes
+refuse      raises an exception while it loads, before the job
+If `once`, a path, is given, the fault is caused only if the file exists, and the file is deleted.
 
-Decodes take their fault from the file that HV15_TEST_FAULT names, "WHAT RANK" or "WHAT RANK once": `memory` runs out of
-memory in the middle of a decode, alone; `load` while it loads the weights. With "late RANK" the rank never comes up.
+Decodes read their fault from the file that HV15_TEST_FAULT names, "FAULT RANK" or "FAULT RANK once". `memory`: the rank
+runs out of memory during a decode. `load`: it runs out of memory while it loads weights. `late`: it never connects.
 """
 
 import os
@@ -40,10 +40,10 @@ CHANNELS = []
 
 @dataclass(frozen=True, eq=False)
 class Echo:
-    """The controller's side. `needs` names what ranks must have been loaded with; its value is added to y.
+    """The job in the controller. needs: name of a number that ranks must have loaded, which is added to y.
 
-    fits_in: bytes; with no memory limit, or a higher one, ranks run out of memory. wants: bytes of the device for full
-    speed.
+    fits_in: size in bytes; without a memory limit, or with a higher one, ranks run out of memory. wants: free device
+    memory in bytes that full speed requires.
     """
 
     x: Tensor
@@ -82,12 +82,12 @@ class Echo:
 
 
 def keep(name: str, value: float) -> Load:
-    """Have ranks keep a number under a name."""
+    """Return a load that stores a number on the ranks under a name."""
     return Load("echo", {"keep": name}, {"value": torch.tensor([value])})
 
 
 class EchoTask:
-    """A rank's side."""
+    """The task on a rank."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -151,7 +151,7 @@ class EchoTask:
         return there
 
     def _misbehave(self, fields: Mapping, watch: object) -> bool:
-        """Do what is due. Returns whether the task is to end at once."""
+        """Cause the requested fault, if any. Return whether the task must return at once."""
         if not self._due(fields, "raise", "hang", "exit", "chatter", "short", "send", "long"):
             return False
         match fields["fault"]:
@@ -178,7 +178,7 @@ class EchoTask:
 
 
 def decode_fault(*faults: str) -> bool:
-    """Whether this rank is to do one of these faults of a decode now."""
+    """Return whether one of these faults of a decode is requested from this rank."""
     file = Path(os.environ["HV15_TEST_FAULT"])
     try:
         fault, rank, *once = file.read_text().split()
@@ -191,7 +191,7 @@ def decode_fault(*faults: str) -> bool:
 
 
 def main() -> None:
-    """Live as a rank that may misbehave."""
+    """Run this process as a rank that causes faults on request."""
     from distributed.vae import engine
     from distributed.vae.engine import Engine
     from distributed.vae.task import DecodeTask

@@ -1,4 +1,4 @@
-"""Waiting for the right moment."""
+"""Functions that wait for a condition."""
 
 import threading
 import time
@@ -7,7 +7,7 @@ from distributed import RankGroup
 
 
 def during(group: RankGroup, act) -> threading.Thread:
-    """Call `act` once the job in hand has shown progress."""
+    """Call `act` in a thread when the current job has made progress."""
 
     def wait() -> None:
         limit = time.monotonic() + 60
@@ -23,7 +23,7 @@ def during(group: RankGroup, act) -> threading.Thread:
 
 
 def until(condition, seconds: float) -> bool:
-    """Whether the condition comes true within so many seconds."""
+    """Wait for the condition, and return whether it became true within the given seconds."""
     limit = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > limit:
@@ -33,5 +33,5 @@ def until(condition, seconds: float) -> bool:
 
 
 def pids(group: RankGroup) -> list[int]:
-    """Process ids of the ranks."""
+    """Return the process ids of the ranks."""
     return [rank["pid"] for rank in group.status()["ranks"]]

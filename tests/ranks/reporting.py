@@ -1,4 +1,4 @@
-"""A rank's process that first writes what it was started with to the file named by HV15_TEST_REPORT."""
+"""A rank that first writes a report on its interpreter and imports to the file named by HV15_TEST_REPORT."""
 
 import json
 import os
@@ -10,7 +10,7 @@ FLAGS = ("isolated", "ignore_environment", "no_user_site", "no_site", "safe_path
 
 
 def report() -> dict:
-    """What this process imports and from where."""
+    """Return the flags, options and search path of this process, and the file from which torch is imported."""
     return {
         "flags": {name: int(getattr(sys.flags, name, 0)) for name in FLAGS},
         "options": {name: str(value) for name, value in sys._xoptions.items()},

@@ -1,4 +1,4 @@
-"""Processes that die or hang are replaced, and the job in hand is retried. Real processes, really killed."""
+"""Processes that die or hang are replaced, and the current job is retried. The tests kill real processes."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def test_the_frames_of_a_decode_are_the_same_after_a_kill(pair, vae):
     killer.join()
 
 
-def test_a_stopped_rank_is_noticed_and_replaced(echoes):
+def test_a_suspended_rank_is_detected_and_replaced(echoes):
     before, notices = set(pids(echoes)), []
     echoes.configure(stall_timeout=60)
     stopper = during(echoes, lambda: os.kill(pids(echoes)[0], signal.SIGSTOP))
@@ -64,13 +64,13 @@ def test_a_stopped_rank_is_noticed_and_replaced(echoes):
     assert before.isdisjoint(pids(echoes))
 
 
-def test_a_rank_that_hangs_but_lives_is_noticed_by_its_lack_of_progress(echoes, once):
+def test_a_hung_rank_that_sends_heartbeats_is_detected_by_its_lack_of_progress(echoes, once):
     notices = []
     run(echoes, Echo(X, fault="hang", once=once), notice=notices.append)
     assert "made no progress for" in notices[0] and "retrying the echo" in notices[0]
 
 
-def test_an_error_of_one_rank_alone_fails_the_job_and_the_group_comes_back(echoes):
+def test_an_error_on_one_rank_fails_the_job_and_the_group_restarts(echoes):
     begun = time.monotonic()
     with pytest.raises(JobError, match=r"Rank 1 \(cpu\): RuntimeError: a fault of rank 1"):
         echoes.run(Echo(X, steps=2, fault="raise"))
@@ -78,7 +78,7 @@ def test_an_error_of_one_rank_alone_fails_the_job_and_the_group_comes_back(echoe
     run(echoes)
 
 
-def test_an_error_before_the_job_on_one_rank_fails_on_all_and_they_stay(echoes):
+def test_an_error_while_loading_on_one_rank_fails_the_job_and_the_ranks_keep_running(echoes):
     run(echoes, Echo(X))
     before = pids(echoes)
     with pytest.raises(JobError, match=r"Rank 1 \(cpu\): ValueError: a job that is not to be run"):
@@ -87,12 +87,12 @@ def test_an_error_before_the_job_on_one_rank_fails_on_all_and_they_stay(echoes):
     assert pids(echoes) == before
 
 
-def test_a_rank_that_ends_before_its_work_is_done_fails_the_job(echoes):
+def test_a_task_that_returns_before_its_work_is_complete_fails_the_job(echoes):
     with pytest.raises(JobError, match=r"Rank 1 \(cpu\): RuntimeError: The task ended after 1 of 2 steps"):
         echoes.run(Echo(X, fault="short"))
 
 
-def test_a_rank_that_dies_twice_ends_the_job_with_its_name_code_log_and_last_words(echoes):
+def test_a_rank_that_dies_twice_fails_the_job_with_its_name_exit_code_and_log(echoes):
     with pytest.raises(GroupError) as caught:
         echoes.run(Echo(X, fault="exit"))
     message = str(caught.value)
@@ -103,17 +103,17 @@ def test_a_rank_that_dies_twice_ends_the_job_with_its_name_code_log_and_last_wor
     run(echoes)
 
 
-def test_a_process_that_dies_idle_is_noticed_and_replaced_without_a_call(echoes):
+def test_a_process_that_dies_while_idle_is_replaced_without_a_call(echoes):
     run(echoes, Echo(X))
     before = set(pids(echoes))
     os.kill(max(before), signal.SIGKILL)
-    assert until(lambda: echoes.status()["state"] == "recovering", 2), "death was not noticed within two seconds"
+    assert until(lambda: echoes.status()["state"] == "recovering", 2), "the death was not detected within two seconds"
     assert until(lambda: echoes.status()["state"] == "ready", 60)
     assert before.isdisjoint(pids(echoes))
     run(echoes, Echo(X))
 
 
-def test_a_process_that_dies_before_it_was_ever_used_is_replaced_once_and_then_given_up():
+def test_a_process_that_dies_before_its_first_job_is_replaced_only_once():
     states = []
     group = RankGroup(["cpu"], worker=ECHO)
     group.on_change = lambda: states.append(group.status()["state"])
@@ -129,7 +129,7 @@ def test_a_process_that_dies_before_it_was_ever_used_is_replaced_once_and_then_g
     assert changes == expected
 
 
-def test_a_rank_that_computes_for_long_does_not_hang(vae):
+def test_a_rank_that_computes_for_long_is_not_considered_hung(vae):
     notices, first, begun = [], [], time.monotonic()
 
     def look(done: int, total: int) -> None:
@@ -142,22 +142,22 @@ def test_a_rank_that_computes_for_long_does_not_hang(vae):
         with pytest.raises(Cancelled):
             group.decode(random_latent(1, 32, 9, 24, 30), vae, progress=look, notice=notices.append)
     assert notices == []
-    assert first[0] > 2.5, "there was progress too soon to show anything"
+    assert first[0] > 2.5, "the first progress was too early for this test"
 
 
-def test_a_rank_that_has_nothing_to_do_but_wait_for_others_does_not_hang(vae):
-    """There is one tile, so one of the ranks has none."""
+def test_a_rank_that_waits_for_other_ranks_is_not_considered_hung(vae):
+    """There is only one tile, so one of the ranks has none."""
     notices = []
     with RankGroup(["cpu", "cpu"], stall_timeout=2) as group:
         begun = time.monotonic()
         group.decode(random_latent(1, 32, 16, 16, 16), vae, "tiled", notice=notices.append)
     assert notices == []
-    assert time.monotonic() - begun > 2.5, "it was over too soon to show anything"
+    assert time.monotonic() - begun > 2.5, "the decode was too short for this test"
 
 
 @pytest.mark.parametrize("forks", [False, True])
-def test_ranks_leave_when_their_controller_is_killed(forks):
-    """Also where a child of its own, forked, holds its connections open."""
+def test_ranks_exit_when_their_controller_is_killed(forks):
+    """This also holds if a forked child of the controller keeps its connections open."""
     code = (
         "import os, sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from distributed import RankGroup\n"
@@ -184,8 +184,8 @@ def test_ranks_leave_when_their_controller_is_killed(forks):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.7, 2.0])
-def test_a_controller_that_is_killed_while_ranks_start_leaves_nothing(seconds):
-    """Its orphans fall to whoever takes orphans in, such as a user's session. That process must not be harmed."""
+def test_a_controller_that_is_killed_while_ranks_start_leaves_no_process_and_no_folder(seconds):
+    """The orphans become children of a subreaper, such as a user's session, which must not be killed."""
     controller = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from distributed import RankGroup\n"

@@ -1,4 +1,4 @@
-"""Decodes on real rank processes, against diffusers and against each other."""
+"""Decodes on real rank processes, compared with diffusers and with each other."""
 
 import gc
 import shutil
@@ -26,11 +26,11 @@ from tests.ranks.moments import until
 
 @pytest.fixture(scope="module")
 def reference(weights):
-    """diffusers' decode of a latent, untiled or tiled, as frames in 0..1. Each is decoded once."""
+    """Return a function that decodes a latent with diffusers, untiled or tiled, to frames in 0..1, with a cache."""
     vae = AutoencoderKLHunyuanVideo15(block_out_channels=(8, 16, 32, 64, 64)).eval()
     vae.decoder = HunyuanVideo15Decoder3D(32, 3, list(TINY), 2, 16, 4, True).eval()
     vae.decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in weights.items()})
-    vae.use_slicing = True  # diffusers 0.42.1 cannot decode a batch in one go
+    vae.use_slicing = True  # diffusers 0.42.1 cannot decode a batch at once
 
     known = {}
 
@@ -62,7 +62,7 @@ TILED = [
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
-def test_every_number_of_ranks_gives_diffusers_decode(ranks, vae, reference, tiled_bits):
+def test_decodes_on_any_number_of_ranks_equal_those_of_diffusers(ranks, vae, reference, tiled_bits):
     with RankGroup(devices=["cpu"] * ranks) as group:
         for shape in SEAMLESS if ranks in (2, 6) else SEAMLESS[:2]:
             z = random_latent(*shape)
@@ -77,7 +77,7 @@ def test_every_number_of_ranks_gives_diffusers_decode(ranks, vae, reference, til
 
 
 class Quiet:
-    """A watch that nobody looks at."""
+    """A watch that ignores progress and is never cancelled."""
 
     def progress(self, done: int, total: int) -> None: ...
 
@@ -87,7 +87,7 @@ class Quiet:
 
 @pytest.fixture(scope="module")
 def tiled_bits(weights) -> dict:
-    """The frames of each tiled case, decoded in this process by an engine without other ranks."""
+    """The frames of each tiled case, decoded in this process on one rank."""
     threads = torch.get_num_threads()
     device = activate("cpu")
     engine = Engine({key.removeprefix("decoder."): value for key, value in weights.items()}, device, torch.float32)
@@ -101,7 +101,7 @@ def tiled_bits(weights) -> dict:
 
 
 def scarce(weights, shape: tuple[int, ...], ranks: int) -> int:
-    """The most bytes in which this latent is decoded in blocks."""
+    """Return the largest memory limit in bytes with which this latent is decoded in blocks."""
     tensors = {key.removeprefix("decoder."): value for key, value in weights.items()}
     loaded = Weights(tensors, torch.device("cpu"), torch.float32)
     division = divide(*shape[3:], ranks)
@@ -115,68 +115,68 @@ def scarce(weights, shape: tuple[int, ...], ranks: int) -> int:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_too_little_memory_for_the_whole_picture_has_it_decoded_in_blocks(ranks, vae, weights, reference):
+def test_a_picture_that_exceeds_the_memory_limit_is_decoded_in_blocks(ranks, vae, weights, reference):
     shape = (1, 32, 3, 18, 18)
     z = random_latent(*shape)
     with RankGroup(devices=["cpu"] * ranks) as group:
         budget = scarce(weights, shape, ranks)
         frames = group.decode(z, vae, memory=budget)
         assert (frames - reference(z)).abs().max() < 1e-5
-        told = []
+        reports = []
         long = (1, 32, 12, 18, 18)
         with pytest.raises(Cancelled):
             group.decode(
                 random_latent(*long),
                 vae,
                 memory=scarce(weights, long, ranks),
-                cancelled=lambda: bool(told),
-                progress=lambda done, total: done and told.append(1),
+                cancelled=lambda: bool(reports),
+                progress=lambda done, total: done and reports.append(1),
             )
         pids = [rank["pid"] for rank in group.status()["ranks"]]
         assert (group.decode(z, vae, memory=budget) - reference(z)).abs().max() < 1e-5
         assert pids == [rank["pid"] for rank in group.status()["ranks"]]
 
 
-def test_ranks_without_a_region_keep_in_step_while_the_others_decode_in_blocks(vae, weights, reference):
+def test_a_rank_without_a_region_takes_part_in_decodes_in_blocks_and_their_cancellation(vae, weights, reference):
     shape, ranks = (1, 32, 2, 36, 36), 7
     assert divide(*shape[3:], ranks).size == 6
     z, budget = random_latent(*shape), scarce(weights, shape, ranks)
     with RankGroup(devices=["cpu"] * ranks) as group:
         assert (group.decode(z, vae, memory=budget) - reference(z)).abs().max() < 1e-5
         pids = [rank["pid"] for rank in group.status()["ranks"]]
-        told = []
+        reports = []
         with pytest.raises(Cancelled):
             group.decode(
                 z,
                 vae,
                 memory=budget,
-                cancelled=lambda: bool(told),
-                progress=lambda done, total: done and told.append(1),
+                cancelled=lambda: bool(reports),
+                progress=lambda done, total: done and reports.append(1),
             )
         assert group.decode(random_latent(1, 32, 1, 1, 2), vae).isfinite().all()
         assert pids == [rank["pid"] for rank in group.status()["ranks"]]
 
 
-def test_the_error_is_no_larger_along_a_cut(pair, vae, reference):
+def test_the_error_is_not_larger_along_the_border_between_ranks(pair, vae, reference):
     z = random_latent(1, 32, 3, 4, 8)
     error = (pair.decode(z, vae) - reference(z)).abs().amax(dim=(0, 1, 2, 4))
     assert error[56:72].max() <= 4 * torch.cat([error[:56], error[72:]]).max() and error.max() < 1e-5
 
 
-def test_a_decode_without_its_neighbours_border_would_be_noticed(pair, vae, reference):
-    """The comparison above can fail: halves decoded apart differ along the cut by far more than its tolerance."""
+def test_a_decode_without_the_exchange_of_borders_would_exceed_the_tolerance(pair, vae, reference):
+    """Halves that are decoded separately differ from the reference by far more than the tolerance."""
     z = random_latent(1, 32, 2, 3, 8)
     halves = torch.cat([pair.decode(half.contiguous(), vae) for half in z.split(4, dim=4)], dim=3)
     assert (halves - reference(z)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64], ids=str)
-def test_a_latent_of_any_float_is_converted(pair, vae, dtype):
+def test_a_latent_of_any_floating_point_dtype_is_accepted(pair, vae, dtype):
     z = random_latent(1, 32, 1, 1, 2).to(dtype)
     assert torch.equal(pair.decode(z, vae), pair.decode(z.float(), vae))
 
 
-def test_processes_and_weights_stay_between_decodes(pair, vae):
+def test_processes_are_kept_between_decodes(pair, vae):
     before = [rank["pid"] for rank in pair.status()["ranks"]]
     first = pair.decode(random_latent(1, 32, 2, 2, 3), vae)
     again = pair.decode(random_latent(1, 32, 2, 2, 3), vae)
@@ -185,7 +185,7 @@ def test_processes_and_weights_stay_between_decodes(pair, vae):
 
 
 def mapped(pid: int, part: str) -> set[str]:
-    """The files that a process maps and that have this in their path."""
+    """Return the paths of the files that a process maps, if they contain `part`."""
     return {file.path for file in psutil.Process(pid).memory_maps() if part in file.path}
 
 
@@ -199,7 +199,7 @@ def maps(pid: int, path: Path) -> bool:
     return str(path) in mapped(pid, str(path))
 
 
-def test_a_checkpoint_is_loaded_ahead_of_the_decode_and_what_fails_then_is_told_by_the_decode(vae, tmp_path):
+def test_a_checkpoint_is_preloaded_and_errors_are_reported_by_the_decode(vae, tmp_path):
     with RankGroup(["cpu", "cpu"]) as group:
         group.preload(tmp_path / "missing.safetensors")
         group.preload(vae)
@@ -212,7 +212,7 @@ def test_a_checkpoint_is_loaded_ahead_of_the_decode_and_what_fails_then_is_told_
             group.decode(random_latent(1, 32, 1, 1, 2), tmp_path / "missing.safetensors")
 
 
-def test_what_the_ranks_hold_is_known_after_a_decode_with_another_checkpoint(pair, vae, tmp_path):
+def test_a_checkpoint_is_preloaded_again_after_a_decode_with_another_one(pair, vae, tmp_path):
     other = tmp_path / "other.safetensors"
     shutil.copy(vae, other)
 
@@ -227,7 +227,7 @@ def test_what_the_ranks_hold_is_known_after_a_decode_with_another_checkpoint(pai
     assert until(lambda: hold(vae), 60)
 
 
-def test_release_ends_what_is_loaded_ahead(vae):
+def test_release_ends_a_preload(vae):
     with RankGroup(["cpu"]) as group:
         group.start(wait=True)
         with group._turns:  # so that the preload waits for its turn
@@ -239,7 +239,7 @@ def test_release_ends_what_is_loaded_ahead(vae):
         assert not maps(group.status()["ranks"][0]["pid"], vae)
 
 
-def test_release_gives_the_weights_back_at_once_and_keeps_the_processes(pair, vae):
+def test_release_frees_the_weights_at_once_and_keeps_the_processes(pair, vae):
     pids = [rank["pid"] for rank in pair.status()["ranks"]]
     expected = pair.decode(random_latent(1, 32, 1, 1, 2), vae).clone()
     assert all(maps(pid, vae) for pid in pids)
@@ -249,7 +249,7 @@ def test_release_gives_the_weights_back_at_once_and_keeps_the_processes(pair, va
     assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
 
 
-def test_a_device_that_is_shared_is_left_alone_until_the_decode(vae):
+def test_weights_are_not_preloaded_to_a_shared_device(vae):
     with RankGroup(["cpu"]) as group:
         states = []
         group.on_change = lambda: states.append(group.status()["state"])
@@ -261,7 +261,7 @@ def test_a_device_that_is_shared_is_left_alone_until_the_decode(vae):
         assert not maps(group.status()["ranks"][0]["pid"], vae)
 
 
-def test_a_state_dict_is_handed_over_once(pair, vae, weights):
+def test_a_state_dict_is_copied_to_shared_memory_once(pair, vae, weights):
     z = random_latent(1, 32, 2, 2, 3)
     assert torch.equal(pair.decode(z, weights), pair.decode(z, vae))
     handed = pair._weights.path
@@ -269,8 +269,8 @@ def test_a_state_dict_is_handed_over_once(pair, vae, weights):
     assert pair._weights.path == handed and handed.stat().st_mode & 0o077 == 0
 
 
-def test_another_vae_takes_the_place_of_the_one_before(pair, vae, weights, tmp_path):
-    """On disk or handed over: ranks map the one that they decode with, and go on."""
+def test_another_vae_replaces_the_previous_one(pair, vae, weights, tmp_path):
+    """This holds for checkpoints on disk and in memory. The ranks map only the one that they decode with."""
     z = random_latent(1, 32, 1, 1, 2)
     pids = [rank["pid"] for rank in pair.status()["ranks"]]
     expected = pair.decode(z, vae).clone()
@@ -291,7 +291,7 @@ def test_another_vae_takes_the_place_of_the_one_before(pair, vae, weights, tmp_p
     assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
 
 
-def test_frames_are_shared_memory_that_is_reused_once_nobody_holds_it(pair, vae):
+def test_frames_are_shared_memory_that_is_reused_when_no_tensor_refers_to_it(pair, vae):
     z = random_latent(1, 32, 2, 2, 3)
     frames = pair.decode(z, vae)
     view, place = frames[0, 1:], frames.data_ptr()
@@ -306,16 +306,16 @@ def test_frames_are_shared_memory_that_is_reused_once_nobody_holds_it(pair, vae)
     assert torch.equal(pair.decode(z, vae)[0, 1:], expected)
 
 
-def test_progress_is_told_and_ends_at_the_end(pair, vae):
-    told = []
-    pair.decode(random_latent(2, 32, 24, 4, 4), vae, progress=lambda done, total: told.append((done, total)))
-    assert told[-1][0] == told[-1][1] > 0
-    parts = [done / total for done, total in told if total]
-    assert parts == sorted(parts) and any(0.5 < part < 1 for part in parts), "a batch is one decode"
+def test_progress_is_reported_and_ends_at_the_total(pair, vae):
+    reports = []
+    pair.decode(random_latent(2, 32, 24, 4, 4), vae, progress=lambda done, total: reports.append((done, total)))
+    assert reports[-1][0] == reports[-1][1] > 0
+    fractions = [done / total for done, total in reports if total]
+    assert fractions == sorted(fractions) and any(0.5 < fraction < 1 for fraction in fractions), "a batch is one decode"
 
 
 @pytest.mark.parametrize(
-    ("z", "options", "words"),
+    ("z", "options", "message"),
     [
         (torch.zeros(1, 16, 2, 2, 2), {}, "16 channels and the VAE decodes 32"),
         (torch.zeros(1, 32, 2, 2), {}, "shape"),
@@ -326,16 +326,16 @@ def test_progress_is_told_and_ends_at_the_end(pair, vae):
         (torch.zeros(1, 32, 1, 1, 1), {"memory": 1000}, "GiB"),
     ],
 )
-def test_input_that_cannot_be_decoded_is_refused_and_the_group_lives(pair, vae, z, options, words):
+def test_invalid_input_is_refused_and_the_ranks_keep_running(pair, vae, z, options, message):
     pids = [rank["pid"] for rank in pair.status()["ranks"]]
-    with pytest.raises(JobError, match=words):
+    with pytest.raises(JobError, match=message):
         pair.decode(z, vae, **options)
     assert pair.decode(random_latent(1, 32, 1, 1, 2), vae).shape == (1, 1, 16, 32, 3)
     assert [rank["pid"] for rank in pair.status()["ranks"]] == pids
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x80\x04\x95pickle" * 100])
-def test_a_file_that_is_no_checkpoint_is_refused_and_the_group_lives(pair, vae, tmp_path, content):
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_the_ranks_keep_running(pair, vae, tmp_path, content):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(content)
     with pytest.raises(JobError, match=r"bad\.safetensors"):

@@ -13,7 +13,7 @@ SHAPE = (1, 32, 4, 2, 4)
 
 @pytest.fixture(scope="module")
 def fault(tmp_path_factory):
-    """The file that tells ranks which fault to do."""
+    """The file that tells ranks which fault to cause."""
     path = tmp_path_factory.mktemp("fault") / "fault"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HV15_TEST_FAULT", str(path))
@@ -22,24 +22,24 @@ def fault(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def faulty(fault):
-    """Two ranks that run out of memory when told to."""
+    """Two ranks that run out of memory if `fault` says so."""
     with RankGroup(["cpu", "cpu"], worker=ECHO) as group:
         yield group
 
 
-def test_memory_that_runs_out_in_mid_decode_is_retried_with_less(faulty, fault, vae):
+def test_a_decode_that_runs_out_of_memory_is_retried_with_a_smaller_limit(faulty, fault, vae):
     expected = faulty.decode(random_latent(*SHAPE), vae)
     fault.write_text("memory 1 once")
     notices = []
     frames = faulty.decode(random_latent(*SHAPE), vae, notice=notices.append)
-    torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)  # smaller steps round otherwise
+    torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)  # smaller steps change the rounding
     assert len(notices) == 1
     assert notices[0].startswith("Not enough memory on cpu: the decode needs ")
     assert "Retrying with a limit of " in notices[0]
 
 
-def test_memory_that_runs_out_on_one_rank_of_a_grid_harms_no_other(fault, vae):
-    """Its neighbours to the side and below wait for borders of it that would come out of turn."""
+def test_a_decode_on_a_grid_of_ranks_is_retried_if_one_rank_runs_out_of_memory(fault, vae):
+    """The neighbours of this rank wait for its borders when it fails, so their exchanges must be reset."""
     notices = []
     with RankGroup(["cpu"] * 4, worker=ECHO, stall_timeout=20) as group:
         expected = group.decode(random_latent(1, 32, 40, 4, 4), vae)
@@ -49,7 +49,7 @@ def test_memory_that_runs_out_on_one_rank_of_a_grid_harms_no_other(fault, vae):
     assert len(notices) == 1 and "Retrying with a limit of " in notices[0]
 
 
-def test_memory_that_runs_out_while_weights_are_loaded_is_reported_with_the_numbers(faulty, fault, vae):
+def test_running_out_of_memory_while_loading_weights_is_reported_with_the_numbers(faulty, fault, vae):
     faulty.release()
     before = pids(faulty)
     fault.write_text("load 1 once")
@@ -59,7 +59,7 @@ def test_memory_that_runs_out_while_weights_are_loaded_is_reported_with_the_numb
     assert pids(faulty) == before
 
 
-def test_one_rank_that_runs_out_of_memory_stays_up(fault, vae):
+def test_a_single_rank_that_runs_out_of_memory_keeps_running(fault, vae):
     with RankGroup(["cpu"], worker=ECHO) as group:
         before = pids(group)
         fault.write_text("memory 0 once")
@@ -71,7 +71,7 @@ def test_one_rank_that_runs_out_of_memory_stays_up(fault, vae):
         assert pids(group) == before
 
 
-def test_memory_that_does_not_suffice_is_reported_with_the_numbers(pair, vae):
+def test_insufficient_memory_for_a_decode_is_reported_with_the_numbers(pair, vae):
     before = pids(pair)
     with pytest.raises(JobError, match=r"needs .* GiB, 0\.00 GiB is available"):
         pair.decode(random_latent(1, 32, 4, 4, 4), vae, memory=2**20)

@@ -1,4 +1,4 @@
-"""Ranks import what their controller imports, and hear nothing that was set for other launchers."""
+"""Ranks import the same files as their controller, and receive no variables of other launchers."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = Path(pytest.__file__).resolve().parents[1]
 """site-packages of the environment that these tests run in."""
 PYTHON = sys._base_executable
-"""The interpreter outside of the virtual environment, in which there can be user packages."""
+"""The interpreter outside the virtual environment, which can have user packages."""
 
 CONTROLLER = """
 import importlib.util, json, os, sys
@@ -33,10 +33,10 @@ if __name__ == "__main__":
 """
 
 
-def of_a_rank(
+def report_of_a_rank(
     tmp_path: Path, *flags: str, python: str = PYTHON, pack: Path = ROOT, cwd: Path | None = None, **variables
 ) -> dict:
-    """What a rank imports. Fails where that is not what its controller imports, or the pack is another one."""
+    """Return a rank's report. Fail if it differs from the controller's report or the rank imports another pack."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     ended = subprocess.run(
         [python, *flags, "-c", CONTROLLER, pack, ROOT / "tests" / "ranks", PACKAGES],
@@ -54,7 +54,7 @@ def of_a_rank(
 
 
 def user_packages(tmp_path: Path) -> Path:
-    """The folder of a user's own packages under PYTHONUSERBASE."""
+    """Create and return the folder of a user's own packages under PYTHONUSERBASE."""
     folder = tmp_path / "lib" / "python{}.{}".format(*sys.version_info) / "site-packages"
     folder.mkdir(parents=True)
     return folder
@@ -73,35 +73,35 @@ def user_packages(tmp_path: Path) -> Path:
 def test_ranks_have_the_controllers_flags_and_search_path(tmp_path, flags):
     if "-P" in flags and sys.version_info < (3, 11):
         pytest.skip("-P is new in Python 3.11")
-    rank = of_a_rank(tmp_path, *flags)
+    rank = report_of_a_rank(tmp_path, *flags)
     assert rank["flags"]["isolated"] == ("-I" in flags) and rank["flags"]["no_site"] == ("-S" in flags)
 
 
 def test_ranks_do_not_import_a_users_torch_that_the_controller_does_not_see(tmp_path):
     (user_packages(tmp_path) / "torch.py").write_text("raise RuntimeError('the torch of the user')")
-    assert Path(of_a_rank(tmp_path, "-s")["torch"]).is_relative_to(PACKAGES)
+    assert Path(report_of_a_rank(tmp_path, "-s")["torch"]).is_relative_to(PACKAGES)
 
 
 @pytest.mark.parametrize("then", ["", "; import distributed"])
-def test_ranks_find_this_packs_package_where_a_pth_file_puts_another_first(tmp_path, then):
+def test_ranks_import_this_packs_package_if_a_pth_file_puts_another_one_first(tmp_path, then):
     packages, other = user_packages(tmp_path), tmp_path / "other"
     (other / "distributed").mkdir(parents=True)
     (other / "distributed" / "__init__.py").write_text("")
     (packages / "other.pth").write_text(f"import sys; sys.path.insert(0, {str(other)!r}){then}\n")
-    assert str(other) in of_a_rank(tmp_path)["path"]
+    assert str(other) in report_of_a_rank(tmp_path)["path"]
 
 
-def test_ranks_see_a_relative_python_path_from_the_controllers_folder(tmp_path):
+def test_ranks_resolve_a_relative_python_path_against_the_controllers_folder(tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "sitecustomize.py").write_text("import sys; sys.path.append('/customised')")
-    rank = of_a_rank(tmp_path, PYTHONPATH="here")
+    rank = report_of_a_rank(tmp_path, PYTHONPATH="here")
     assert {str(tmp_path / "here"), "/customised"} <= set(rank["path"])
 
 
-def test_the_packs_path_may_hold_a_colon(tmp_path):
+def test_the_packs_path_may_contain_a_colon(tmp_path):
     pack = tmp_path / "pa:ck"
     shutil.copytree(ROOT / "distributed", pack / "distributed", ignore=shutil.ignore_patterns("__pycache__"))
-    of_a_rank(tmp_path, pack=pack)
+    report_of_a_rank(tmp_path, pack=pack)
 
 
 def test_settings_for_other_launchers_reach_no_rank_and_open_no_port(vae, tmp_path, monkeypatch):

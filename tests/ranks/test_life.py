@@ -1,4 +1,4 @@
-"""Jobs that queue, are cancelled, run out of memory or lack something, and the group's start, stop and status."""
+"""Jobs that are queued, cancelled, retried or need other data, and the start, stop and status of a group."""
 
 import gc
 import os
@@ -28,7 +28,7 @@ def run(group: RankGroup, job: Echo = LONG, **options) -> None:
 
 
 def in_thread(call) -> tuple[threading.Thread, list]:
-    """Start `call` in a thread. The list gets what it returns or raises."""
+    """Start `call` in a thread. Its result or exception is appended to the returned list."""
     outcome = []
 
     def body() -> None:
@@ -66,19 +66,19 @@ def test_a_timeout_ends_the_job_and_keeps_the_ranks(echoes):
     assert pids(echoes) == before
 
 
-def test_a_cancel_is_heard_by_the_jobs_that_wait_in_the_queue(echoes):
+def test_a_cancel_ends_queued_jobs(echoes):
     first, ended = in_thread(lambda: echoes.run(ENDLESS))
     assert until(lambda: echoes.status()["state"] == "busy", 10)
-    waiting, given_up = in_thread(lambda: echoes.run(LONG))
+    waiting, cancelled = in_thread(lambda: echoes.run(LONG))
     assert until(lambda: len(echoes._callers) == 2, 10)
     echoes.cancel()
     waiting.join(5)
     first.join(10)
-    assert [type(outcome) for outcome in ended + given_up] == [Cancelled, Cancelled]
+    assert [type(outcome) for outcome in ended + cancelled] == [Cancelled, Cancelled]
     run(echoes, Echo(X))
 
 
-def test_stop_with_a_queue_ends_all_jobs_and_starts_nothing():
+def test_stop_ends_running_and_queued_jobs_and_starts_no_process():
     with RankGroup(["cpu"], worker=ECHO) as group:
         threads = [in_thread(lambda: group.run(ENDLESS)) for _ in range(3)]
         assert until(lambda: len(group._callers) == 3 and group.status()["state"] == "busy", 10)
@@ -93,7 +93,7 @@ def test_stop_with_a_queue_ends_all_jobs_and_starts_nothing():
         run(group, Echo(X))
 
 
-def test_a_timeout_is_heard_in_the_queue(echoes):
+def test_a_timeout_ends_a_queued_job(echoes):
     first, _ = in_thread(lambda: echoes.run(ENDLESS))
     assert until(lambda: echoes.status()["state"] == "busy", 10)
     begun = time.monotonic()
@@ -104,7 +104,7 @@ def test_a_timeout_is_heard_in_the_queue(echoes):
     first.join()
 
 
-def test_decodes_from_several_threads_queue_and_two_groups_work_side_by_side(pair, vae):
+def test_decodes_from_several_threads_are_queued_and_two_groups_run_concurrently(pair, vae):
     results = {}
     with RankGroup(devices=["cpu"]) as other:
         threads = [
@@ -125,23 +125,23 @@ def test_decodes_from_several_threads_queue_and_two_groups_work_side_by_side(pai
         )
 
 
-def test_a_short_job_costs_little_more_than_its_ranks_need(echoes):
+def test_a_short_job_has_little_overhead(echoes):
     job = Echo(X)
     run(echoes, job)
     begun = time.monotonic()
     for _ in range(50):
         echoes.run(job)
-    assert (time.monotonic() - begun) / 50 < 0.05  # a wait that was not woken would take 0.1 s
+    assert (time.monotonic() - begun) / 50 < 0.05  # a poll instead of a notification would take 0.1 s
 
 
-def test_tensors_of_all_kinds_and_sizes_reach_the_ranks_and_come_back(echoes):
+def test_tensors_of_all_dtypes_and_sizes_are_passed_to_the_ranks_and_back(echoes):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8):
         x = torch.arange(24).reshape(4, 2, 3).to(dtype)
         assert torch.equal(echoes.run(Echo(x))["y"], x + 1)
     assert echoes.run(Echo(torch.empty(0, 3)))["y"].shape == (0, 3)
 
 
-def test_what_a_job_builds_on_is_loaded_when_ranks_lack_it_also_after_a_restart(echoes):
+def test_data_that_a_job_needs_is_loaded_if_it_is_missing_also_after_a_restart(echoes):
     job = Echo(X, needs="ten", loads=(keep("ten", 10),))
     for _ in range(2):
         assert torch.equal(echoes.run(job)["y"], X + 11)
@@ -153,7 +153,7 @@ def test_what_a_job_builds_on_is_loaded_when_ranks_lack_it_also_after_a_restart(
         echoes.run(Echo(X, needs="eleven"))
 
 
-def test_an_idle_task_leaves_the_device_only_for_one_that_needs_its_memory():
+def test_an_idle_task_is_released_only_if_another_task_needs_its_memory():
     with RankGroup(["cpu"], worker=ECHO) as group:
         released = {"extra": {"released": True}}
         run(group, Echo(X))
@@ -163,7 +163,7 @@ def test_an_idle_task_leaves_the_device_only_for_one_that_needs_its_memory():
         assert float(group.run(Echo(X, **released))["y"][0]) == 1
 
 
-def test_a_job_that_ranks_would_not_understand_is_refused_and_the_group_lives(echoes):
+def test_a_job_that_cannot_be_encoded_is_refused_and_the_ranks_keep_running(echoes):
     before = pids(echoes)
     for bad in (float("nan"), float("inf"), {1, 2}, "x" * 2**21):
         with pytest.raises(JobError, match="The echo cannot be sent to the ranks"):
@@ -186,7 +186,7 @@ def test_running_out_of_memory_is_retried_with_a_smaller_limit_and_reported(echo
     assert pids(echoes) == before
 
 
-def test_memory_that_does_not_suffice_is_reported_with_the_numbers(echoes):
+def test_insufficient_memory_is_reported_with_the_numbers(echoes):
     before, notices = pids(echoes), []
     with pytest.raises(JobError, match=r"^Not enough memory on cpu: the echo needs .* GiB, 4.00 GiB is available"):
         echoes.run(Echo(X, fits_in=0), notice=notices.append)
@@ -196,7 +196,7 @@ def test_memory_that_does_not_suffice_is_reported_with_the_numbers(echoes):
     assert len(notices) == 3 and pids(echoes) == before
 
 
-def test_progress_is_reported_as_a_change_and_starts_anew_with_each_job(echoes):
+def test_progress_is_reported_as_a_change_and_starts_at_zero_for_each_job(echoes):
     run(echoes, Echo(X))
     changes = []
     echoes.on_change = lambda: changes.append(echoes.status())
@@ -211,9 +211,9 @@ def test_progress_is_reported_as_a_change_and_starts_anew_with_each_job(echoes):
     assert any(0 < rank["done"] < rank["total"] for rank in busy)
 
 
-def test_a_callback_for_changes_may_fail_and_the_job_does_not(echoes, caplog):
+def test_an_exception_in_on_change_does_not_fail_the_job(echoes, caplog):
     def fail() -> None:
-        raise RuntimeError("the listener is out of order")
+        raise RuntimeError("an error in the callback")
 
     echoes.on_change = fail
     try:
@@ -223,7 +223,7 @@ def test_a_callback_for_changes_may_fail_and_the_job_does_not(echoes, caplog):
     assert "The on_change callback failed." in caplog.text
 
 
-def test_an_interruption_while_a_job_is_sent_costs_no_later_job(echoes, monkeypatch):
+def test_an_interruption_while_a_job_is_sent_does_not_affect_later_jobs(echoes, monkeypatch):
     def interrupted(*args) -> None:
         monkeypatch.undo()
         raise KeyboardInterrupt
@@ -234,13 +234,13 @@ def test_an_interruption_while_a_job_is_sent_costs_no_later_job(echoes, monkeypa
     run(echoes, Echo(X), timeout=60)
 
 
-def test_a_start_for_which_something_is_lacking_fails_in_words_and_leaves_nothing(monkeypatch, temporary):
-    def lack(*args, **options) -> None:
+def test_a_start_without_enough_resources_reports_the_error_and_leaves_no_files(monkeypatch, temporary):
+    def fail(*args, **options) -> None:
         raise RuntimeError("can't start new thread")
 
     group, before = RankGroup(["cpu"], worker=ECHO), set(temporary.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "Listener", lack)
+        patch.setattr(processes, "Listener", fail)
         with pytest.raises(GroupError, match="cannot be started: can't start new thread"):
             group.start(wait=True)
     assert set(temporary.iterdir()) == before
@@ -248,7 +248,7 @@ def test_a_start_for_which_something_is_lacking_fails_in_words_and_leaves_nothin
     group.stop()
 
 
-def test_a_group_that_cannot_start_says_why_and_leaves_nothing():
+def test_a_group_that_cannot_start_reports_the_reason():
     group = RankGroup(devices=["cpu", "cpu"], worker="distributed.no_such_module", start_timeout=60)
     with pytest.raises(GroupError, match="launcher ended with exit code"):
         group.start(wait=True)
@@ -256,17 +256,17 @@ def test_a_group_that_cannot_start_says_why_and_leaves_nothing():
     group.stop()
 
 
-def test_ranks_that_never_come_up_are_given_up(tmp_path, monkeypatch):
+def test_a_start_fails_after_start_timeout_if_a_rank_does_not_connect(tmp_path, monkeypatch):
     fault = tmp_path / "fault"
     fault.write_text("late 1")
     monkeypatch.setenv("HV15_TEST_FAULT", str(fault))
     group = RankGroup(["cpu", "cpu"], worker=ECHO, start_timeout=12)
-    with pytest.raises(GroupError, match=r"rank 1 \(cpu\).* did not come up within 12 seconds"):
+    with pytest.raises(GroupError, match=r"rank 1 \(cpu\).* did not become ready within 12 seconds"):
         group.start(wait=True)
     group.stop()
 
 
-def test_stop_during_start_leaves_no_thread_and_no_process():
+def test_stop_during_a_start_leaves_no_thread_and_no_process():
     before = set(threading.enumerate())
     group = RankGroup(devices=["cpu", "cpu"], worker=ECHO)
     group.start()
@@ -290,7 +290,7 @@ def test_a_group_that_is_stopped_before_its_preload_stays_stopped(vae):
     assert group.status()["state"] == "stopped"
 
 
-def test_a_cancel_while_the_group_starts_is_heard_at_once_and_the_group_comes_up():
+def test_a_cancel_during_a_start_ends_the_job_at_once_and_the_group_starts():
     group = RankGroup(devices=["cpu", "cpu"], worker=ECHO)
     with pytest.raises(Cancelled):
         group.run(Echo(X), cancelled=lambda: group.status()["state"] == "starting")
@@ -299,7 +299,7 @@ def test_a_cancel_while_the_group_starts_is_heard_at_once_and_the_group_comes_up
     group.stop()
 
 
-def test_outputs_that_are_held_over_a_stop_free_their_memory_when_dropped():
+def test_outputs_stay_valid_after_a_stop_and_free_their_memory_when_they_are_deleted():
     def shared() -> int:
         return sum("hv15-" in str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink())
 
@@ -313,7 +313,7 @@ def test_outputs_that_are_held_over_a_stop_free_their_memory_when_dropped():
     assert shared() == before
 
 
-def test_idle_ranks_use_no_cpu(echoes):
+def test_idle_ranks_use_no_cpu_time(echoes):
     run(echoes, Echo(X))
 
     def used() -> float:

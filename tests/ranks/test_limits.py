@@ -1,4 +1,4 @@
-"""Systems with little of something: no home, a full disk, a small /tmp, a container's memory, another account."""
+"""Restricted systems: no home, a full disk, a small /tmp, limited container memory, another account."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def decode(
     options: tuple[str, ...] = (),
     environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run a program that decodes, by another program that prepares its surroundings."""
+    """Run a program that decodes. `prefix` is a command that prepares its environment and runs it."""
     variables = {name: value for name, value in os.environ.items() if name != "HOME"} | (environment or {})
     return subprocess.run(
         [*prefix, sys.executable, "-c", code, str(vae), *options],
@@ -47,20 +47,20 @@ def decode(
 
 
 def in_namespace(script: str) -> tuple[str, ...]:
-    """What runs a program where `script` has mounted something. Skips the test where nobody may mount."""
+    """Return a command prefix for a namespace with the mounts of `script`. Skip the test if mounting is impossible."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("needs to create a mount namespace")
     return "unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh"
 
 
 def as_nobody() -> tuple[str, ...]:
-    """What runs a program as an account without an entry and without a home. Skips the test where that cannot be."""
+    """Return a command prefix for an account without an entry and a home. Skip the test if that is impossible."""
     if os.geteuid():
         pytest.skip("needs root to become another account")
     python = Path(sys.base_prefix)
     closed = next((folder for folder in reversed(python.parents) if not folder.stat().st_mode & 0o001), None)
     opened = "true"
-    if closed:  # such as root's home: in its place comes a folder that holds nothing but Python
+    if closed:  # such as root's home: it is replaced by a folder that contains only Python
         opened = f"mount --bind {python} /mnt && mount -t tmpfs -o mode=755 tmpfs {closed} && mkdir -p {python}"
         opened += f" && mount --move /mnt {python}"
     become = (*in_namespace(opened), "setpriv", "--reuid=61234", "--regid=61234", "--clear-groups")
@@ -70,7 +70,7 @@ def as_nobody() -> tuple[str, ...]:
     return become
 
 
-def test_an_unknown_account_without_a_home_decodes(vae):
+def test_an_unknown_account_without_a_home_can_decode(vae):
     become = as_nobody()
     readable = Path(tempfile.mkstemp(suffix=".safetensors", dir="/tmp")[1])
     try:
@@ -83,7 +83,7 @@ def test_an_unknown_account_without_a_home_decodes(vae):
 
 
 @pytest.mark.parametrize("home", ["read-only", "full", "/proc"])
-def test_logs_go_to_the_groups_own_folder_where_the_home_cannot_be_written_which_is_said_once(vae, tmp_path, home):
+def test_logs_are_written_to_the_groups_folder_if_the_home_is_not_writable_with_one_warning(vae, tmp_path, home):
     prefix: tuple[str, ...] = ()
     if home == "full":
         (tmp_path / "home").mkdir()
@@ -97,7 +97,7 @@ def test_logs_go_to_the_groups_own_folder_where_the_home_cannot_be_written_which
     assert ended.stderr.count("Logs cannot be written to") == 1
 
 
-def test_weights_and_frames_need_no_room_in_temporary_folders(vae):
+def test_weights_and_frames_use_no_space_in_temporary_folders(vae):
     prefix = in_namespace("mount -t tmpfs -o size=128k tmpfs /mnt && mount -t tmpfs -o size=64k tmpfs /dev/shm")
     ended = decode(vae, *prefix, environment={"TMPDIR": "/mnt"})
     assert vae.stat().st_size > 2**18
@@ -117,7 +117,7 @@ if __name__ == "__main__":
 """
 
 
-def test_relative_paths_lead_from_the_callers_folder(vae):
+def test_relative_paths_are_relative_to_the_callers_working_directory(vae):
     ended = decode(vae, code=RELATIVE)
     assert ended.stdout == "torch.Size([1, 1, 16, 32, 3])\nTrue True\n", ended.stderr[-3000:]
 
@@ -140,7 +140,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_forked_child_that_ends_stops_none_of_its_parents_ranks(vae):
+def test_a_forked_child_that_exits_does_not_stop_its_parents_ranks(vae):
     ended = decode(vae, code=FORKING)
     assert ended.stdout == "the same ranks\n", ended.stderr[-3000:]
 
@@ -176,7 +176,7 @@ if __name__ == "__main__":
 """
 
 
-def test_frames_that_the_container_cannot_hold_are_refused_before_the_machine_runs_out(vae, container):
+def test_frames_larger_than_the_containers_memory_are_refused_before_allocation(vae, container):
     enter = ("sh", "-c", f'echo $$ > {container}/cgroup.procs && exec "$@"', "sh")
     ended = decode(vae, *enter, code=LARGE)
     refusal, available = ended.stdout.splitlines()
@@ -206,7 +206,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_rank_that_is_killed_says_that_memory_may_be_why(vae):
+def test_the_error_for_a_killed_rank_names_memory_as_a_possible_reason(vae):
     ended = decode(vae, code=KILLED)
     assert re.fullmatch(
         r"rank 0 \(cpu\), pid \d+, was killed by signal 9 \(SIGKILL\), often because the machine ran out of memory\.\n",

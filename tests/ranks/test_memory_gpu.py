@@ -1,4 +1,4 @@
-"""A GPU that other processes fill. Full-size random weights, so that there is something to fit."""
+"""A GPU whose memory other processes use. The weights are random and of the real size."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ sys.stdin.read()
 
 
 class Hog:
-    """Another process, which leaves so many GiB of the card free while the context lasts."""
+    """A context in which another process allocates all memory of the GPU except `gib` GiB."""
 
     def __init__(self, gib: float) -> None:
         self.gib = gib
@@ -35,13 +35,13 @@ class Hog:
         self.process.communicate()
 
 
-def test_a_card_that_another_process_fills_is_shared_as_far_as_it_goes(full):
+def test_a_decode_adapts_to_the_gpu_memory_that_another_process_leaves(full):
     latent = random_latent(1, 32, 5, 30, 53)
     with RankGroup("cuda:0") as group:
         expected = group.decode(latent, full).clone()
 
         def check(frames: torch.Tensor) -> None:
-            """To rounding: other steps, or another algorithm that cuDNN takes for want of workspace and keeps to."""
+            """Compare up to rounding: steps differ, and cuDNN may select an algorithm that needs less workspace."""
             assert (frames - expected).norm() / expected.norm() < 0.02
 
         pids = [rank["pid"] for rank in group.status()["ranks"]]
@@ -56,7 +56,7 @@ def test_a_card_that_another_process_fills_is_shared_as_far_as_it_goes(full):
         assert [rank["pid"] for rank in group.status()["ranks"]] == pids
 
 
-def test_memory_that_goes_while_the_weights_are_loaded_is_told_with_the_numbers(full):
+def test_insufficient_gpu_memory_for_the_weights_is_reported_with_the_numbers(full):
     with RankGroup("cuda:0") as group, Hog(1):
         pids = [rank["pid"] for rank in group.status()["ranks"]]
         with pytest.raises(JobError, match=r"needs .* GiB is available \(other processes hold \d\d"):

@@ -1,4 +1,4 @@
-"""Ascend devices: the whole path on a stand-in (see tests/stand_ins), and the names that the real one must have."""
+"""Ascend devices: decodes with a stand-in for torch_npu (see tests/stand_ins), and the names used of torch_npu."""
 
 import ast
 import contextlib
@@ -42,12 +42,12 @@ if __name__ == "__main__":
     except ValueError as error:
         assert "this machine has npu:0, npu:1" in str(error), error
     else:
-        raise AssertionError("npu:2 was taken")
+        raise AssertionError("npu:2 was accepted")
     print("the same frames")
 """
 
 
-def test_a_group_on_npu_devices_takes_every_step_and_gives_the_cpus_frames(vae, tmp_path):
+def test_a_decode_on_npu_devices_gives_the_same_frames_as_on_cpus(vae, tmp_path):
     path = os.pathsep.join([str(STAND_INS), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-c", DECODE, str(vae)],
@@ -69,14 +69,14 @@ def test_without_npu_devices_torch_npu_is_never_imported(vae):
         "        group.decode(random_latent(1, 32, 1, 1, 1), sys.argv[1])\n"
         "    assert 'torch_npu' not in sys.modules\n"
     )
-    # There is no HV15_TEST_NPUS: whoever imported the stand-in to count devices would fail.
+    # HV15_TEST_NPUS is not set, so importing the stand-in would fail.
     path = os.pathsep.join([str(STAND_INS), str(ROOT)])
     subprocess.run([sys.executable, "-c", code, str(vae)], env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
 @pytest.fixture
 def sockets():
-    """Sockets to be closed when the test ends."""
+    """Return a function that registers a socket to be closed when the test ends."""
     with contextlib.ExitStack() as stack:
         yield lambda holder: stack.enter_context(contextlib.closing(holder))
 
@@ -85,8 +85,8 @@ def base_port(mark: socket.socket) -> int:
     return int(devices.environment("npu", mark)["HCCL_IF_BASE_PORT"])
 
 
-def test_no_two_groups_on_a_host_get_the_same_ports_for_hccl(sockets):
-    # So many of the 235 ranges that chance alone would give some of them twice.
+def test_groups_on_a_host_reserve_different_ports_for_hccl(sockets):
+    # With 100 of 235 ranges, a random choice without reservation would select some of them twice.
     ports = {base_port(sockets(devices.reserve_ports("npu"))) for _ in range(100)}
     assert len(ports) == 100
     code = "from distributed.ranks import devices; print(devices.environment('npu', devices.reserve_ports('npu')))"
@@ -95,8 +95,8 @@ def test_no_two_groups_on_a_host_get_the_same_ports_for_hccl(sockets):
         assert int(ast.literal_eval(other.stdout)["HCCL_IF_BASE_PORT"]) not in ports
 
 
-def test_ports_for_hccl_that_another_program_listens_on_are_passed_over(sockets, monkeypatch):
-    first, second = 62000, 62064  # beyond the ports that Linux gives out itself
+def test_ports_for_hccl_on_which_another_program_listens_are_skipped(sockets, monkeypatch):
+    first, second = 62000, 62064  # above the ephemeral ports of Linux
     monkeypatch.setattr(devices, "HCCL_PORTS", range(first, second + 1, 64))
     sockets(socket.create_server(("127.0.0.1", first + 5)))
     assert base_port(sockets(devices.reserve_ports("npu"))) == second
@@ -104,7 +104,7 @@ def test_ports_for_hccl_that_another_program_listens_on_are_passed_over(sockets,
         devices.reserve_ports("npu")
 
 
-def test_a_group_that_finds_no_ports_for_hccl_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_start_without_free_ports_for_hccl_leaves_no_files_and_no_threads(tmp_path, monkeypatch):
     def none_left(kind: str) -> None:
         raise OSError(errno.EADDRINUSE, "none left")
 
@@ -117,7 +117,7 @@ def test_a_group_that_finds_no_ports_for_hccl_leaves_nothing_behind(tmp_path, mo
 
 
 def used_of_device_modules() -> set[str]:
-    """What our code takes from `torch.get_device_module`, as x.name, where x is the call or what holds its result."""
+    """Return the attributes that our code uses of `torch.get_device_module(...)` or of a variable with its result."""
 
     def is_module(node: ast.expr) -> bool:
         if isinstance(node, ast.Call):
@@ -131,7 +131,7 @@ def used_of_device_modules() -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel():
-    """The published torch_npu for this torch, downloaded once and only read."""
+    """The published wheel of torch_npu for this torch version. It is downloaded once, read, and never imported."""
     folder = ROOT / ".cache" / "torch_npu"
     version = ".".join(torch.__version__.split(".")[:2])
     if not list(folder.glob(f"torch_npu-{version}*.whl")):
@@ -145,7 +145,7 @@ def wheel():
 
 
 def public_names(wheel: zipfile.ZipFile, module: str) -> set[str]:
-    """What a module of the wheel offers: definitions, imports, and what it imports by stars."""
+    """Return the public names of a module in the wheel: its definitions and imports, including star imports."""
     names: set[str] = set()
     for node in ast.walk(
         ast.parse(wheel.read(f"{module}.py" if f"{module}.py" in wheel.namelist() else f"{module}/__init__.py"))
@@ -159,13 +159,13 @@ def public_names(wheel: zipfile.ZipFile, module: str) -> set[str]:
     return names
 
 
-def test_every_name_that_is_used_of_torch_npu_is_in_the_published_one(wheel):
+def test_every_name_used_of_torch_npu_is_in_the_published_wheel(wheel):
     used = used_of_device_modules()
     assert {"mem_get_info", "set_device", "Stream", "device_count", "empty_cache"} <= used
     assert used <= public_names(wheel, "torch_npu/npu"), used - public_names(wheel, "torch_npu/npu")
 
 
-def test_what_is_used_of_its_streams_and_events_is_there(wheel):
+def test_the_published_streams_and_events_have_the_methods_that_are_used(wheel):
     tree = ast.parse(wheel.read("torch_npu/npu/streams.py"))
     methods = {
         node.name: {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
@@ -175,13 +175,13 @@ def test_what_is_used_of_its_streams_and_events_is_there(wheel):
     assert {"wait_stream", "record_event"} <= methods["Stream"] and "synchronize" in methods["Event"]
 
 
-def test_it_registers_the_device_and_the_backend_that_are_asked_for(wheel):
+def test_the_published_wheel_registers_the_npu_device_and_the_hccl_backend(wheel):
     sources = [wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".py")]
     assert any('rename_privateuse1_backend("npu")' in source for source in sources)
     assert any("Backend.register_backend(" in source and '"hccl"' in source for source in sources)
 
 
-def test_the_stand_in_offers_no_more_than_the_published_one(wheel):
+def test_the_stand_in_has_only_names_of_the_published_wheel(wheel):
     tree = ast.parse((STAND_INS / "torch_npu" / "__init__.py").read_text())
     offered = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     offered = {name for name in offered if not name.startswith("_")}

@@ -1,4 +1,4 @@
-"""Two GPUs of one host, with NCCL between them."""
+"""Decodes on two GPUs of one host, connected by NCCL."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def expected(full):
         return group.decode(random_latent(*LONG), full).clone()
 
 
-def test_two_gpus_give_the_frames_of_one(vae):
+def test_two_gpus_give_the_same_frames_as_one(vae):
     with RankGroup("cuda:0", dtype="float32") as one, RankGroup("cuda:0,cuda:1", dtype="float32") as two:
         for shape in [(1, 32, 5, 5, 7), (2, 32, 2, 1, 3), (1, 32, 1, 1, 1), (1, 32, 9, 2, 3)]:
             z = random_latent(*shape)
@@ -41,7 +41,7 @@ def test_two_gpus_give_the_frames_of_one(vae):
             assert torch.equal(two.decode(z, vae, **options), one.decode(z, vae, **options))
 
 
-def test_at_full_size_they_differ_by_no_more_than_rounding(two, full, expected):
+def test_frames_of_two_gpus_at_full_size_differ_only_by_rounding(two, full, expected):
     frames = two.decode(random_latent(*LONG), full)
     assert (frames - expected).norm() / expected.norm() < 0.01
     error = (frames - expected).abs().amax(dim=(0, 1, 2, 4))
@@ -67,7 +67,7 @@ def test_a_cancel_ends_the_decode_soon_and_keeps_the_ranks(two, full):
     assert [rank["pid"] for rank in two.status()["ranks"]] == pids
 
 
-def test_nothing_listens_beyond_loopback(two, full):
+def test_no_rank_on_a_gpu_listens_beyond_loopback(two, full):
     two.decode(random_latent(1, 32, 1, 4, 4), full)
     for rank in two.status()["ranks"]:
         listening = [c.laddr.ip for c in psutil.Process(rank["pid"]).net_connections("inet") if c.status == "LISTEN"]
@@ -76,7 +76,7 @@ def test_nothing_listens_beyond_loopback(two, full):
 
 def test_idle_ranks_use_no_gpu_time(two, full):
     def busiest(seconds: float) -> int:
-        """The highest utilization, in per cent, that the driver reports for the two."""
+        """Return the highest utilization, in percent, that the driver reports for the two GPUs."""
         end, highest = time.monotonic() + seconds, 0
         while time.monotonic() < end:
             highest = max(highest, *(torch.cuda.utilization(device) for device in range(2)))
@@ -87,6 +87,6 @@ def test_idle_ranks_use_no_gpu_time(two, full):
     watcher = during(two, lambda: seen.append(busiest(0.5)))
     two.decode(random_latent(1, 32, 121, 30, 53), full)
     watcher.join()
-    assert seen[0] > 50  # the meter works
+    assert seen[0] > 50  # the driver reports utilization
     time.sleep(2)
     assert busiest(5) == 0

@@ -1,4 +1,4 @@
-"""What a group is like after many decodes and many deaths. Short in `make test`, whole in `make soak`."""
+"""Many decodes and many killed processes. `make test` runs short forms, `make soak` the full ones."""
 
 import contextlib
 import gc
@@ -20,20 +20,20 @@ WHOLE = "HV15_SOAK" in os.environ
 KILLS = 50 if WHOLE else 4
 DECODES, KILL_EVERY = (300, 50) if WHOLE else (30, 15)
 SETTLED = 10
-"""Decodes after which nothing may grow any more."""
+"""Number of decodes after which resource usage must not grow."""
 SEED = int(os.environ.get("HV15_SOAK_SEED", random.randrange(2**32)))
 NOISE = 48 * 2**20
-"""Bytes by which a process's memory may differ from one moment to another for the allocator's reasons."""
+"""Variation of a process's memory, in bytes, that the allocator causes."""
 
 
 @pytest.fixture
 def chance() -> random.Random:
-    print(f"\nseed {SEED}: run again with HV15_SOAK_SEED={SEED}")
+    print(f"\nseed {SEED}: repeat with HV15_SOAK_SEED={SEED}")
     return random.Random(SEED)
 
 
 def family(group: RankGroup) -> list[psutil.Process]:
-    """The launcher and the ranks, as far as they are there."""
+    """Return the launcher and the ranks that are running."""
     ranks = group._supervisor.ranks
     if ranks is None:
         return []
@@ -44,8 +44,8 @@ def family(group: RankGroup) -> list[psutil.Process]:
         return []
 
 
-def test_random_kills_at_random_moments_never_cost_a_frame(vae, chance):
-    """A signal to a random process, while the group starts, idles or decodes: the frames come, and are the same."""
+def test_frames_are_the_same_after_random_kills_at_random_times(vae, chance):
+    """A random process receives a signal while the group starts, is idle or decodes."""
     latent = random_latent(1, 32, 24, 6, 6)
     moments = {"start": 0, "idle": 0, "decode": 0}
     seen: list[psutil.Process] = []
@@ -77,7 +77,7 @@ def test_random_kills_at_random_moments_never_cost_a_frame(vae, chance):
                 killer.join()
             assert torch.equal(group.decode(latent, vae, timeout=150), expected), moment
             killer.join()
-            # What came too late for that decode meets this one: one death for each.
+            # A kill that was too late for that decode affects this one, so each decode meets at most one.
             assert torch.equal(group.decode(latent, vae, timeout=150), expected), f"after {moment}"
         for process in family(group):
             seen.append(process)
@@ -85,8 +85,8 @@ def test_random_kills_at_random_moments_never_cost_a_frame(vae, chance):
     assert not [process for process in seen if process.is_running()]
 
 
-def test_many_decodes_leave_nothing_behind(vae, weights, chance, temporary):
-    """Changing sizes, modes, dtypes; cancels, kills: no more memory, descriptors, threads or files than early on."""
+def test_many_decodes_leak_no_memory_descriptors_threads_or_files(vae, weights, chance, temporary):
+    """Sizes, modes and dtypes change, and decodes are cancelled or killed. Usage is compared with early decodes."""
     from safetensors.torch import save_file
 
     half = vae.with_name("half.safetensors")
@@ -113,7 +113,7 @@ def test_many_decodes_leave_nothing_behind(vae, weights, chance, temporary):
             del frames
             if killer:
                 killer.join()
-                # A kill that came late hits the idle group, which comes back by itself.
+                # A late kill hits the idle group, which restarts without a call.
                 group.decode(latent, source, timeout=150)
             gc.collect()
             usage.append(measure(group, temporary))
@@ -128,7 +128,7 @@ def test_many_decodes_leave_nothing_behind(vae, weights, chance, temporary):
 
 
 def measure(group: RankGroup, temporary: Path) -> dict[str, list[int]]:
-    """What the controller and its ranks hold, in this order."""
+    """Return the resource usage of the controller and its ranks, in this order."""
     processes = [psutil.Process(), *(psutil.Process(rank["pid"]) for rank in group.status()["ranks"])]
     return {
         "memory": [process.memory_info().rss for process in processes],

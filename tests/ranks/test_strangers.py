@@ -1,4 +1,4 @@
-"""Whom a group lets in: other accounts at its control port, ranks that are not understood, files, ports and logs."""
+"""Access to a group: unauthenticated connections, invalid messages, permissions of files, open ports, and logs."""
 
 import contextlib
 import os
@@ -36,8 +36,8 @@ def key_of(group: RankGroup) -> bytes:
 
 
 def replay(address: tuple[str, int], key: bytes) -> None:
-    """Answer the second challenge with what was right for the first."""
-    said = []
+    """Answer the second challenge with the proof for the first."""
+    sent = []
 
     class Recorder:
         def __init__(self, connection: socket.socket) -> None:
@@ -45,40 +45,40 @@ def replay(address: tuple[str, int], key: bytes) -> None:
             self.connection = connection
 
         def sendall(self, data: bytes) -> None:
-            said.append(data)
+            sent.append(data)
             self.connection.sendall(data)
 
     with socket.create_connection(address, timeout=5) as first:
         shake_hands(Recorder(first), key)
     with socket.create_connection(address, timeout=5) as second:
         second.recv(32)
-        second.sendall(said[0])
+        second.sendall(sent[0])
         if not second.recv(32):
             raise EOFError
 
 
-def test_strangers_are_rejected_and_the_ranks_do_not_notice(echoes, caplog):
+def test_unauthenticated_connections_are_rejected_and_the_ranks_keep_running(echoes, caplog):
     listener, before = ranks_of(echoes).listener, pids(echoes)
     assert listener.address[0] == "127.0.0.1"
     listener._warned = False
-    for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, bytes(64), struct.pack("!I", 2**32 - 1)):
+    for data in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, bytes(64), struct.pack("!I", 2**32 - 1)):
         with socket.create_connection(listener.address, timeout=5) as stranger:
-            stranger.sendall(words)
+            stranger.sendall(data)
     for key in (b"", b"wrong", os.urandom(32)):
         with pytest.raises(BROKEN), socket.create_connection(listener.address, timeout=5) as stranger:
             shake_hands(stranger, key)
     with pytest.raises(BROKEN):
         replay(listener.address, key_of(echoes))
-    slow = [socket.create_connection(listener.address, timeout=5) for _ in range(20)]  # say nothing at all
+    silent = [socket.create_connection(listener.address, timeout=5) for _ in range(20)]
     assert torch.equal(echoes.run(Echo(X))["y"], X + 1)
-    for connection in slow:
+    for connection in silent:
         connection.close()
     assert sum("unauthenticated" in record.message for record in caplog.records) == 1
     assert pids(echoes) == before
 
 
-def test_hundreds_that_connect_and_hold_take_neither_descriptors_nor_threads_and_ranks_come_up():
-    """They begin before the ranks, and take the place of every connection that is closed."""
+def test_hundreds_of_open_connections_exhaust_no_descriptors_and_no_threads_and_the_ranks_start():
+    """The connections are opened before the ranks connect, and reopened when they are closed."""
     group, seen = RankGroup(["cpu", "cpu"], worker=ECHO), []
     process = psutil.Process()
     group.start()
@@ -111,7 +111,7 @@ def test_hundreds_that_connect_and_hold_take_neither_descriptors_nor_threads_and
     assert max(count for _, count in seen) <= 4, seen
 
 
-def test_a_listener_that_cannot_start_a_thread_for_a_rank_goes_on(monkeypatch, caplog):
+def test_a_listener_that_cannot_start_a_thread_for_a_rank_keeps_listening(monkeypatch, caplog):
     admitted = []
     listener = listener_module.Listener(b"key", admitted.append)
     start = threading.Thread.start
@@ -135,7 +135,7 @@ def test_a_listener_that_cannot_start_a_thread_for_a_rank_goes_on(monkeypatch, c
         listener.close()
 
 
-def test_a_listener_without_descriptors_rests_and_closes():
+def test_a_listener_out_of_descriptors_uses_little_cpu_time_and_closes():
     code = (
         "import os, resource, socket, sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from distributed.ranks.listener import Listener\n"
@@ -153,8 +153,8 @@ def test_a_listener_without_descriptors_rests_and_closes():
     assert ended.stdout.split() == ["True", "True"]
 
 
-def test_nobody_is_killed_for_a_process_id_that_a_rank_gives(tmp_path, monkeypatch, caplog):
-    """Someone with the key says hello for a rank that has not come up, as a process that is not the launcher's."""
+def test_a_process_that_the_launcher_did_not_start_is_not_killed(tmp_path, monkeypatch, caplog):
+    """A program with the key sends `Hello` for a rank that has not connected, with the id of another process."""
     fault = tmp_path / "fault"
     fault.write_text("late 0")
     monkeypatch.setenv("HV15_TEST_FAULT", str(fault))
@@ -178,7 +178,7 @@ def test_nobody_is_killed_for_a_process_id_that_a_rank_gives(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("first", [Ready(), Beat(0, 0, 0, 0), Done(1, 5, 5), Hello(64, 1, "cpu"), Hello(0, 1, "cpu")])
-def test_a_caller_with_the_key_that_is_no_rank_is_rejected_and_answers_no_job(echoes, first):
+def test_a_program_with_the_key_that_is_not_a_rank_is_rejected_and_cannot_answer_a_job(echoes, first):
     before = pids(echoes)
     channel = connect(ranks_of(echoes).listener.address, key_of(echoes))
     channel.send(first)
@@ -189,34 +189,34 @@ def test_a_caller_with_the_key_that_is_no_rank_is_rejected_and_answers_no_job(ec
     assert pids(echoes) == before
 
 
-GARBLED = {
-    "unknown": '{"type": "Dance"}',
+INVALID = {
+    "unknown type": '{"type": "Dance"}',
     "NaN": '{"type": "Beat", "id": ID, "done": NaN, "total": 0, "moved": 1}',
-    "deep": "[" * 20000 + "]" * 20000,
-    "done too soon": '{"type": "Done", "id": ID, "done": 1, "total": 100}',
+    "deeply nested": "[" * 20000 + "]" * 20000,
+    "done before all work is complete": '{"type": "Done", "id": ID, "done": 1, "total": 100}',
 }
-"""All others are in tests/unit/test_protocol.py."""
+"""More invalid messages are in tests/unit/test_protocol.py."""
 
 
-@pytest.mark.parametrize("frame", [pytest.param(frame, id=name) for name, frame in GARBLED.items()])
-def test_a_rank_that_is_not_understood_is_replaced_and_its_job_retried(echoes, once, frame):
+@pytest.mark.parametrize("frame", [pytest.param(frame, id=name) for name, frame in INVALID.items()])
+def test_a_rank_that_sends_an_invalid_message_is_replaced_and_its_job_is_retried(echoes, once, frame):
     notices, before = [], pids(echoes)
     job = Echo(X, fault="send", frame=frame, once=once)
     assert torch.equal(echoes.run(job, notice=notices.append, timeout=60)["y"], X + 1)
-    assert len(notices) == 1 and "rank 1 (cpu)" in notices[0] and "sent a message that is not understood" in notices[0]
+    assert len(notices) == 1 and "rank 1 (cpu)" in notices[0] and "sent an invalid message" in notices[0]
     assert set(before).isdisjoint(pids(echoes))
 
 
-def test_a_message_that_is_announced_with_gigabytes_is_refused_before_it_is_read(echoes, once):
+def test_a_message_with_a_length_of_gigabytes_is_refused_before_it_is_read(echoes, once):
     notices = []
     memory = psutil.Process().memory_info().rss
     assert torch.equal(echoes.run(Echo(X, fault="long", once=once), notice=notices.append)["y"], X + 1)
-    assert "a message of 4294967295 bytes; 65536 is the most" in notices[0]
+    assert "a message of 4294967295 bytes; the limit is 65536" in notices[0]
     assert psutil.Process().memory_info().rss < memory + 2**28
 
 
-def test_a_rank_ends_when_it_does_not_understand_its_controller(echoes):
-    with contextlib.suppress(GroupError):  # sent to idle ranks, which are replaced
+def test_a_rank_exits_when_it_receives_an_invalid_message(echoes):
+    with contextlib.suppress(GroupError):  # the ranks may have broken while idle
         echoes.start(wait=True)
     before = set(pids(echoes))
     assert torch.equal(echoes.run(Echo(X))["y"], X + 1)
@@ -226,7 +226,7 @@ def test_a_rank_ends_when_it_does_not_understand_its_controller(echoes):
     assert before.isdisjoint(pids(echoes))
 
 
-def test_files_of_a_group_are_its_owners_alone_and_gone_when_it_stops():
+def test_files_of_a_group_are_private_and_removed_when_it_stops():
     group = RankGroup(devices=["cpu"], worker=ECHO)
     group.start(wait=True)
     folder = ranks_of(group).folder
@@ -239,7 +239,7 @@ def test_files_of_a_group_are_its_owners_alone_and_gone_when_it_stops():
 
 
 def test_no_file_of_a_group_holds_a_pickle(pair, vae):
-    """What could be written by a stranger must not be code; pickles are known by their first bytes, base64 or not."""
+    """A pickle can execute code when it is loaded. It is recognised by its first bytes, plain or in base64."""
     pair.decode(random_latent(1, 32, 1, 1, 2), vae)
     files = [file for file in ranks_of(pair).folder.rglob("*") if file.is_file()]
     assert {"key", "rendezvous"} <= {file.name for file in files}
@@ -247,14 +247,14 @@ def test_no_file_of_a_group_holds_a_pickle(pair, vae):
         assert not any(mark in file.read_bytes() for mark in (b"\x80\x04\x95", b"gASV")), file.name
 
 
-def test_nothing_listens_beyond_loopback(pair):
+def test_no_process_listens_beyond_loopback(pair):
     processes = [psutil.Process(pid) for pid in [ranks_of(pair).launcher.pid, *pids(pair)]]
     for process in processes:
         listening = [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert set(listening) <= {"127.0.0.1"}, process.cmdline()
 
 
-def test_logs_are_kept_private_and_from_growing(tmp_path, once):
+def test_logs_are_private_and_limited_in_size(tmp_path, once):
     with RankGroup(["cpu"], worker=ECHO, logs=tmp_path / "logs") as group:
         group.run(Echo(X, fault="chatter", rank=0, once=once))
         (folder,) = (tmp_path / "logs").iterdir()

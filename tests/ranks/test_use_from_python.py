@@ -1,4 +1,4 @@
-"""The package from plain Python, without ComfyUI: what the README shows, and what an import brings in."""
+"""The package without ComfyUI: the example in the README, and the modules that an import loads."""
 
 import os
 import re
@@ -36,14 +36,14 @@ def test_the_readmes_python_example_runs(tmp_path):
     assert "torch.Size([1, 9, 96, 128, 3])" in done.stdout
 
 
-def test_importing_the_ranks_half_brings_in_neither_comfyui_nor_diffusers():
+def test_importing_the_package_loads_neither_comfyui_nor_diffusers():
     code = "import sys, distributed; bad = {'comfy', 'nodes', 'diffusers', 'torch_npu'} & set(sys.modules); print(bad)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
 
 
-def test_importing_the_package_starts_nothing_and_loads_no_decoder_and_no_kernel():
+def test_importing_the_package_starts_no_thread_and_loads_no_compute_code():
     code = (
         "import sys, threading; sys.path.insert(0, sys.argv[1]); import distributed\n"
         f"heavy = [name for name in sys.modules if name.startswith(({COMPUTE!r})) and 'layout' not in name]\n"
