@@ -175,10 +175,10 @@ class RankGroup:
         return outputs["frames"]
 
     def denoiser(self, path: str | Path) -> Denoiser:
-        """The transformer at `path` as a function that ranks compute: velocity = model(latents, timestep, conditions).
+        """Return the transformer at `path` as a function on the ranks: velocity = model(latents, timestep, conditions).
 
-        path: a diffusers folder, or a file of either layout. See `Denoiser`. After the last step call `finish`. Raises
-        JobError for what is no HunyuanVideo-1.5 transformer.
+        path: a diffusers folder, or a file of either layout. See `Denoiser`. Call `finish` after the last step. Raises
+        JobError if the path is not a HunyuanVideo-1.5 transformer.
         """
         try:
             return Denoiser(open_transformer(path), self.run)

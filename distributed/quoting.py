@@ -17,5 +17,5 @@ def quote(name: object) -> str:
 
 
 def first_names(keys: list[str]) -> str:
-    """Return the first three names, quoted, and how many there are beside them."""
+    """Return the first three names, quoted, and the number of further names."""
     return ", ".join(map(quote, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

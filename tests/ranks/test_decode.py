@@ -264,9 +264,9 @@ def test_weights_are_not_preloaded_to_a_shared_device(vae):
 def test_a_state_dict_is_copied_to_shared_memory_once(pair, vae, weights):
     z = random_latent(1, 32, 2, 2, 3)
     assert torch.equal(pair.decode(z, weights), pair.decode(z, vae))
-    handed = pair._weights.path
+    shared = pair._weights.path
     pair.decode(z, dict(weights))
-    assert pair._weights.path == handed and handed.stat().st_mode & 0o077 == 0
+    assert pair._weights.path == shared and shared.stat().st_mode & 0o077 == 0
 
 
 def test_another_vae_replaces_the_previous_one(pair, vae, weights, tmp_path):
@@ -281,11 +281,11 @@ def test_another_vae_replaces_the_previous_one(pair, vae, weights, tmp_path):
     assert not torch.equal(frames, expected)
     assert all(maps(pid, on_disk) and not maps(pid, vae) for pid in pids)
     assert torch.equal(pair.decode(z, others[0]), frames)
-    handed = [weights_in_memory(pid) for pid in pids]
-    assert handed[0] == handed[1] and len(handed[0]) == 1 and not any(maps(pid, on_disk) for pid in pids)
+    shared = [weights_in_memory(pid) for pid in pids]
+    assert shared[0] == shared[1] and len(shared[0]) == 1 and not any(maps(pid, on_disk) for pid in pids)
     pair.decode(z, others[1])
     again = [weights_in_memory(pid) for pid in pids]
-    assert again[0] == again[1] and len(again[0]) == 1 and again != handed
+    assert again[0] == again[1] and len(again[0]) == 1 and again != shared
     assert torch.equal(pair.decode(z, vae), expected)
     assert not any(weights_in_memory(pid) for pid in pids)
     assert [rank["pid"] for rank in pair.status()["ranks"]] == pids

@@ -1,4 +1,4 @@
-"""Shared memory: who gets it, what nobody can do to it, and when it is refused or freed."""
+"""Shared memory: which processes can open it, how it is protected, and when it is refused, reused and freed."""
 
 import gc
 import mmap
@@ -26,13 +26,13 @@ def pool():
     pool.trim()
 
 
-def test_what_a_rank_writes_the_controller_reads(pool):
+def test_the_controller_reads_what_a_rank_writes(pool):
     frames, place = pool.allocate(SHAPE)
     open_tensor(place).fill_(0.5)
     assert (frames == 0.5).all() and frames.shape == SHAPE
 
 
-def test_a_buffer_is_used_again_once_nobody_holds_it(pool):
+def test_a_buffer_is_reused_when_no_tensor_refers_to_it(pool):
     frames, place = pool.allocate(SHAPE)
     view = frames[0, 1:]
     del frames
@@ -44,10 +44,10 @@ def test_a_buffer_is_used_again_once_nobody_holds_it(pool):
     assert pool.allocate(SHAPE)[1] == place
     gc.collect()
     _, other = pool.allocate((1, 1, 16, 32, 3))
-    assert other != place, "a buffer more than twice as large was lent"
+    assert other != place, "a buffer more than twice as large as needed was reused"
 
 
-def test_what_is_lent_while_the_pool_is_trimmed_is_freed_when_it_comes_back(pool):
+def test_a_buffer_in_use_when_the_pool_is_trimmed_is_freed_when_it_is_returned(pool):
     frames, place = pool.allocate(SHAPE)
     pool.trim()
     assert open_tensor(place).sum() == 0
@@ -57,7 +57,7 @@ def test_what_is_lent_while_the_pool_is_trimmed_is_freed_when_it_comes_back(pool
         open_tensor(place)
 
 
-def test_nobody_can_cut_a_buffer_short_or_seal_it_further(pool):
+def test_a_buffer_cannot_be_resized_or_sealed_by_a_rank(pool):
     frames, place = pool.allocate(SHAPE)
     descriptor = open_shared(place.place)
     try:
@@ -71,14 +71,14 @@ def test_nobody_can_cut_a_buffer_short_or_seal_it_further(pool):
     assert frames.sum() == 0
 
 
-def test_memory_that_is_offered_to_be_read_can_be_written_by_nobody():
+def test_read_only_memory_cannot_be_written_by_any_process():
     shared = SharedMemory("hv15-test", 4096)
     try:
-        os.pwrite(shared.descriptor, b"words", 0)
+        os.pwrite(shared.descriptor, b"first", 0)
         shared.offer(read_only=True)
         descriptor = open_shared(shared.place)
         try:
-            assert os.pread(descriptor, 5, 0) == b"words"
+            assert os.pread(descriptor, 5, 0) == b"first"
             with pytest.raises(PermissionError):
                 os.pwrite(descriptor, b"other", 0)
             with pytest.raises(PermissionError):
@@ -89,38 +89,37 @@ def test_memory_that_is_offered_to_be_read_can_be_written_by_nobody():
         shared.close()
 
 
-def test_frames_that_the_memory_cannot_hold_are_refused_before_they_are_allocated(pool):
+def test_frames_larger_than_the_available_memory_are_refused_before_they_are_allocated(pool):
     with pytest.raises(MemoryError, match=r"^12288\.00 GiB of memory is needed; \d+\.\d\d GiB is available \(the "):
         pool.allocate((1, 2**20, 2**10, 2**10, 3))
     assert not pool.lent
 
 
-def test_free_buffers_make_room_for_larger_frames(pool, monkeypatch):
+def test_unused_buffers_are_freed_if_larger_frames_need_the_memory(pool, monkeypatch):
     frames, place = pool.allocate(SHAPE)
     size = frames.nbytes
     del frames
     gc.collect()
-    left = size  # of which the free buffer has taken as much again
 
     def available() -> int:
-        return left + (0 if pool._free else size)
+        return size if pool._free else 2 * size  # the unused buffer occupies `size` bytes
 
     for module in (buffers, shared_memory):
         monkeypatch.setattr(module, "available_memory", available)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * size, available=left))
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=2 * size, available=size))
     assert pool.allocate((1, 9, *SHAPE[2:]))[0].nbytes < 2 * size
     with pytest.raises(OSError):
         open_shared(place.place)
 
 
-def test_only_those_who_know_a_buffers_name_get_it(pool):
+def test_a_buffer_is_opened_only_by_its_exact_name(pool):
     _, place = pool.allocate(SHAPE)
     os.close(open_shared(place.place))
     with pytest.raises(FileNotFoundError, match="no longer shares"):
         open_shared(f"{place.place[:-1]}{'0' if place.place[-1] != '0' else '1'}")
 
 
-def test_nothing_listens_when_nothing_is_offered():
+def test_the_listening_thread_ends_when_no_memory_is_offered():
     gc.collect()
     before = {thread.name for thread in threading.enumerate()}
     pool = SharedBuffers()
@@ -135,7 +134,7 @@ def test_nothing_listens_when_nothing_is_offered():
             assert not thread.is_alive()
 
 
-def test_a_forked_child_that_ends_leaves_its_parents_buffers_alone(pool):
+def test_a_forked_child_that_exits_does_not_change_its_parents_buffers(pool):
     frames, place = pool.allocate(SHAPE)
     if (child := os.fork()) == 0:
         del frames

@@ -1,4 +1,4 @@
-"""What a device can do, and what ranks are told of it, without any device but the CPU."""
+"""Capabilities of devices and environment variables for ranks. No device other than the CPU is needed."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ GIB = 2**30
 CPU = Device(torch.device("cpu"))
 
 
-def test_the_cpu_has_the_hosts_memory_and_shares_it_between_the_ranks(monkeypatch):
+def test_host_memory_is_divided_between_the_ranks_on_the_cpu(monkeypatch):
     monkeypatch.setattr(devices, "available_memory", lambda: 12 * GIB)
     assert CPU.free_bytes() == 12 * GIB and CPU.free_bytes(3) == 4 * GIB
     assert CPU.held_by_others() == ""
@@ -18,7 +18,7 @@ def test_the_cpu_has_the_hosts_memory_and_shares_it_between_the_ranks(monkeypatc
 
 def test_nothing_is_reserved_on_the_cpu(monkeypatch):
     def refuse(*args, **kwargs):
-        raise AssertionError("memory was taken")
+        raise AssertionError("memory was allocated")
 
     monkeypatch.setattr(torch, "empty", refuse)
     CPU.reserve(2**60)
@@ -33,8 +33,8 @@ def test_nothing_is_reserved_on_the_cpu(monkeypatch):
         ("npu:0", "cpu:gloo,npu:hccl", True, False, True),
     ],
 )
-def test_each_kind_has_its_own_abilities(name, backend, streams, fused, npu):
-    class Named:  # torch makes no npu device without torch_npu
+def test_each_device_type_has_its_own_capabilities(name, backend, streams, fused, npu):
+    class Named:  # torch cannot create an npu device without torch_npu
         type = kind_of(name)
 
     device = Device(Named())
@@ -44,12 +44,12 @@ def test_each_kind_has_its_own_abilities(name, backend, streams, fused, npu):
     assert (device.process_group_device is None) == device.is_host
 
 
-def test_a_chosen_backend_is_used_for_the_device_alone():
+def test_a_chosen_backend_is_used_for_device_tensors_only():
     assert Device(torch.device("cuda:0")).collective_backend("gloo") == "cpu:gloo,cuda:gloo"
 
 
 class Accelerator:
-    """Torch's functions for a device with 10 GiB, of which this process has 3 and others 2."""
+    """The torch module of a device with 10 GiB, of which this process reserves 3 GiB and others use 2 GiB."""
 
     def mem_get_info(self, device):
         return 5 * GIB, 10 * GIB
@@ -61,14 +61,14 @@ class Accelerator:
         return GIB
 
 
-def test_free_memory_includes_what_torch_keeps_for_later_and_excludes_that_of_others(monkeypatch):
+def test_free_memory_includes_torchs_cache_and_excludes_memory_of_other_processes(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda device: Accelerator())
     device = Device(torch.device("cuda:0"))
     assert device.free_bytes() == device.free_bytes(4) == 7 * GIB
     assert device.held_by_others() == "other processes hold 2.00 of 10.00 GiB"
 
 
-def test_host_memory_beyond_what_there_is_is_refused_with_the_numbers(monkeypatch):
+def test_an_allocation_of_more_host_memory_than_is_available_is_refused_with_the_numbers(monkeypatch):
     monkeypatch.setattr(devices, "available_memory", lambda: GIB)
     monkeypatch.setattr(devices, "describe_memory", lambda: "1.00 GiB is available (the machine has 2.00 GiB)")
     with pytest.raises(MemoryError, match=r"^4\.00 GiB of host memory is needed; 1\.00 GiB is available \(the machine"):
@@ -78,10 +78,10 @@ def test_host_memory_beyond_what_there_is_is_refused_with_the_numbers(monkeypatc
 
 
 @pytest.mark.parametrize("setting", ["eth0", "", None])
-def test_communication_stays_on_loopback_whatever_is_set_for_other_programs(monkeypatch, setting):
+def test_ranks_communicate_over_loopback_even_if_another_interface_is_set(monkeypatch, setting):
     monkeypatch.setattr("sys.platform", "linux")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False) if setting is None else monkeypatch.setenv(name, setting)
     for kind in ("cpu", "cuda"):
-        told = environment(kind, None)
-        assert told["GLOO_SOCKET_IFNAME"] == told["NCCL_SOCKET_IFNAME"] == "lo"
+        variables = environment(kind, None)
+        assert variables["GLOO_SOCKET_IFNAME"] == variables["NCCL_SOCKET_IFNAME"] == "lo"

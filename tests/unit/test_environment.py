@@ -13,7 +13,7 @@ from distributed.ranks.exits import describe_exit, read_exit, write_exit
 
 START = RankEnvironment(
     folder=Path("/a folder"),
-    logs=Path("/logs: of ours"),
+    logs=Path("/logs: with a colon"),
     control=("127.0.0.1", 4711),
     controller=17,
     devices=("cuda:1", "cuda:0"),
@@ -38,15 +38,15 @@ def test_a_process_that_is_not_a_rank_has_no_rank_environment(monkeypatch):
         RankEnvironment.from_env()
 
 
-def test_variables_that_choose_devices_are_passed_on_unchanged():
-    chosen = {
+def test_variables_that_select_devices_are_inherited_unchanged():
+    selection = {
         "CUDA_VISIBLE_DEVICES": "GPU-8f5e1d8c-0000-0000-0000-000000000000,1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "ASCEND_RT_VISIBLE_DEVICES": "3,1",
         "NCCL_P2P_DISABLE": "1",
         "LD_LIBRARY_PATH": "/usr/lib",
     }
-    assert inherited_environment(chosen) == chosen
+    assert inherited_environment(selection) == selection
 
 
 OTHERS = """PET_NNODES TORCHELASTIC_RUN_ID LOGLEVEL PYTHON_EXEC MASTER_ADDR RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE
@@ -54,7 +54,7 @@ GROUP_RANK ROLE_NAME GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_COMM_ID"""
 
 
 @pytest.mark.parametrize("name", OTHERS.split())
-def test_variables_of_other_launchers_are_not_passed_on(name):
+def test_variables_of_other_launchers_are_not_inherited(name):
     assert inherited_environment({name: "x", f"MY_{name}": "y", "HOME": "/"}) == {f"MY_{name}": "y", "HOME": "/"}
 
 
@@ -73,8 +73,8 @@ def test_the_variables_that_torchrun_reads_are_not_passed_on_or_harmless():
         text = Path(module.__file__).read_text()
         read |= set(re.findall(r"os\.(?:environ\.get\(|getenv\(|environ\[)\s*\"(\w+)\"", text))
     assert {"PYTHON_EXEC", "LOGLEVEL", "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"} <= read
-    passed_on = {name for name in read if not environment.FOREIGN.fullmatch(name)}
-    assert passed_on <= {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}
+    inherited = {name for name in read if not environment.FOREIGN.fullmatch(name)}
+    assert inherited <= {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}
 
 
 def test_search_paths_are_absolute(tmp_path, monkeypatch):
@@ -102,13 +102,13 @@ def test_the_name_of_the_rank_variable_appears_in_one_file():
     assert not [path for path in sources if 'environ["HV15' in path.read_text()]
 
 
-def test_the_exit_code_is_that_of_the_rank_that_ended_first(tmp_path):
+def test_only_the_rank_that_ended_first_has_an_exit_code(tmp_path):
     assert read_exit(tmp_path, 1) is None
     write_exit(tmp_path, 1, -9)
     assert read_exit(tmp_path, 1) == -9 and read_exit(tmp_path, 0) is None
 
 
-def test_an_exit_is_described_by_its_code_or_its_signal():
+def test_an_exit_code_is_described_as_a_code_or_a_signal():
     assert describe_exit(7) == "ended with exit code 7"
     assert describe_exit(-9) == "was killed by signal 9 (SIGKILL), often because the machine ran out of memory"
     assert describe_exit(-11) == "was killed by signal 11 (SIGSEGV)"
