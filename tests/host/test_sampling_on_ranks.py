@@ -125,20 +125,20 @@ def slow(prompt):
     graph = {
         key: node for key, node in prompt("text_to_video").items() if key in ("pipeline", "ranks", "text", "sampler")
     }
-    graph["sampler"]["inputs"] |= {"width": 512, "height": 384, "frames": 33, "steps": 3, "rank_group": ["ranks", 0]}
+    graph["sampler"]["inputs"] |= {"width": 640, "height": 448, "frames": 33, "steps": 3, "rank_group": ["ranks", 0]}
     graph["save"] = {"class_type": "SaveLatent", "inputs": {"samples": ["sampler", 0], "filename_prefix": "sampled"}}
     return graph
 
 
 def within_a_step(host, act):
-    """Calls `act` with the group, once, while a step is under way."""
-    done = []
+    """Calls `act` with the group, once, when the second job of a sampling has begun. Steps take a second or more."""
+    states = []
 
     def follow(type, data):
-        denoising = type == "hv15.group" and data["state"] == "busy" and data["job"] == "denoise"
-        if denoising and not done and any(rank["done"] for rank in data["ranks"]):
-            done.append(next(group for group in host.get("/hv15/groups") if group["id"] == data["id"]))
-            act(done[0])
+        if type == "hv15.group" and states.count("busy") < 2 and [data["state"]] != states[-1:]:
+            if data["state"] == "busy" and states.count("busy") == 1 and data["job"] == "denoise":
+                act(next(group for group in host.get("/hv15/groups") if group["id"] == data["id"]))
+            states.append(data["state"])
 
     return follow
 
