@@ -24,7 +24,7 @@ from .denoising import transformer_on_ranks
 from .groups import GroupDescription
 from .loading import LoadedPipeline
 from .progress import Progress
-from .sockets import CATEGORY, TextConditioning
+from .sockets import CATEGORY, TextConditioning, searchable
 
 
 def check_size(width: int, height: int, frames: int) -> None:
@@ -36,9 +36,7 @@ def check_size(width: int, height: int, frames: int) -> None:
             raise ValueError(f"{name} is {value}; it must be a multiple of {SPATIAL}. Try {nearest}.")
     if frames < 1 or (frames - 1) % TEMPORAL:
         below = max(1, (frames - 1) // TEMPORAL * TEMPORAL + 1)
-        raise ValueError(
-            f"frames is {frames}; it must be a multiple of {TEMPORAL} and one. Try {below} or {below + TEMPORAL}."
-        )
+        raise ValueError(f"frames is {frames}; it must be {TEMPORAL}n + 1. Try {below} or {below + TEMPORAL}.")
 
 
 def working_memory(transformer: torch.nn.Module, width: int, height: int, frames: int) -> int:
@@ -129,35 +127,67 @@ def sample(
 class Sampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="HV15Sampler",
-            display_name="HunyuanVideo-1.5 Sampler",
-            category=CATEGORY,
-            description="Samples a video latent: from text, or from text and a first frame.",
-            inputs=[
-                sockets.Pipeline.Input("pipeline", tooltip="From Load HunyuanVideo-1.5."),
-                sockets.Conditioning.Input("conditioning", tooltip="From HunyuanVideo-1.5 Text Encode."),
-                io.Int.Input("width", default=848, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("frames", default=121, min=1, max=1025, step=4, tooltip="A multiple of 4, and one."),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
-                io.Float.Input("guidance", default=6.0, min=0.0, max=30.0, step=0.1, tooltip="Guidance scale."),
-                io.Float.Input(
-                    "shift", default=5.0, min=0.1, max=100.0, step=0.1, tooltip="Shift of the flow schedule."
-                ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=True, tooltip="Of the noise."
-                ),
-                io.Image.Input(
-                    "start_image", optional=True, tooltip="The first frame, for image-to-video checkpoints."
-                ),
-                sockets.RankGroup.Input(
-                    "rank_group",
-                    optional=True,
-                    tooltip="From Rank Group. With it, denoising runs on its ranks; without it, in ComfyUI's process.",
-                ),
-            ],
-            outputs=[io.Latent.Output(tooltip="For this pack's decode or ComfyUI's.")],
+        return searchable(
+            io.Schema(
+                node_id="HV15Sampler",
+                display_name="HunyuanVideo-1.5 Sampler",
+                category=CATEGORY,
+                description="Samples a video latent from text, or from text and a first frame.",
+                inputs=[
+                    sockets.Pipeline.Input("pipeline", tooltip="From Load HunyuanVideo-1.5."),
+                    sockets.Conditioning.Input("conditioning", tooltip="From HunyuanVideo-1.5 Text Encode."),
+                    io.Int.Input(
+                        "width", default=848, min=16, max=8192, step=16, tooltip="Width in pixels, a multiple of 16."
+                    ),
+                    io.Int.Input(
+                        "height", default=480, min=16, max=8192, step=16, tooltip="Height in pixels, a multiple of 16."
+                    ),
+                    io.Int.Input(
+                        "frames", default=121, min=1, max=1025, step=4, tooltip="4n + 1 frames: 5, 9, ..., 121."
+                    ),
+                    io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Number of denoising steps."),
+                    io.Float.Input(
+                        "guidance",
+                        default=6.0,
+                        min=0.0,
+                        max=30.0,
+                        step=0.1,
+                        tooltip="Scale of classifier-free guidance. 1: no guidance, in half the time.",
+                    ),
+                    io.Float.Input(
+                        "shift",
+                        default=5.0,
+                        min=0.1,
+                        max=100.0,
+                        step=0.1,
+                        tooltip="Timestep shift of the flow-matching schedule.",
+                    ),
+                    io.Int.Input(
+                        "seed",
+                        default=0,
+                        min=0,
+                        max=2**63 - 1,
+                        control_after_generate=True,
+                        tooltip="Random seed of the initial noise.",
+                    ),
+                    io.Image.Input(
+                        "start_image",
+                        optional=True,
+                        tooltip="First frame of the video (image-to-video checkpoints only).",
+                    ),
+                    sockets.RankGroup.Input(
+                        "rank_group",
+                        optional=True,
+                        tooltip="From Rank Group. If connected, denoising runs on its ranks; otherwise it runs in "
+                        "ComfyUI's process.",
+                    ),
+                ],
+                outputs=[io.Latent.Output(tooltip="The video latent, for any node that decodes.")],
+            ),
+            "sampler",
+            "ksampler",
+            "multi gpu",
+            "parallel",
         )
 
     @classmethod

@@ -149,7 +149,7 @@ def test_the_bar_moves_once_a_step_and_shows_pictures(pack, loaded, texts, monke
     [
         ({"width": 100}, "width is 100; it must be a multiple of 16. Try 96 or 112."),
         ({"height": 8}, "height is 8; it must be a multiple of 16. Try 16."),
-        ({"frames": 7}, "frames is 7; it must be a multiple of 4 and one. Try 5 or 9."),
+        ({"frames": 7}, "frames is 7; it must be 4n + 1. Try 5 or 9."),
         ({"frames": 0}, "Try 1 or 5."),
     ],
 )
