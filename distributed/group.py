@@ -87,7 +87,11 @@ class RankGroup:
         """Whether a job may have left data on the devices. If not, the ranks hold preloaded weights or nothing."""
 
     def __enter__(self) -> "RankGroup":
-        self.start(wait=True)
+        try:
+            self.start(wait=True)
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_other_accounts_cannot_open_a_buffer_even_with_its_name():
     if os.geteuid() != 0:
         pytest.skip("needs root to become another account")
-    frames, shared = SharedBuffers().allocate((1, 1, 16, 16, 3))
+    pool = SharedBuffers()
+    frames, shared = pool.allocate((1, 1, 16, 16, 3))
     code = (
         "import sys; from distributed.ranks.shared_memory import open_shared; open_shared(sys.argv[1]); print('opened')"
     )
@@ -31,6 +32,8 @@ def test_other_accounts_cannot_open_a_buffer_even_with_its_name():
     assert refused.returncode and refused.stdout == "", refused.stderr
     assert any(error in refused.stderr for error in ("BrokenPipe", "ConnectionReset", "no longer shares"))
     assert frames.sum() == 0
+    del frames
+    pool.trim()
 
 
 DECODE = """
