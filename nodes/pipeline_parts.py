@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from torch import Tensor, nn
@@ -30,6 +31,14 @@ class FixedSizeProcessor(HunyuanVideo15ImageProcessor):
 
     def calculate_default_height_width(self, height: int, width: int, target_size: int) -> tuple[int, int]:
         return self.size
+
+
+def changes_transformer(guider: BaseGuidance) -> bool:
+    """Return whether a guider changes the transformer's layers for some branches, as skip-layer guidance does.
+
+    It does so with hooks on diffusers' own forward. A forward of ours would ignore them.
+    """
+    return type(guider).prepare_models is not BaseGuidance.prepare_models
 
 
 CONDITIONS = (

@@ -70,10 +70,10 @@ def sample(
     start_image is an IMAGE, of which the first picture counts. With a rank_group the transformer runs on its ranks.
     on_block is called between the transformer's blocks with the number of blocks done and of all, of a forward or, on
     ranks, of a step; what it raises ends the sampling. notice gets sentences for the user. Raises ValueError for sizes
-    and images that the model cannot take.
+    and images that the model cannot take, and for a guider that ranks do not support.
     """
     from ..distributed.denoise.module import fast_module  # diffusers, which other nodes do without
-    from .pipeline_parts import FixedSizeProcessor, ReportingScheduler
+    from .pipeline_parts import FixedSizeProcessor, ReportingScheduler, changes_transformer
 
     check_size(width, height, frames)
     if loaded.takes_image and start_image is None:
@@ -91,6 +91,12 @@ def sample(
             "guider": original.guider.new(guidance_scale=guidance),
         }
     )
+    own_forward = changes_transformer(pipeline.guider)
+    if rank_group is not None and own_forward:
+        raise ValueError(
+            f"This checkpoint's guider is {type(pipeline.guider).__name__}, which changes the transformer's layers. "
+            "Ranks support guiders that only combine predictions, such as ClassifierFreeGuidance."
+        )
     pipeline.scheduler.on_step = on_step
     pipeline.set_progress_bar_config(disable=True)
     arguments: dict = {"width": width, "height": height}
@@ -109,7 +115,8 @@ def sample(
             if encoders:
                 stack.enter_context(loaded.on_device(*encoders, elsewhere="transformer"))
         else:
-            if "transformer" in loaded.patchers:  # else its layers come to the device as diffusers' forward calls them
+            # With offload "group", diffusers' own forward fetches the layers to the device.
+            if "transformer" in loaded.patchers and not own_forward:
                 pipeline.transformer = fast_module(original.transformer, on_block)
             memory = working_memory(original.transformer, width, height, frames)
             stack.enter_context(loaded.on_device("transformer", *encoders, working_memory=memory))

@@ -1,5 +1,7 @@
 """Sampling: the latents are those of diffusers' pipeline; progress, interrupts, and checks of sizes."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from diffusers import (
@@ -54,6 +56,21 @@ def test_text_to_video_gives_the_pipelines_latents(pack, loaded, texts, tiny_fol
     assert error(result, expected) < 1e-5
     other = pack.sampling.sample(loaded["t2v"], texts["t2v"], **SIZE | {"seed": 12})
     assert error(other, expected) > 0.1
+
+
+def test_a_guider_that_changes_layers_gets_diffusers_forward_and_is_rejected_on_ranks(pack, tiny_folders, texts):
+    class Changing(ClassifierFreeGuidance):
+        seen: ClassVar[list] = []
+
+        def prepare_models(self, denoiser: torch.nn.Module) -> None:
+            self.seen.append(denoiser)
+
+    loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "model")
+    loaded.pipeline.guider = Changing()
+    pack.sampling.sample(loaded, texts["t2v"], **SIZE | {"steps": 1})
+    assert Changing.seen and all(seen is loaded.pipeline.transformer for seen in Changing.seen)
+    with pytest.raises(ValueError, match="guider is Changing"):
+        pack.sampling.sample(loaded, texts["t2v"], **SIZE, rank_group=object())
 
 
 def test_a_transformer_that_streams_itself_keeps_diffusers_forward(pack, loaded, texts, tiny_folders, monkeypatch):
