@@ -104,8 +104,9 @@ def test_a_rank_that_dies_twice_ends_the_prompt_with_an_error_and_the_next_promp
         if type != "hv15.group" or data["state"] != "busy":
             return
         (group,) = [group for group in host.get("/hv15/groups") if group["id"] == data["id"]]
-        if group["state"] == "busy" and group["ranks"][1]["pid"] not in killed:
-            killed.append(group["ranks"][1]["pid"])
+        rank = group["ranks"][1]  # "loading" if it loads weights ahead of the decode
+        if group["state"] == rank["state"] == "busy" and rank["pid"] not in killed:
+            killed.append(rank["pid"])
             psutil.Process(killed[-1]).kill()
 
     run = host.run(graph, follow)

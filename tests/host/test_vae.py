@@ -439,10 +439,12 @@ def test_a_distributed_vae_keeps_the_methods_of_another_packs_vae_class(pack, co
 )
 def test_a_bad_latent_is_refused_before_a_group_is_created(pack, core, samples, message):
     on_ranks, groups = (importlib.import_module(f"hv15_pack.nodes.{name}") for name in ("on_ranks", "groups"))
-    options = on_ranks.DecodeOptions(None, "seamless", 256, 64)
+    options, before = on_ranks.DecodeOptions(None, "seamless", 256, 64), groups.all_groups()
+    states = [group.status()["state"] for group in before]
     with pytest.raises(ValueError, match=message):
         on_ranks.decode_on_ranks(samples, pack.load_vae(core.path), options)
-    assert groups.all_groups() == []
+    assert groups.all_groups() == before
+    assert [group.status()["state"] for group in before] == states
 
 
 def test_real_ranks_map_copied_weights_and_another_vae_restarts_no_process(pack, core):

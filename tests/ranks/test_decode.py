@@ -317,7 +317,7 @@ def test_progress_is_reported_and_ends_at_the_total(pair, vae):
 @pytest.mark.parametrize(
     ("z", "options", "message"),
     [
-        (torch.zeros(1, 16, 2, 2, 2), {}, "16 channels and the VAE decodes 32"),
+        (torch.zeros(1, 16, 2, 2, 2), {}, "16 channels; the VAE decodes 32"),
         (torch.zeros(1, 32, 2, 2), {}, "shape"),
         (torch.full((1, 32, 1, 1, 1), float("inf")), {}, "32 of 32 latent values are NaN or infinite"),
         (torch.zeros(1, 32, 1, 1, 1, dtype=torch.int32), {}, "int32"),

@@ -81,5 +81,5 @@ def test_the_cases_have_uneven_parts_ranks_without_heads_and_ranks_without_token
 
 
 def test_a_share_with_others_needs_a_group():
-    with pytest.raises(ValueError, match="2 ranks and group None"):
+    with pytest.raises(ValueError, match="2 ranks needs a group; group is None"):
         Share(Case(2).layout.branches[0])
