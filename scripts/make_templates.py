@@ -1,6 +1,6 @@
 """Write example_workflows/: the API prompts as graphs, and ComfyUI's own HunyuanVideo-1.5 graphs with Distribute VAE.
 
-Run it when a prompt or a node's inputs have changed, after `make demo`, whose frames are the thumbnails.
+Run it when a prompt or a node's inputs have changed.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from comfyui_host import Host
 from set_up import ROOT
@@ -27,6 +27,9 @@ STOCK = {
     "ComfyUI text to video, VAE on several GPUs": "video_hunyuan_video_1.5_720p_t2v.json",
     "ComfyUI image to video, VAE on several GPUs": "video_hunyuan_video_1.5_720p_i2v.json",
 }
+NOTES = ("Note", "MarkdownNote")
+THUMBNAIL, EDGE, TITLE = (640, 400), 16, 30
+"""Width and height of a thumbnail, its margin, and the height of a node's title, in pixels."""
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, ROW = 380, 60
 STEP = 24
@@ -50,13 +53,44 @@ def main() -> None:
 
 
 def write(name: str, graph: dict) -> None:
+    """Write a template and its thumbnail."""
     (TARGET / f"{name}.json").write_text(json.dumps(graph, indent=1) + "\n")
-    sheet = ROOT / "demo_output" / "text_to_video_seamless.jpg"
-    if sheet.exists():
-        with Image.open(sheet) as picture:
-            width, height = picture.size
-            picture.crop((0, 0, width // 2, height)).convert("RGB").save(TARGET / f"{name}.jpg", quality=85)
+    thumbnail(graph).save(TARGET / f"{name}.jpg", quality=90)
     print(TARGET / f"{name}.json", file=sys.stderr)
+
+
+def thumbnail(graph: dict) -> Image.Image:
+    """Return a picture of a graph: its nodes where they are, this pack's nodes highlighted, and its links."""
+    boxes = {node["id"]: (*node["pos"], *node["size"]) for node in graph["nodes"] if node["type"] not in NOTES}
+    left, top = min(x for x, *_ in boxes.values()), min(y for _, y, *_ in boxes.values()) - TITLE
+    right, bottom = max(x + w for x, _, w, _ in boxes.values()), max(y + h for _, y, _, h in boxes.values())
+    scale = min((THUMBNAIL[0] - 2 * EDGE) / (right - left), (THUMBNAIL[1] - 2 * EDGE) / (bottom - top))
+    across = (THUMBNAIL[0] - scale * (right - left)) / 2
+    down = (THUMBNAIL[1] - scale * (bottom - top)) / 2
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return across + scale * (x - left), down + scale * (y - top)
+
+    names = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text("utf-8"))
+    picture = Image.new("RGB", THUMBNAIL, "#1b1b1f")
+    draw = ImageDraw.Draw(picture)
+    for _, source, _, target, slot, _ in graph["links"]:
+        if source in boxes and target in boxes:
+            (x, y, w, _), (to_x, to_y, _, _) = boxes[source], boxes[target]
+            draw.line([place(x + w, y + STEP / 2), place(to_x, to_y + STEP * (slot + 0.5))], "#6f7480", width=2)
+    for node in graph["nodes"]:
+        if node["id"] in boxes:
+            x, y, w, h = boxes[node["id"]]
+            own = node["type"].startswith("HV15")
+            corners = [place(x, y - TITLE), place(x + w, y + h)]
+            draw.rounded_rectangle(corners, radius=4, fill="#7a4fd0" if own else "#3a3d45", outline="#9aa0ac")
+            title = node.get("title") or names.get(node["type"], {}).get("display_name", node["type"])
+            width = corners[1][0] - corners[0][0] - 8
+            font = ImageFont.load_default(min(18, max(7, 22 * scale)))
+            while title and draw.textlength(title, font) > width:
+                title = title[:-1]
+            draw.text((corners[0][0] + 4, corners[0][1] + 2), title, "white", font)
+    return picture
 
 
 def graph_of(name: str, prompt: dict, info: dict) -> dict:
