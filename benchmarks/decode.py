@@ -151,7 +151,10 @@ def core_decoder(tensors: dict, widths: tuple[int, ...], device: torch.device, d
         )
     decoder.to_empty(device=device)
     renamed = {to_core(f"decoder.{name}").removeprefix("decoder."): tensor for name, tensor in tensors.items()}
-    decoder.load_state_dict(renamed)
+    missing, unexpected = decoder.load_state_dict(renamed, strict=False)
+    lost = [*unexpected, *(name for name in missing if ".temb_proj." not in name)]  # of ComfyUI 0.33, used by no layer
+    if lost:
+        raise RuntimeError(f"ComfyUI's decoder and the weights differ in {', '.join(lost[:3])}.")
     return decoder.to(dtype).eval()
 
 

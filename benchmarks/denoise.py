@@ -147,8 +147,9 @@ def core_model(config: object, device: torch.device, dtype: torch.dtype) -> torc
 
     args.cpu = device.type == "cpu"
     import comfy.ops
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo, HunyuanVideoParams
 
+    fields = HunyuanVideoParams.__dataclass_fields__
     with torch.device("meta"):
         model = HunyuanVideo(
             in_channels=config.in_channels,
@@ -171,6 +172,7 @@ def core_model(config: object, device: torch.device, dtype: torch.dtype) -> torc
             vision_in_dim=config.image_embed_dim,
             dtype=dtype,
             operations=comfy.ops.disable_weight_init,
+            **({"meanflow_sum": False} if "meanflow_sum" in fields else {}),  # ComfyUI 0.33
         )
     return random_weights(model, device, dtype)
 

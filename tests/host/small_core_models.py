@@ -20,7 +20,7 @@ import comfy.cli_args  # noqa: E402
 comfy.cli_args.args.cpu = True
 
 import comfy.ops  # noqa: E402
-from comfy.ldm.hunyuan_video.model import HunyuanVideo  # noqa: E402
+from comfy.ldm.hunyuan_video.model import HunyuanVideo, HunyuanVideoParams  # noqa: E402
 from comfy.ldm.hunyuan_video.vae_refiner import Decoder, Encoder  # noqa: E402
 
 NOISE = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
@@ -40,6 +40,7 @@ def weights(shapes: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, to
 
 
 def transformer(in_channels: int) -> dict[str, torch.Tensor]:
+    fields = HunyuanVideoParams.__dataclass_fields__
     with torch.device("meta"):
         model = HunyuanVideo(
             in_channels=in_channels,
@@ -61,6 +62,7 @@ def transformer(in_channels: int) -> dict[str, torch.Tensor]:
             use_cond_type_embedding=True,
             vision_in_dim=1152,
             operations=comfy.ops.disable_weight_init,
+            **({"meanflow_sum": False} if "meanflow_sum" in fields else {}),  # ComfyUI 0.33
         )
     return weights(model.state_dict(), torch.float32)
 

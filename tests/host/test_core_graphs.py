@@ -135,7 +135,8 @@ def test_cores_text_to_video_graph_runs_with_distribute_vae_and_with_the_decode_
     frames = pictures(server, text_to_video(with_distribute_vae()))
     assert frames.shape == (5, 32, 32, 3) and frames.std() > 1
     assert np.array_equal(pictures(server, text_to_video(with_decode_node())), frames)
-    assert "HunyuanVideo-1.5 VAE in memory (core layout)" in server.log.read_text()
+    keeps_path = "cached_patcher_init" in (comfyui_path() / "comfy" / "sd.py").read_text()  # then ranks map the file
+    assert ("HunyuanVideo-1.5 VAE in memory (core layout)" in server.log.read_text()) is not keeps_path
 
 
 @pytest.mark.timeout(600)
