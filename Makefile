@@ -24,8 +24,7 @@ check: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit
 
 test: check browser
-	$(BIN)/python -m pytest tests/ranks
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/host tests/browser
+	$(BIN)/python -m pytest tests/ranks tests/host tests/browser
 
 bench: setup
 	$(BIN)/python -m benchmarks.decode
