@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import Cancelled, NotLoaded, OutOfMemory
-from ..ranks.collective import Watch, agree, group_of
+from ..ranks.collective import Watch, agree, group_of, reserve
 from ..ranks.devices import Device
 from ..ranks.shared_memory import local_path
 from .block import MLP_TOKENS
@@ -203,12 +203,7 @@ class DenoiseTask:
         needed = self._needed(request, self.modulated)
         if request.memory is not None and needed > request.memory:
             raise self._out_of_memory(needed, request.memory, on_all_ranks=True)
-        lacking = False
-        try:
-            Device(self.device).reserve(needed)
-        except torch.OutOfMemoryError:
-            lacking = True
-        if agree(lacking):
+        if not reserve(Device(self.device), needed):
             raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
 
     def _out_of_memory(self, needed: int, free: int, on_all_ranks: bool = False) -> OutOfMemory:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import Cancelled
+from .devices import Device
 from .peers import new_group
 
 T = TypeVar("T")
@@ -30,6 +31,16 @@ def agree(value: int, operation: dist.ReduceOp = dist.ReduceOp.MAX) -> int:
     tensor = torch.tensor(value, dtype=torch.int64)
     dist.all_reduce(tensor, operation)
     return int(tensor)
+
+
+def reserve(device: Device, nbytes: int) -> bool:
+    """Reserve memory of each rank's device. Return False on all ranks if it fails on any. A collective of the world."""
+    failed = False
+    try:
+        device.reserve(nbytes)
+    except torch.OutOfMemoryError:
+        failed = True
+    return not agree(failed)
 
 
 def all_or_none(prepare: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import Cancelled, OutOfMemory
-from ..ranks.collective import Watch, agree, first_ranks
+from ..ranks.collective import Watch, agree, first_ranks, reserve
 from ..ranks.devices import Device
 from .halo import Halo
 from .hunyuanvideo15.footprint import WORKSPACE
@@ -128,12 +128,7 @@ class Engine:
         PyTorch's allocator allocates it once and keeps it cached for the decode.
         """
         self.needed = needed
-        failed = False
-        try:
-            Device(self.device).reserve(needed)
-        except torch.OutOfMemoryError:
-            failed = True
-        if agree(failed):
+        if not reserve(Device(self.device), needed):
             raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
 
     def _out_of_memory(

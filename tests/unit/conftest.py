@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKLHunyuanVideo15
 
 from benchmarks.random_weights import FULL
 from distributed.vae.hunyuanvideo15.layout import Architecture
 from distributed.vae.hunyuanvideo15.weights import Weights
+from tests.unit.checkpoints import in_core_layout, make_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +30,21 @@ def full_size() -> Callable[[], Weights]:
         return Weights(tensors, torch.device("meta"), torch.bfloat16)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model() -> AutoencoderKLHunyuanVideo15:
+    """A small VAE of diffusers'."""
+    return make_model()
+
+
+@pytest.fixture
+def weights(model) -> dict[str, torch.Tensor]:
+    """Its weights with diffusers' names."""
+    return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def core(weights) -> dict[str, torch.Tensor]:
+    """The same weights with core's names."""
+    return in_core_layout(weights)

@@ -16,25 +16,8 @@ from tests.unit.checkpoints import (
     assert_harmless,
     assert_same,
     decoder_of,
-    in_core_layout,
-    make_model,
     save,
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture
-def weights(model):
-    return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
-
-
-@pytest.fixture
-def core(weights):
-    return in_core_layout(weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,22 +12,7 @@ from distributed.ranks import shared_memory
 from distributed.ranks.shared_memory import local_path, place_of
 from distributed.vae.checkpoint import decoder_tensors, open_checkpoint
 from distributed.vae.handover import SharedWeights, check_state_dict, fingerprint
-from tests.unit.checkpoints import assert_same, decoder_of, in_core_layout, make_model, save
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture
-def weights(model):
-    return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
-
-
-@pytest.fixture
-def core(weights):
-    return in_core_layout(weights)
+from tests.unit.checkpoints import assert_same, decoder_of, save
 
 
 def test_weights_in_memory_are_shared_as_a_private_file_of_only_the_decoder(weights, core):

@@ -8,22 +8,7 @@ from distributed.errors import CheckpointError
 from distributed.vae.checkpoint import all_tensors, open_checkpoint
 from distributed.vae.handover import SharedWeights, check_state_dict, fingerprint
 from distributed.vae.hunyuanvideo15.layout import to_core, to_diffusers
-from tests.unit.checkpoints import assert_same, decoder_of, in_core_layout, make_model, save
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture
-def weights(model):
-    return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
-
-
-@pytest.fixture
-def core(weights):
-    return in_core_layout(weights)
+from tests.unit.checkpoints import assert_same, decoder_of, save
 
 
 def test_renaming_is_one_to_one_and_reversible(weights):
