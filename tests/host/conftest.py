@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 
 from core_models import core_model, weights_of  # noqa: E402
+from tests.leaks import foreign_processes, servers  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +57,24 @@ def pack(tmp_path_factory) -> SimpleNamespace:
 def tiny_folders(pack) -> dict[str, Path]:
     """The folders of the built-in models, by kind."""
     return {kind: pack.model_lists.tiny_folder(name) for name, kind in pack.tiny.TINY.items()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_leaked(request) -> Iterator[None]:
+    """Fail the test that leaves a ComfyUI server, or a rank process of no registered group, behind.
+
+    Servers of wider fixtures, which exist before the test begins, may keep running. So may registered groups, as they
+    do in ComfyUI.
+    """
+    if "host" in request.fixturenames:
+        request.getfixturevalue("host")
+    before = servers()
+    yield
+    groups = sys.modules.get("hv15_pack.nodes.groups")
+    limit = time.monotonic() + 10
+    while left := [*servers() - before, *foreign_processes(groups.all_groups() if groups else [])]:
+        assert time.monotonic() < limit, f"The test leaves behind: {left}"
+        time.sleep(0.1)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import threading
 import time
 
+import psutil
+
 from distributed import RankGroup
 
 
@@ -18,6 +20,24 @@ def during(group: RankGroup, act) -> threading.Thread:
         act()
 
     thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def kill_within_a_job(group: RankGroup, rank: int) -> threading.Thread:
+    """Kill a rank in a thread while it computes, however short the group's jobs are.
+
+    A stopped rank holds up the job that it is in, or the next one, which then lasts until the rank is killed.
+    """
+
+    def kill() -> None:
+        assert until(lambda: group.status()["state"] == "busy", 60)
+        process = psutil.Process(pids(group)[rank])
+        process.suspend()
+        time.sleep(1)
+        process.kill()
+
+    thread = threading.Thread(target=kill)
     thread.start()
     return thread
 

@@ -15,7 +15,7 @@ from benchmarks.random_weights import random_latent
 from distributed import Cancelled, GroupError, JobError, RankGroup
 from tests.ranks.conftest import ECHO
 from tests.ranks.misbehaving import Echo
-from tests.ranks.moments import during, pids, until
+from tests.ranks.moments import during, kill_within_a_job, pids, until
 
 ROOT = Path(__file__).resolve().parents[2]
 X = torch.arange(64.0)
@@ -46,7 +46,7 @@ def test_a_killed_process_is_replaced_and_the_job_is_retried(echoes, who):
 def test_the_frames_of_a_decode_are_the_same_after_a_kill(pair, vae):
     latent = random_latent(1, 32, 96, 6, 6)
     expected = pair.decode(latent, vae)
-    killer = during(pair, lambda: os.kill(pids(pair)[0], signal.SIGKILL))
+    killer = kill_within_a_job(pair, 0)
     assert torch.equal(pair.decode(latent, vae), expected)
     killer.join()
 

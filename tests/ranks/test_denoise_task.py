@@ -1,19 +1,15 @@
 """Denoising steps on real ranks: the velocities of diffusers' forward, whatever happens to the ranks."""
 
-import os
-import signal
-
 import pytest
 import torch
 from torch import Tensor
 
 from distributed import Cancelled, JobError, RankGroup
-from tests.ranks.moments import during, pids
+from tests.ranks.moments import kill_within_a_job, pids
 from tests.unit.denoise_models import make_inputs, make_model
 
 SMALL = {"latent": (3, 4, 5)}
 LONG = {"latent": (4, 22, 22), "image": False}
-"""Steps that take a second or more, so that something can happen to them."""
 FIXED = 5
 """Condition channels of the nine."""
 
@@ -123,9 +119,9 @@ def test_a_killed_rank_costs_the_step_in_hand_and_no_more(model, pair, denoiser,
     def notice(words: str) -> None:
         notices.append(words)
 
-    watcher = during(pair, lambda: os.kill(before[1], signal.SIGKILL))
+    killer = kill_within_a_job(pair, 1)
     result = sample(denoiser, noise, conditions, 3, notice=notice)
-    watcher.join()
+    killer.join()
     assert pids(pair) != before and len(notices) == 1 and "retrying the denoising step" in notices[0]
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
     assert sent == ["Run"] * (sent.index("Load") - 1) + ["Run", "Load", "Load"] + ["Run"] * (5 - sent.index("Load"))
@@ -133,21 +129,20 @@ def test_a_killed_rank_costs_the_step_in_hand_and_no_more(model, pair, denoiser,
 
 def test_a_cancel_is_heard_within_a_step_and_ranks_stay_warm(model, pair, denoiser):
     noise, time, conditions, expected = step(model, **LONG)
-    before = pids(pair)
-    watcher = during(pair, pair.cancel)
-    with pytest.raises(Cancelled):
-        sample(denoiser, noise, conditions, 100)
-    watcher.join()
-    torch.testing.assert_close(denoiser(noise, time, conditions), expected, atol=1e-5, rtol=1e-5)
-    assert pids(pair) == before
+    before, seen = pids(pair), []
 
+    def cancel(done: int, total: int) -> None:
+        if 0 < done < total:
+            pair.cancel()
 
-def test_progress_moves_within_a_step(model, denoiser):
-    _, time, (condition, _), _ = step(model, **SMALL)
+    (condition, _) = (dict(side) for side in conditions)
     condition.pop("latents")
-    seen = []
-    denoiser(torch.randn(1, 9, 4, 40, 40), time, [condition], progress=lambda *progress: seen.append(progress))
-    assert seen[-1] == (16, 16) and any(0 < done < 16 for done, _ in seen)
+    with pytest.raises(Cancelled):  # of a step that would take half a minute or more
+        denoiser(torch.randn(1, 9, 8, 64, 64), time, [condition], progress=cancel)
+    velocities = denoiser(noise, time, conditions, progress=lambda *progress: seen.append(progress))
+    torch.testing.assert_close(velocities, expected, atol=1e-5, rtol=1e-5)
+    assert seen[-1] == (16, 16)
+    assert pids(pair) == before
 
 
 def test_decoding_and_denoising_share_the_ranks(model, pair, denoiser, vae):

@@ -1,7 +1,6 @@
 """Fixtures of the unit tests."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +10,6 @@ from benchmarks.random_weights import FULL
 from distributed.vae.hunyuanvideo15.layout import Architecture
 from distributed.vae.hunyuanvideo15.weights import Weights
 from tests.unit.checkpoints import in_core_layout, make_model
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Treat warnings as errors in this folder."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("error"))
 
 
 @pytest.fixture(scope="session")
