@@ -22,6 +22,9 @@ TINY = {"tiny (built in)": "t2v", "tiny i2v (built in)": "i2v"}
 VERSION = 2
 """Part of the folder's name. Increase it when the weights change."""
 
+PREFIX = "vision_model."
+"""Start of the image encoder's names in transformers 4, but not in 5."""
+
 
 def ensure_tiny(kind: str, parent: Path) -> Path:
     """Return the folder of the tiny pipeline, "t2v" or "i2v", in `parent`. It is created if it does not exist.
@@ -95,7 +98,8 @@ def build(kind: str):
                 num_key_value_heads=1,
                 bos_token_id=None,
                 eos_token_id=None,
-                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+                rope_theta=10000.0,
+                rope_scaling={"rope_type": "default", "mrope_section": [2, 3, 3]},
             )
         ),
         "tokenizer_2": ByT5Tokenizer(),
@@ -133,7 +137,8 @@ def _draw(parts: dict) -> None:
                 continue
             inputs = 1 if id(weight) in tables else weight[0].numel()
             bound = 0.02 if weight.ndim == 1 else (3 / inputs) ** 0.5
-            random = np.random.Generator(np.random.PCG64(zlib.crc32(f"{part}.{name}".encode())))
+            seed = zlib.crc32(f"{part}.{name.removeprefix(PREFIX)}".encode())
+            random = np.random.Generator(np.random.PCG64(seed))
             weight.copy_(torch.from_numpy(((random.random(weight.shape) * 2 - 1) * bound).astype(np.float32)))
 
 
@@ -154,7 +159,7 @@ def _tokenizer(system_message: str, crop_start: int):
         vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab.write_text(json.dumps(vocabulary))
         merges.write_text("#version: 0.2\n")
-        tokenizer = Qwen2Tokenizer(vocab=str(vocab), merges=str(merges), additional_special_tokens=[*marks[1:], tail])
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder, additional_special_tokens=[*marks[1:], tail])
     tokenizer.pad_token = marks[0]
     tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

@@ -18,7 +18,8 @@ def digest(folder: Path) -> str:
     """Return a hash of the pipeline's weights and their names."""
     hashed = hashlib.sha256()
     for file in sorted(folder.glob("*/*.safetensors")):
-        for name, weight in sorted(load_file(file).items()):
+        weights = {name.removeprefix("vision_model."): weight for name, weight in load_file(file).items()}
+        for name, weight in sorted(weights.items()):
             hashed.update(f"{file.parent.name}.{name}".encode() + weight.numpy().tobytes())
     return hashed.hexdigest()[:16]
 
