@@ -12,7 +12,9 @@ from .errors import CheckpointError
 from .quoting import first_names, printable, quote
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The supported dtypes of weights, by their names in safetensors."""
+"""The dtypes of weights that every model may have, by their names in safetensors."""
+ALL_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+"""These, and the dtypes of a transformer's stored weights."""
 
 INDEX = ".safetensors.index.json"
 JSON_LIMIT = 16 * 2**20
@@ -69,7 +71,7 @@ def name_of(path: Path, unnamed: str) -> str:
 
 
 def describe_tensors(files: tuple[Path, ...]) -> tuple[Shapes, dict[str, torch.dtype | str]]:
-    """Return the shapes and dtypes of all tensors in the files. Unsupported dtypes are given by name."""
+    """Return the shapes and dtypes of all tensors in the files. Other dtypes than `ALL_DTYPES` are given by name."""
     shapes: Shapes = {}
     dtypes: dict[str, torch.dtype | str] = {}
     for file in files:
@@ -77,7 +79,7 @@ def describe_tensors(files: tuple[Path, ...]) -> tuple[Shapes, dict[str, torch.d
             for key in tensors.keys():  # noqa: SIM118  not a mapping
                 header = tensors.get_slice(key)
                 shapes[key] = tuple(header.get_shape())
-                dtypes[key] = DTYPES.get(header.get_dtype(), header.get_dtype())
+                dtypes[key] = ALL_DTYPES.get(header.get_dtype(), header.get_dtype())
     return shapes, dtypes
 
 
@@ -92,15 +94,25 @@ def open_file(file: Path):
         ) from error
 
 
-def problems(expected: Shapes, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, object]) -> list[str]:
-    """Return a description of each problem: missing tensors, wrong shapes and unsupported dtypes."""
+def problems(
+    expected: Shapes,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, object] | None = None,
+    usable: Mapping[str, torch.dtype] = DTYPES,
+) -> list[str]:
+    """Return a description of each problem: missing tensors, wrong shapes and dtypes that are not usable.
+
+    dtypes: None: not checked.
+    """
     missing = sorted(expected.keys() - shapes.keys())
     present = [key for key in expected if key in shapes]
     wrong = [key for key in present if expected[key] != shapes[key]]
-    unusable = [key for key in present if dtypes[key] not in DTYPES.values()]
+    unusable = [key for key in present if dtypes is not None and dtypes[key] not in usable.values()]
+    names = [str(dtype).removeprefix("torch.") for dtype in usable.values()]
+    can = f"{', '.join(names[:-1])} and {names[-1]}"
     found = [f"lacks {first_names(missing)}"] * bool(missing)
     found += [f"has {quote(key)} of shape {shapes[key]} instead of {expected[key]}" for key in wrong[:3]]
-    found += [f"has {quote(key)} as {dtypes[key]}; float32, bfloat16 and float16 can be used" for key in unusable[:1]]
+    found += [f"has {quote(key)} as {dtypes[key]}; {can} can be used" for key in unusable[:1]]
     return found
 
 

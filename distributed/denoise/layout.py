@@ -84,8 +84,16 @@ SPELLINGS = (
     (re.compile(r"^(.*\.mlp|.*_mlp)\.fc1\."), r"\1.0."),
     (re.compile(r"^(.*\.mlp|.*_mlp)\.fc2\."), r"\1.2."),
     (re.compile(r"_norm\.scale$"), "_norm.weight"),
+    (re.compile(r"\.scale_weight$"), ".weight_scale"),
+    (re.compile(r"\.scale_input$"), ".input_scale"),
 )
 """Spellings of the original layout's keys, and the one that is meant here."""
+
+SCALE = "_scale"
+"""What follows the key of a weight that is stored in 8 bits in the key of its scale."""
+
+FURTHER_LAYERS = ("guidance_in.", "vector_in.")
+"""How keys of layers begin that other models of the family have. All else that core does not read is ignored here."""
 
 _PROJECTION = re.compile(r"attn\.(?:to|add)_([qkv])(?:_proj)?\.(weight|bias)$")
 
@@ -233,6 +241,8 @@ def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 def original_names(keys: Collection[str], name: str) -> dict[str, str]:
     """Keys of a file in the original layout by the names that `source_of` gives. Other models' keys are left out.
+
+    The scale of X.weight becomes X.weight_scale.
 
     Raises CheckpointError for a tensor that is there twice; `name` is what messages call the file.
     """

@@ -5,9 +5,6 @@ devices. Only the decoder's tensors are read.
 """
 
 import hashlib
-import json
-import mmap
-import weakref
 from collections.abc import Mapping
 
 import torch
@@ -15,56 +12,22 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..quoting import quote
-from ..ranks.shared_memory import SharedMemory
-from ..safetensors_files import DTYPES
+from ..shared_weights import SharedFile
 from .hunyuanvideo15.layout import by_diffusers_name, check_tensors, read_architecture, recognise
 
 SAMPLES = 64
 """Number of values per tensor that a fingerprint includes."""
 
 
-class SharedWeights:
+class SharedWeights(SharedFile):
     """Weights copied to shared memory as a safetensors file that ranks map. `mark` identifies the weights.
 
-    The copy is freed together with this object; ranks that have mapped it keep their mapping. `path` is its path in
-    this process, and `place_of` returns how ranks open it. It is read-only. Raises CheckpointError as `open_checkpoint`
-    does, MemoryError, with the numbers, if the copy does not fit into memory, and OSError.
+    Raises CheckpointError as `open_checkpoint` does, and what `SharedFile` raises.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], mark: str) -> None:
         self.mark = mark
-        memory = _copy(_decoder(weights))
-        weakref.finalize(self, memory.close)
-        self.path = memory.path
-
-
-def _copy(tensors: Mapping[str, Tensor]) -> SharedMemory:
-    """Copy tensors on any device to a safetensors file in shared memory, without an intermediate copy."""
-    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # keeps all of them aligned
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {}, 0
-    for name, tensor in ordered.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    memory = SharedMemory("hv15-vae", start + end, ".safetensors")
-    try:
-        with mmap.mmap(memory.descriptor, memory.size) as mapping:
-            mapping[:start] = len(text).to_bytes(8, "little") + text
-            for name, tensor in ordered.items():
-                _fill(mapping, start + header[name]["data_offsets"][0], tensor.detach())
-        memory.offer(read_only=True)
-    except BaseException:
-        memory.close()
-        raise
-    return memory
-
-
-def _fill(mapping: mmap.mmap, offset: int, tensor: Tensor) -> None:
-    place = torch.frombuffer(mapping, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-    place.view(tensor.shape).copy_(tensor)
+        super().__init__(_decoder(weights), "hv15-vae")
 
 
 def check_state_dict(state_dict: Mapping[str, Tensor]) -> str:
