@@ -36,6 +36,12 @@ class Stream:
         """Add gate * update to x, then compute the norm `following`. gate: [D], update: [tokens, D]."""
         add_norm(self.x, gate, update, *following, self.eps, self.normed)
 
+    def clamp(self, following: Norm) -> None:
+        """Bring float16 back from infinity, as core does with the text of each block, then compute the norm again."""
+        limit = torch.finfo(torch.float16).max
+        self.x.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
+        self.normed = modulated_norm(self.x, *following, self.eps)
+
     def mlp(self, ff: nn.Module, gate: Tensor, following: Norm) -> None:
         """Add the gated MLP of the normed tokens to x, then compute the norm `following`."""
         up, down = ff.net[0].proj, ff.net[2]
@@ -82,6 +88,8 @@ def run_block(
         _, _, gate, *norm, mlp_gate = modulation[1]
         text.add(gate, attn.to_add_out(text_out()), norm)
         text.mlp(block.ff_context, mlp_gate, text_norm)
+        if text.x.dtype == torch.float16:
+            text.clamp(text_norm)
 
 
 def _project_video(

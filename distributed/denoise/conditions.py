@@ -15,12 +15,14 @@ from torch import Tensor
 class Condition:
     """One video's conditions: text [n, C], glyphs [m, C'] (the quoted text, encoded by ByT5) and image [k, C''].
 
-    m and k may be 0. The number of channels is always that of the encoder.
+    m and k may be 0. The number of channels is always that of the encoder. mean: [1, C], of the text; None: of the n
+    tokens.
     """
 
     text: Tensor
     glyphs: Tensor
     image: Tensor
+    mean: Tensor | None = None
 
 
 def trim(text: Tensor, text_mask: Tensor, glyphs: Tensor, glyphs_mask: Tensor, image: Tensor) -> tuple[Condition, ...]:
@@ -31,16 +33,26 @@ def trim(text: Tensor, text_mask: Tensor, glyphs: Tensor, glyphs_mask: Tensor, i
     """
     if not image.any():
         image = image[:, :0]
-    conditions = tuple(
-        Condition(text_[text_mask_.bool()], glyphs_[glyphs_mask_.bool()], image_)
-        for text_, text_mask_, glyphs_, glyphs_mask_, image_ in zip(
-            text, text_mask, glyphs, glyphs_mask, image, strict=True
-        )
-    )
-    for i, condition in enumerate(conditions):
-        if not len(condition.text):
-            raise ValueError(f"The text of video {i} has no valid token: its attention mask is all zeros.")
-    return conditions
+    parts = zip(text, text_mask.bool(), glyphs, glyphs_mask.bool(), image, strict=True)
+    return tuple(Condition(_valid(part[0], part[1], i), part[2][part[3]], part[4]) for i, part in enumerate(parts))
+
+
+def trim_as_core(text: Tensor, text_mask: Tensor | None, glyphs: Tensor, image: Tensor) -> tuple[Condition, ...]:
+    """Return the conditions of each video of a batch, as core's forward reads them.
+
+    text: [B, N, C], text_mask: [B, N], glyphs: [B, M, C'], image: [B, K, C'']. Core drops neither an image of zeros nor
+    glyphs, and its mean of the text includes masked tokens. Raises ValueError for a text without valid tokens.
+    """
+    means = [None] * len(text) if text_mask is None else text.float().mean(dim=1, keepdim=True)
+    mask = torch.ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask.bool()
+    parts = zip(text, mask, glyphs, image, means, strict=True)
+    return tuple(Condition(_valid(part[0], part[1], i), *part[2:]) for i, part in enumerate(parts))
+
+
+def _valid(text: Tensor, mask: Tensor, video: int) -> Tensor:
+    if not mask.any():
+        raise ValueError(f"The text of video {video} has no valid token: its attention mask is all zeros.")
+    return text[mask]
 
 
 @dataclass(frozen=True)
@@ -67,9 +79,9 @@ def encode(model: torch.nn.Module, condition: Condition) -> Context:
     text, glyphs, image = (part.to(dtype) for part in (condition.text, condition.glyphs, condition.image))
     kinds = model.cond_type_embed.weight
     refiner = model.context_embedder
-    pooled = text.float().mean(dim=0, keepdim=True).to(dtype)
+    mean = text.float().mean(dim=0, keepdim=True) if condition.mean is None else condition.mean
     others = model.image_embedder(image) + kinds[2], model.context_embedder_2(glyphs) + kinds[1]
-    return Context(refiner.proj_in(text), refiner.time_text_embed.text_embedder(pooled), torch.cat(others))
+    return Context(refiner.proj_in(text), refiner.time_text_embed.text_embedder(mean.to(dtype)), torch.cat(others))
 
 
 def refine(model: torch.nn.Module, context: Context, timestep: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from ..errors import CheckpointError
 from ..quoting import quote
 from ..safetensors_files import ALL_DTYPES
 from ..shared_weights import LazyTensor, SharedFile
-from .layout import SCALE, original_names, source_of
-from .weights import TransformerCheckpoint, architecture_of_core, open_transformer
+from .layout import SCALE, original_names
+from .weights import TransformerCheckpoint, architecture_of_core, core_shapes, open_transformer
 
 NAME = "The transformer"
 
@@ -32,7 +32,7 @@ def share_transformer(tensors: Mapping[str, Tensor | LazyTensor], mark: str) -> 
     Raises CheckpointError if it is not a HunyuanVideo-1.5 transformer, and what `SharedFile` raises.
     """
     architecture = architecture_of_core({key: tuple(tensor.shape) for key, tensor in tensors.items()}, NAME)
-    wanted = {source_of(name).key for name in architecture.shapes()}
+    wanted = core_shapes(architecture)
     read = {
         new: tensors[key]
         for new, key in original_names(tensors, NAME).items()

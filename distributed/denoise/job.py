@@ -1,6 +1,5 @@
 """What the controller knows of a denoising step: the conditions, the request and their checks. Imports no compute."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -8,10 +7,11 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from ..contents import digest, on_host
 from ..jobs import Load, TensorSpec
-from ..ranks.buffers import DTYPES
 from ..ranks.shared_memory import place_of
-from .conditions import trim
+from .conditions import Condition, trim, trim_as_core
+from .patches import Patches
 from .weights import TransformerCheckpoint
 
 KIND = "denoise"
@@ -19,8 +19,11 @@ KIND = "denoise"
 NOUN = "denoising step"
 """What messages call it."""
 
-PARTS = ("text", "glyphs", "image")
-"""What conditions are made of, for each video."""
+PARTS = ("text", "glyphs", "image", "mean")
+"""What conditions are made of, for each video: the parts of a `Condition`. The last may be absent."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes that a forward can be computed in."""
 
 MOST_BRANCHES = 2
 
@@ -30,7 +33,8 @@ class Conditions:
     """What a prompt gives to all steps of a batch of videos: checked, cut to its valid tokens, on the CPU.
 
     `key` says which they are: equal contents have equal keys. `tensors` are, for each video i, "text.i", "glyphs.i" and
-    "image.i", [tokens, width] each; and "latents", [B, C, t, h, w], if there are condition channels.
+    "image.i", [tokens, width] each, and "mean.i", [1, width], if it is not that of the text; and "latents",
+    [B, C, t, h, w], if there are condition channels.
     """
 
     key: str
@@ -42,7 +46,7 @@ class Conditions:
         cls,
         checkpoint: TransformerCheckpoint,
         encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor,
+        encoder_attention_mask: Tensor | None = None,
         encoder_hidden_states_2: Tensor | None = None,
         encoder_attention_mask_2: Tensor | None = None,
         image_embeds: Tensor | None = None,
@@ -51,34 +55,53 @@ class Conditions:
         """Check conditions, named as in diffusers' forward, and cut them.
 
         encoder_hidden_states: the text, [B, N, C], with its mask [B, N]. encoder_hidden_states_2: glyph text,
-        [B, M, C'], with its mask. image_embeds: [B, K, C'']; zeros are no image. latents: condition channels that are
-        the same in all steps, [B, C, t, h, w]. Raises ValueError for what does not fit the transformer or each other.
+        [B, M, C'], with its mask. No mask: all tokens are valid. image_embeds: [B, K, C'']; zeros are no image.
+        latents: condition channels that are the same in all steps, [B, C, t, h, w]. Raises ValueError for what does not
+        fit the transformer or each other.
         """
-        architecture, text = checkpoint.architecture, encoder_hidden_states
-        if text.ndim != 3:
-            raise ValueError(f"The text has shape {list(text.shape)}; [videos, tokens, width] belongs there.")
-        parts = {"text": (text, encoder_attention_mask, architecture.text_width)}
-        for name, part, mask, width in (
-            ("glyphs", encoder_hidden_states_2, encoder_attention_mask_2, architecture.glyph_width),
-            ("image", image_embeds, None, architecture.image_width),
-        ):
-            parts[name] = (text.new_zeros(len(text), 0, width) if part is None else part, mask, width)
-        for name, (part, mask, width) in parts.items():
-            if part.ndim != 3 or part.shape[::2] != (len(text), width):
+        text, glyphs, image = _parts(checkpoint, encoder_hidden_states, encoder_hidden_states_2, image_embeds)
+        text_mask = _mask("text", text, encoder_attention_mask)
+        glyphs_mask = _mask("glyphs", glyphs, encoder_attention_mask_2)
+        return cls._of(trim(text, text_mask, glyphs, glyphs_mask, image), latents)
+
+    @classmethod
+    def of_core(
+        cls,
+        checkpoint: TransformerCheckpoint,
+        context: Tensor,
+        attention_mask: Tensor | None = None,
+        txt_byt5: Tensor | None = None,
+        clip_fea: Tensor | None = None,
+        latents: Tensor | None = None,
+    ) -> "Conditions":
+        """Check conditions, named as in the forward of core's HunyuanVideo, and cut them as it reads them.
+
+        context: the text, [B, N, C]. attention_mask: its mask of 0 and 1, integers, [B, N] or [1, N]. txt_byt5: glyph
+        text, [B, M, C']. clip_fea: [B, K, C'']; zeros are an image, too. latents: condition channels, [B, C, t, h, w].
+        Raises ValueError for what does not fit the transformer or each other, and for what core fails on: a mask beside
+        glyph text or an image.
+        """
+        text, glyphs, image = _parts(checkpoint, context, txt_byt5, clip_fea)
+        if attention_mask is not None:
+            if attention_mask.is_floating_point() or not ((attention_mask == 0) | (attention_mask == 1)).all():
+                raise ValueError("The text's mask does not hold integers 0 and 1; ranks take no other masks.")
+            if glyphs.shape[1] or image.shape[1]:
                 raise ValueError(
-                    f"The {name} has shape {list(part.shape)}; this transformer takes [{len(text)}, tokens, {width}]."
+                    "A text with a mask cannot have glyph text or an image; ComfyUI's own model fails too."
                 )
-            if mask is not None and mask.shape != part.shape[:2]:
-                raise ValueError(f"The {name}'s mask has shape {list(mask.shape)}, not {list(part.shape[:2])}.")
-        glyphs, glyphs_mask, _ = parts["glyphs"]
-        if glyphs_mask is None:
-            glyphs_mask = glyphs.new_ones(glyphs.shape[:2])
-        cut = trim(text, encoder_attention_mask, glyphs, glyphs_mask, parts["image"][0])
-        tensors = {f"{part}.{i}": _on_host(getattr(one, part)) for i, one in enumerate(cut) for part in PARTS}
+            if len(attention_mask) == 1:
+                attention_mask = attention_mask.expand(len(text), *attention_mask.shape[1:])
+            attention_mask = _mask("text", text, attention_mask)
+        return cls._of(trim_as_core(text, attention_mask, glyphs, image), latents)
+
+    @classmethod
+    def _of(cls, videos: Sequence[Condition], latents: Tensor | None) -> "Conditions":
+        parts = {f"{part}.{i}": getattr(video, part) for i, video in enumerate(videos) for part in PARTS}
+        tensors = {name: on_host(part) for name, part in parts.items() if part is not None}
         if latents is not None:
-            check_latents(latents, len(text))
-            tensors["latents"] = _on_host(latents)
-        return cls(_digest(tensors), len(text), tensors)
+            check_latents(latents, len(videos))
+            tensors["latents"] = on_host(latents)
+        return cls(digest(tensors), len(videos), tensors)
 
     @property
     def load(self) -> Load:
@@ -90,9 +113,10 @@ class Conditions:
 class DenoiseRequest:
     """The one description of a denoising step. JSON-able through `dataclasses.asdict`.
 
-    shape is [B, t, h, w] of the latents. timesteps, timesteps_r: one for each video; timesteps_r is empty but for
-    meanflow models. conditions: the key of each branch. memory: bytes that each rank may use, weights included (None:
-    all that is free).
+    shape is [B, t, h, w] of the latents. timesteps, timesteps_r: one for each video; timesteps_r may be empty.
+    conditions: the key of each branch. memory: bytes that each rank may use, weights included (None: all that is free).
+    averaged_times: whether the embeddings of both times are averaged, not added. dtype: of the computation (None: the
+    group's). patches: the key of the weights' patches, or None.
     """
 
     shape: tuple[int, int, int, int]
@@ -100,6 +124,9 @@ class DenoiseRequest:
     timesteps_r: tuple[float, ...]
     conditions: tuple[str, ...]
     memory: int | None = None
+    averaged_times: bool = False
+    dtype: str | None = None
+    patches: str | None = None
 
     @classmethod
     def from_json(cls, value: Mapping) -> "DenoiseRequest":
@@ -123,6 +150,7 @@ class DenoiseJob:
     checkpoint: TransformerCheckpoint
     latents: Tensor
     conditions: tuple[Conditions, ...]
+    patches: Patches | None = None
     kind: str = KIND
     noun: str = NOUN
     last: bool = False
@@ -137,11 +165,12 @@ class DenoiseJob:
         conditions: Sequence[Conditions],
         timestep_r: float | Tensor | None = None,
         memory: int | None = None,
+        *,
+        averaged_times: bool = False,
+        dtype: str | torch.dtype | None = None,
+        patches: Patches | None = None,
     ) -> "DenoiseJob":
-        """Check everything about a step. Raises ValueError.
-
-        latents: [B, C, t, h, w]; the conditions' latents are the other channels. timestep: one, or one for each video.
-        """
+        """Check everything about a step. Raises ValueError. See `Denoiser.__call__` for the arguments."""
         check_latents(latents)
         videos, channels, *grid = latents.shape
         if not 1 <= len(conditions) <= MOST_BRANCHES:
@@ -158,14 +187,18 @@ class DenoiseJob:
                     f"The latents have {channels} channels and their condition has {of_condition}; this transformer "
                     f"takes {checkpoint.architecture.in_channels} in all."
                 )
-        if (timestep_r is not None) != checkpoint.architecture.meanflow:
+        if timestep_r is not None and not checkpoint.architecture.meanflow:
             raise ValueError("Meanflow transformers, and no others, take a timestep_r.")
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        if name not in (None, *DTYPES):
+            raise ValueError(f"dtype is {name}; it must be one of {', '.join(DTYPES)}, or None for the group's.")
         if memory is not None and not 0 < memory < 2**63:
             raise ValueError(f"memory is {memory}; it must be a number of bytes, or None for whatever is free.")
         times = _times(timestep, videos), () if timestep_r is None else _times(timestep_r, videos)
         keys = tuple(condition.key for condition in conditions)
-        request = DenoiseRequest((videos, *grid), *times, keys, memory)
-        return cls(request, checkpoint, _on_host(latents), tuple(conditions))
+        patched = None if patches is None else patches.key
+        request = DenoiseRequest((videos, *grid), *times, keys, memory, averaged_times, name, patched)
+        return cls(request, checkpoint, on_host(latents), tuple(conditions), patches)
 
     @property
     def memory(self) -> int | None:
@@ -190,7 +223,8 @@ class DenoiseJob:
 
     @property
     def loads(self) -> tuple[Load, ...]:
-        return tuple(condition.load for condition in self.conditions)
+        patches = () if self.patches is None else (self.patches.load(KIND),)
+        return (*(condition.load for condition in self.conditions), *patches)
 
     def limited(self, memory: int) -> "DenoiseJob":
         return replace(self, request=replace(self.request, memory=memory))
@@ -218,15 +252,27 @@ def _times(timestep: float | Tensor, videos: int) -> tuple[float, ...]:
     return tuple(map(float, times * (videos // len(times))))
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in a dtype that can be shared."""
-    dtype = tensor.dtype if tensor.dtype in DTYPES.values() else torch.float32
-    return tensor.detach().to("cpu", dtype).contiguous()
+def _parts(
+    checkpoint: TransformerCheckpoint, text: Tensor, glyphs: Tensor | None, image: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check shapes. Return text, glyphs and image, with no tokens where there are none."""
+    architecture = checkpoint.architecture
+    if text.ndim != 3:
+        raise ValueError(f"The text has shape {list(text.shape)}; [videos, tokens, width] belongs there.")
+    glyphs = text.new_zeros(len(text), 0, architecture.glyph_width) if glyphs is None else glyphs
+    image = text.new_zeros(len(text), 0, architecture.image_width) if image is None else image
+    widths = architecture.text_width, architecture.glyph_width, architecture.image_width
+    for name, part, width in zip(("text", "glyphs", "image"), (text, glyphs, image), widths, strict=True):
+        if part.ndim != 3 or part.shape[::2] != (len(text), width):
+            raise ValueError(
+                f"The {name} has shape {list(part.shape)}; this transformer takes [{len(text)}, tokens, {width}]."
+            )
+    return text, glyphs, image
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _mask(name: str, part: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return part.new_ones(part.shape[:2])
+    if mask.shape != part.shape[:2]:
+        raise ValueError(f"The {name}'s mask has shape {list(mask.shape)}, not {list(part.shape[:2])}.")
+    return mask

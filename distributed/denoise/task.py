@@ -3,10 +3,14 @@
 A third of the weights serve nothing but the modulation, which depends on the timestep alone. Where they do not fit the
 device beside the rest they stay in the host's memory and pass through the device one by one, once for each timestep:
 what comes of them is kept for the next prompt with the same schedule.
+
+Patches are merged into weights as these are loaded. When a step has other patches, only the weights that these or the
+last ones change are read again.
 """
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -16,18 +20,22 @@ from torch import Tensor, nn
 from ..errors import Cancelled, NotLoaded, OutOfMemory
 from ..ranks.collective import Watch, agree, group_of, reserve
 from ..ranks.devices import Device
-from ..ranks.shared_memory import local_path
+from ..ranks.shared_memory import shared_file
 from .block import MLP_TOKENS
 from .conditions import Condition, Context
 from .job import NOUN, PARTS, DenoiseRequest
 from .layout import Architecture, modulates
+from .merge import merge
 from .parallel import Layout, plan
+from .patches import Patch, read_patches
 from .share import Share
 from .transformer import Modulation, Transformer
-from .weights import TransformerCheckpoint, mapped_tensors, open_transformer
+from .weights import Stored, TransformerCheckpoint, open_transformer, part_of, sources, stored_tensors
 
 KEPT = 4
 """Conditions that are kept: those of two prompts."""
+KEPT_PATCHES = 2
+"""Sets of patches that are kept: those of two models that a graph samples in turn."""
 KEPT_STEPS = 64
 """Timesteps whose modulation is kept: 2.7 MB each at full size in 16 bits."""
 CHECKS = 13
@@ -52,36 +60,55 @@ class DenoiseTask:
         self.checkpoint: TransformerCheckpoint | None = None
         self.conditions: dict[str, dict[str, Tensor]] = {}
         """Tensors of conditions by their keys, on the host; the one that was used last comes last."""
+        self.patches: dict[str, tuple[torch.dtype, dict[str, list[Patch]]]] = {}
+        """Merge dtype and patches, mapped from shared memory, by the key of the set; the one used last comes last."""
+        self.merged: dict[str, str | None] = {}
+        """For each changed weight, by its key in the checkpoint, the set that is merged; None: unknown."""
         self.modulated = True
         """Whether the weights of the modulation are on the device, too."""
         self.modulations: dict[tuple[float, ...], Modulation] = {}
-        """By timestep, or by both times of a meanflow model."""
+        """By timestep, the second time if there is one, and whether they are averaged."""
         self.contexts: dict[str, list[Context]] = {}
         """For each of these, and each video, what the transformer's embedders make of it."""
 
     def load(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
-        """Keep the conditions that the fields name, or load the weights for a run. Raises NotLoaded, Cancelled."""
+        """Keep the conditions or patches that the fields name, or load the weights for a run.
+
+        Raises NotLoaded, Cancelled.
+        """
         if "key" in fields:
             self.conditions[fields["key"]] = {name: tensor.clone() for name, tensor in tensors.items()}
             for oldest in list(self.conditions)[:-KEPT]:
                 del self.conditions[oldest]
                 self.contexts.pop(oldest, None)
             return
+        if "patches" in fields:
+            with shared_file(fields["place"]) as path:
+                self.patches[fields["patches"]] = read_patches(path)
+            for oldest in list(self.patches)[:-KEPT_PATCHES]:
+                del self.patches[oldest]
+            return
         request = DenoiseRequest.from_json(fields["request"])
         if any(key not in self.conditions for key in request.conditions):
             raise NotLoaded("the conditions of the step are not there.")
+        if request.patches is not None and request.patches not in self.patches:
+            raise NotLoaded("the patches of the step are not there.")
         for key in request.conditions:
             self.conditions[key] = self.conditions.pop(key)
-        wanted = fields["identity"], fields["dtype"]
+        if request.patches is not None:
+            self.patches[request.patches] = self.patches.pop(request.patches)
+        wanted = fields["identity"], request.dtype or fields["dtype"]
         if self.loaded != wanted:
             self.release()
-            self._open(fields)
+        self._open(fields)
         fits = self._needed(request, modulated=True) <= min(self._free(), request.memory or self._free())
         if self.loaded != wanted or (self.modulated and not fits):
             self.release()
             self.modulated = fits
-            self._load(self.checkpoint, watch)
+            self._load(fields, request.patches, watch)
             self.loaded = wanted
+        elif outdated := self._outdated(request.patches):
+            self._change(fields, request.patches, outdated, watch)
 
     @torch.inference_mode()
     def run(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
@@ -120,6 +147,7 @@ class DenoiseTask:
     def release(self) -> None:
         """Give the device memory back. Conditions stay on the host; weights have to be loaded again."""
         self.transformer = self.loaded = None
+        self.merged.clear()
         self.contexts.clear()
         self.modulations.clear()
         Device(self.device).empty_cache()
@@ -127,28 +155,79 @@ class DenoiseTask:
     def _open(self, fields: Mapping) -> None:
         """Know the checkpoint and the dtype that the fields of a run name."""
         if self.checkpoint is None or self.checkpoint.identity != fields["identity"]:
-            self.checkpoint = open_transformer(local_path(fields["checkpoint"]))
-        self.dtype = getattr(torch, fields["dtype"])
+            with shared_file(fields["checkpoint"]) as path:
+                self.checkpoint = replace(open_transformer(path), identity=fields["identity"])
+        self.dtype = getattr(torch, fields["request"].get("dtype") or fields["dtype"])
 
-    def _load(self, checkpoint: TransformerCheckpoint, watch: Watch) -> None:
+    def _load(self, fields: Mapping, patches: str | None, watch: Watch) -> None:
         """Bring the weights to the device; on the CPU, and in the file's dtype, they stay mapped from the files."""
-        model = _empty_model(checkpoint.architecture)
-        tensors = {}
+        model = _empty_model(self.checkpoint.architecture)
+        tensors: dict[str, Tensor] = {}
+        on_host: dict[str, dict[str, Stored]] = {}
         try:
-            for name, tensor in mapped_tensors(checkpoint):
-                if watch.cancelled():  # and a sign of life
-                    raise Cancelled
-                tensors[name] = self._moved(tensor) if self.modulated or not modulates(name) else tensor
+            for name, part in self._read(fields, patches, None, watch):
+                if isinstance(part, Stored):
+                    layer, _, kind = name.rpartition(".")
+                    on_host.setdefault(layer, {})[kind] = part
+                else:
+                    tensors[name] = part
         except torch.OutOfMemoryError as error:
             held = sum(tensor.nbytes for tensor in tensors.values())
             tensors.clear()
-            Device(self.device).empty_cache()
-            needed = self._parameters(self.modulated) * self.dtype.itemsize + WORKSPACE
-            raise self._out_of_memory(needed, max(self._free(), held)) from error
+            raise self._no_room(held) from error
+        for layer, parts in on_host.items():
+            model.set_submodule(layer, _OnHost(**parts))
         model.load_state_dict(tensors, assign=True)
-        if not self.modulated:
-            _keep_on_host(model)
         self.transformer = Transformer(model.eval().requires_grad_(False))
+
+    def _outdated(self, patches: str | None) -> set[str]:
+        """Return the keys of the weights that have to be read again for a set of patches."""
+        changed = self.patches[patches][1] if patches is not None else {}
+        others = {key for key, merged in self.merged.items() if merged != patches or key not in changed}
+        return others | (changed.keys() - self.merged.keys())
+
+    def _change(self, fields: Mapping, patches: str | None, keys: set[str], watch: Watch) -> None:
+        """Read these weights again, merge the patches and replace the old ones, with all that was computed of them."""
+        self.contexts.clear()
+        self.modulations.clear()
+        model = self.transformer.model
+        try:
+            for name, part in self._read(fields, patches, keys, watch):
+                layer, _, kind = name.rpartition(".")
+                if isinstance(part, Stored):
+                    setattr(model.get_submodule(layer), kind, part)
+                else:
+                    setattr(model.get_submodule(layer), kind, nn.Parameter(part, requires_grad=False))
+        except torch.OutOfMemoryError as error:
+            raise self._no_room(self._held()) from error
+
+    def _read(
+        self, fields: Mapping, patches: str | None, keys: set[str] | None, watch: Watch
+    ) -> Iterator[tuple[str, Tensor | Stored]]:
+        """Yield the weights of these keys, or all, patched, by their names in diffusers' layout.
+
+        They are on the device, but for those of the modulation that stay on the host. Raises Cancelled.
+        """
+        merge_dtype, changed = self.patches[patches] if patches is not None else (None, {})
+        names = sources(self.checkpoint)
+        with shared_file(fields["checkpoint"]) as path:
+            for key, stored in stored_tensors(self.checkpoint.at(path), keys):
+                if watch.cancelled():  # and a sign of life
+                    raise Cancelled
+                self.merged[key] = None  # some of its parts may have changed if this ends early
+                if key in changed:
+                    weight = merge(stored.to(self.device, merge_dtype, copy=True), changed[key])
+                    stored = Stored(weight if stored.in_8_bits else weight.to(stored.tensor.dtype))
+                    del weight
+                for_device = any(self.modulated or not modulates(name) for name in names[key])
+                whole = Stored(self._moved(stored)) if for_device else stored.to_host()
+                for name in names[key]:
+                    part = part_of(whole.tensor, name, self.checkpoint.layout)
+                    yield name, part if for_device else Stored(part, whole.scale)
+                if key in changed:
+                    self.merged[key] = patches
+                else:
+                    del self.merged[key]
 
     def _layout(self, request: DenoiseRequest) -> Layout:
         sizes = self.checkpoint.architecture
@@ -156,10 +235,12 @@ class DenoiseTask:
 
     def _modulations_of(self, request: DenoiseRequest) -> list[Modulation]:
         """The modulation of each video's timestep."""
-        keys = list(zip(request.timesteps, *([request.timesteps_r] if request.timesteps_r else []), strict=True))
+        second = [request.timesteps_r] if request.timesteps_r else []
+        keys = [(*times, request.averaged_times) for times in zip(request.timesteps, *second, strict=True)]
         if missing := [key for key in dict.fromkeys(keys) if key not in self.modulations]:
-            times = (torch.tensor(times, device=self.device) for times in zip(*missing, strict=True))
-            self.modulations |= zip(missing, self.transformer.modulation(*times), strict=True)
+            times = [torch.tensor(times, device=self.device) for times in zip(*missing, strict=True)][:-1]
+            made = self.transformer.modulation(*times, averaged=request.averaged_times)
+            self.modulations |= zip(missing, made, strict=True)
         found = [self.modulations[key] for key in keys]
         for oldest in list(self.modulations)[:-KEPT_STEPS]:
             del self.modulations[oldest]
@@ -169,11 +250,12 @@ class DenoiseTask:
         if key not in self.contexts:
             tensors = self.conditions[key]
             videos = sum(name.startswith("text.") for name in tensors)
-            parts = ([self._moved(tensors[f"{part}.{i}"]) for part in PARTS] for i in range(videos))
-            self.contexts[key] = [self.transformer.encode(Condition(*of_video)) for of_video in parts]
+            parts = [[tensors.get(f"{part}.{i}") for part in PARTS] for i in range(videos)]
+            moved = ([part if part is None else self._moved(part) for part in of_video] for of_video in parts)
+            self.contexts[key] = [self.transformer.encode(Condition(*of_video)) for of_video in moved]
         return self.contexts[key]
 
-    def _moved(self, tensor: Tensor) -> Tensor:
+    def _moved(self, tensor: Tensor | Stored) -> Tensor:
         return tensor.to(self.device, self.dtype)
 
     def _parameters(self, modulated: bool) -> int:
@@ -182,7 +264,7 @@ class DenoiseTask:
 
     def _held(self) -> int:
         """Bytes of the weights on the device."""
-        return 0 if self.transformer is None else self._parameters(self.modulated) * self.dtype.itemsize
+        return 0 if self.transformer is None else self._parameters(self.modulated) * self.transformer.dtype.itemsize
 
     def _free(self) -> int:
         """Bytes that a step may use on this device, the weights that are there already included."""
@@ -205,6 +287,12 @@ class DenoiseTask:
             raise self._out_of_memory(needed, request.memory, on_all_ranks=True)
         if not reserve(Device(self.device), needed):
             raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
+
+    def _no_room(self, held: int) -> OutOfMemory:
+        """The weights do not fit. held: bytes that they had taken."""
+        Device(self.device).empty_cache()
+        needed = self._parameters(self.modulated) * self.dtype.itemsize + WORKSPACE
+        return self._out_of_memory(needed, max(self._free(), held))
 
     def _out_of_memory(self, needed: int, free: int, on_all_ranks: bool = False) -> OutOfMemory:
         held = Device(self.device).held_by_others()
@@ -240,15 +328,9 @@ def _empty_model(architecture: Architecture) -> nn.Module:
 class _OnHost(nn.Module):
     """A linear layer whose weights stay on the host, and pass through the device when it computes."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, weight: Stored, bias: Stored) -> None:
         super().__init__()
-        self.tensors = layer.weight.data, layer.bias.data  # no parameters: these are not the device's
+        self.weight, self.bias = weight, bias  # no parameters: these are not the device's
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *(tensor.to(x.device, x.dtype) for tensor in self.tensors))
-
-
-def _keep_on_host(model: nn.Module) -> None:
-    """Have the layers that modulate be `_OnHost`."""
-    for name in [name for name, _ in model.named_modules() if modulates(f"{name}.weight")]:
-        model.set_submodule(name, _OnHost(model.get_submodule(name)))
+        return F.linear(x, self.weight.to(x.device, x.dtype), self.bias.to(x.device, x.dtype))

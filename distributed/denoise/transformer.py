@@ -82,12 +82,19 @@ class Transformer:
         return encode(self.model, condition)
 
     @torch.no_grad()
-    def modulation(self, timesteps: Tensor, timesteps_r: Tensor | None = None) -> list[Modulation]:
-        """Return the modulation of each timestep. timesteps: [n]. timesteps_r: [n], second times of MeanFlow models."""
+    def modulation(
+        self, timesteps: Tensor, timesteps_r: Tensor | None = None, averaged: bool = False
+    ) -> list[Modulation]:
+        """Return the modulation of each timestep.
+
+        timesteps: [n]. timesteps_r: [n], second times of MeanFlow models. averaged: average the embeddings of both
+        times instead of adding them.
+        """
         embed = self.model.time_embed
         temb = embed.timestep_embedder(embed.time_proj(timesteps).to(self.dtype))
         if timesteps_r is not None:
             temb = temb + embed.timestep_embedder_r(embed.time_proj_r(timesteps_r).to(self.dtype))
+            temb = temb / 2 if averaged else temb
         temb = F.silu(temb)
         layers = [(block.norm1.linear, block.norm1_context.linear) for block in self.model.transformer_blocks]
         blocks = torch.stack([layer(temb) for pair in layers for layer in pair], 1)

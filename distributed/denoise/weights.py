@@ -100,8 +100,10 @@ def open_transformer(path: str | os.PathLike) -> TransformerCheckpoint:
             )
         if further := sorted(shapes.keys() - architecture.shapes().keys()):
             raise _further(name, further)
-    expected = _expected(architecture, layout)
-    _refuse(problems(expected, shapes, dtypes, DTYPES if layout == "diffusers" else ALL_DTYPES), name)
+    expected, usable = (
+        (architecture.shapes(), DTYPES) if layout == "diffusers" else (core_shapes(architecture), ALL_DTYPES)
+    )
+    _refuse(problems(expected, shapes, dtypes, usable), name)
     return TransformerCheckpoint(path, files, layout, architecture, identity_of(files))
 
 
@@ -118,7 +120,7 @@ def architecture_of_core(shapes: Mapping[str, tuple[int, ...]], name: str) -> Ar
         raise _further(name, further)
     shapes = {new: tuple(shapes[key]) for new, key in names.items()}
     architecture = architecture_of_shapes(shapes, name)
-    _refuse(problems(_expected(architecture, "core"), shapes), name)
+    _refuse(problems(core_shapes(architecture), shapes), name)
     return architecture
 
 
@@ -145,10 +147,8 @@ def _check_scales(files: tuple[Path, ...], shapes: Shapes, name: str) -> None:
                     raise CheckpointError(f"{name} has {quote(key)} of {found}; a scale must be a finite number.")
 
 
-def _expected(architecture: Architecture, layout: str) -> Shapes:
-    """Shapes of all tensors in the names of a layout."""
-    if layout == "diffusers":
-        return architecture.shapes()
+def core_shapes(architecture: Architecture) -> Shapes:
+    """Return the shapes of all tensors by the original layout's keys."""
     expected: Shapes = {}
     for name, (rows, *rest) in architecture.shapes().items():
         source = source_of(name)
@@ -161,6 +161,14 @@ class Stored(NamedTuple):
 
     tensor: Tensor
     scale: Tensor | None = None
+
+    @property
+    def in_8_bits(self) -> bool:
+        return self.tensor.dtype.itemsize == 1
+
+    def to_host(self) -> "Stored":
+        """Return the same values on the CPU."""
+        return Stored(self.tensor.cpu(), self.scale)
 
     def to(self, device: torch.device, dtype: torch.dtype, copy: bool = False) -> Tensor:
         """Return the values. copy: as in Tensor.to.

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from .memory import available_memory, describe_memory
@@ -185,6 +186,22 @@ def local_path(place: str) -> Path:
             os.close(_received.popitem()[1])
         _received[place] = descriptor
     return descriptor_path(_received[place])
+
+
+@contextlib.contextmanager
+def shared_file(place: str) -> Iterator[Path]:
+    """Yield a path under which this process can open a file of its controller, within the context. Raises OSError.
+
+    Unlike `local_path`, it does not keep shared memory open, which would keep it from being freed.
+    """
+    if not place.startswith(_MEMFD):
+        yield Path(place)
+        return
+    descriptor = open_shared(place)
+    try:
+        yield descriptor_path(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def descriptor_path(descriptor: int) -> Path:

@@ -158,7 +158,7 @@ def test_a_forward_never_reads_a_value_from_the_device():
     (condition,) = conditions(inputs)
     model.to("meta")
     latent = inputs["hidden_states"][0].to("meta")
-    condition = type(condition)(*(part.to("meta") for part in vars(condition).values()))
+    condition = type(condition)(*(None if part is None else part.to("meta") for part in vars(condition).values()))
     transformer, timestep = Transformer(model), inputs["timestep"].to("meta")
     (modulation,) = transformer.modulation(timestep)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distributed.denoise.layout import Architecture, source_of
-from distributed.denoise.weights import mapped_tensors, open_transformer
+from distributed.denoise.weights import TransformerCheckpoint, open_transformer, part_of, sources, stored_tensors
 from distributed.errors import CheckpointError
 from tests.unit.checkpoints import HOSTILE, assert_harmless, assert_same
 from tests.unit.denoise_models import make_model
@@ -37,6 +37,13 @@ def in_original_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: torch.cat([parts[i] for i in sorted(parts)]) for key, parts in found.items()}
 
 
+def tensors_of(checkpoint: TransformerCheckpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """All weights in diffusers' names, as a rank has them."""
+    names, layout = sources(checkpoint), checkpoint.layout
+    wholes = {key: stored.to("cpu", dtype) for key, stored in stored_tensors(checkpoint)}
+    return {name: part_of(whole, name, layout) for key, whole in wholes.items() for name in names[key]}
+
+
 @pytest.mark.parametrize("sizes", [{}, {"num_attention_heads": 2, "num_layers": 1, "use_meanflow": True}])
 def test_shapes_are_those_of_diffusers_module(sizes):
     with torch.device("meta"):
@@ -50,7 +57,7 @@ def test_shapes_are_those_of_diffusers_module(sizes):
 def test_a_folder_in_parts_gives_all_tensors(folder):
     checkpoint = open_transformer(folder)
     assert len(checkpoint.files) > 1 and checkpoint.layout == "diffusers"
-    assert_same(dict(mapped_tensors(checkpoint)), make_model().state_dict())
+    assert_same(tensors_of(checkpoint), make_model().state_dict())
     assert checkpoint.parameters == sum(tensor.numel() for tensor in make_model().state_dict().values())
     assert open_transformer(folder / "transformer").identity == checkpoint.identity
 
@@ -66,7 +73,7 @@ def test_a_file_of_the_original_layout_gives_all_tensors(tmp_path, prefix, norm)
     checkpoint = open_transformer(path)
     assert checkpoint.layout == "core"
     assert checkpoint.architecture.config.items() <= dict(make_model(**ORIGINAL).config).items()
-    assert_same(dict(mapped_tensors(checkpoint)), weights)
+    assert_same(tensors_of(checkpoint), weights)
 
 
 def change_config(folder, **changes):
@@ -113,7 +120,18 @@ def test_a_file_without_its_config_is_refused(folder):
         (lambda w: w.pop("img_in.proj.weight"), "lacks 'img_in.proj.weight'"),
         (lambda w: w.update({"single_blocks.0.linear1.weight": torch.zeros(1)}), "single-stream blocks"),
         (lambda w: w.update({"guidance_in.in_layer.bias": torch.zeros(1)}), "further tensors ('guidance_in"),
-        (lambda w: w.update({"img_in.proj.bias": torch.zeros(128).to(torch.float8_e4m3fn)}), "as F8_E4M3"),
+        (lambda w: w.update({"img_in.proj.bias": torch.zeros(128, dtype=torch.int8)}), "as I8"),
+        (
+            lambda w: w.update({"img_in.proj.weight_scale": torch.tensor(float("inf"))}),
+            "of inf; a scale must be a finite",
+        ),
+        (lambda w: w.update({"txt_in.input_embedder.scale_weight": torch.ones(128, 2)}), "one scale for each layer"),
+        (
+            lambda w: w.update(
+                {"img_in.proj.scale_weight": torch.ones(()), "img_in.proj.weight_scale": torch.ones(())}
+            ),
+            "twice",
+        ),
         (lambda w: w.update({"img_in.proj.bias": torch.zeros(127)}), "of shape (127,) instead of (128,)"),
         (lambda w: w.update({"time_in.mlp.0.bias": torch.zeros(128)}), "holds the same tensor twice"),
         (lambda w: w.clear(), "holds nothing, and is not"),
