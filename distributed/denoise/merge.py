@@ -65,7 +65,7 @@ def _lokr(tensors: dict[str, Tensor]) -> tuple[Tensor, int | None]:
     if one is None:
         one, rank = torch.mm(tensors["w1_a"], tensors["w1_b"]), tensors["w1_b"].shape[0]
     if other is None:
-        other, rank = _product(tensors, "w2_a", "w2_b", "t2"), tensors["w2_b"].shape[0]
+        other, rank = torch.mm(tensors["w2_a"], tensors["w2_b"]), tensors["w2_b"].shape[0]
     if other.ndim == 4:
         one = one.unsqueeze(2).unsqueeze(2)
     return torch.kron(one, other), rank

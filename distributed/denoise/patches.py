@@ -27,7 +27,7 @@ DORA = ("dora_scale",)
 KINDS: dict[str, tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]] = {
     "lora": ((("up",), ("down",)), ("mid", *DORA)),
     "loha": ((("w1_a",), ("w1_b",), ("w2_a",), ("w2_b",)), ("t1", "t2", *DORA)),
-    "lokr": ((("w1", "w1_a"), ("w1", "w1_b"), ("w2", "w2_a"), ("w2", "w2_b")), ("t2", *DORA)),
+    "lokr": ((("w1", "w1_a"), ("w1", "w1_b"), ("w2", "w2_a"), ("w2", "w2_b")), DORA),
     "diff": ((("diff",),), ()),
     "set": ((("value",),), ()),
 }
@@ -42,7 +42,7 @@ class Patch:
 
     - "lora": W + strength * alpha / rank * up @ down. mid: the middle part of a convolution's. dora_scale: DoRA.
     - "loha": the same with (w1_a @ w1_b) * (w2_a @ w2_b). t1, t2: of a convolution's, both or none.
-    - "lokr": the same with kron(w1, w2). Each is given whole, or as w1_a @ w1_b. t2: of a convolution's.
+    - "lokr": the same with kron(w1, w2). Each is given whole, or as w1_a @ w1_b.
     - "diff": W + strength * diff.
     - "set": value replaces W, whatever the strength: for kinds that only core can merge.
 
