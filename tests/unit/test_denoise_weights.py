@@ -10,7 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distributed.denoise.layout import Architecture, source_of
-from distributed.denoise.weights import TransformerCheckpoint, open_transformer, part_of, sources, stored_tensors
+from distributed.denoise.weights import (
+    TransformerCheckpoint,
+    architecture_of_core,
+    open_transformer,
+    part_of,
+    sources,
+    stored_tensors,
+)
 from distributed.errors import CheckpointError
 from tests.unit.checkpoints import HOSTILE, assert_harmless, assert_same
 from tests.unit.denoise_models import make_model
@@ -74,6 +81,80 @@ def test_a_file_of_the_original_layout_gives_all_tensors(tmp_path, prefix, norm)
     assert checkpoint.layout == "core"
     assert checkpoint.architecture.config.items() <= dict(make_model(**ORIGINAL).config).items()
     assert_same(tensors_of(checkpoint), weights)
+
+
+LAYERS = {"double_blocks.0.img_attn.qkv": torch.float8_e4m3fn, "txt_in.input_embedder": torch.float8_e4m3fn}
+LAYERS |= {"double_blocks.1.txt_mlp.2": torch.float8_e5m2}
+MARKER = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+SCALED = {
+    "older": ({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "scale_weight", "scale_input", {}),
+    "newer": ({}, "weight_scale", "input_scale", {"comfy_quant": MARKER}),
+}
+
+
+@pytest.mark.parametrize("spelling", SCALED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scaled_8_bit_weights_are_rounded_as_core_rounds_them(tmp_path, spelling, dtype):
+    further, scale_key, input_key, of_layer = SCALED[spelling]
+    exact = {key: tensor.half() for key, tensor in in_original_layout(make_model(**ORIGINAL).state_dict()).items()}
+    file, expected = {**exact, **further}, {key: tensor.to(dtype) for key, tensor in exact.items()}
+    for layer, stored in LAYERS.items():
+        scale = exact[f"{layer}.weight"].float().abs().max() / 448
+        file[f"{layer}.weight"] = (exact[f"{layer}.weight"].float() / scale).to(stored)
+        file |= {f"{layer}.{scale_key}": scale, f"{layer}.{input_key}": torch.tensor(2.0)}
+        file |= {f"{layer}.{name}": tensor.clone() for name, tensor in of_layer.items()}
+        expected[f"{layer}.weight"] = file[f"{layer}.weight"].to(dtype) * scale.to(dtype)
+    path = tmp_path / "model.safetensors"
+    save_file({f"model.diffusion_model.{key}": tensor for key, tensor in file.items()}, path)
+    found = in_original_layout(tensors_of(open_transformer(path), dtype))
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_weights_without_scales_are_read(tmp_path, stored):
+    weights = {k: t.to(stored) for k, t in in_original_layout(make_model(**ORIGINAL).state_dict()).items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    found = in_original_layout(tensors_of(open_transformer(tmp_path / "model.safetensors")))
+    assert_same(found, {key: tensor.float() for key, tensor in weights.items()})
+
+
+def test_scales_may_be_in_another_file_than_their_weights(tmp_path):
+    weights = in_original_layout(make_model(**ORIGINAL).state_dict())
+    scales = {"img_in.proj.scale_weight": torch.tensor(2.0)}
+    save_file(weights, tmp_path / "one.safetensors")
+    save_file(scales, tmp_path / "two.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "one.safetensors") | dict.fromkeys(scales, "two.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = tensors_of(open_transformer(tmp_path / "model.safetensors.index.json"))
+    assert torch.equal(found["x_embedder.proj.weight"], 2 * weights["img_in.proj.weight"])
+
+
+def test_tensors_that_the_transformer_does_not_read_are_ignored_in_the_original_layout(tmp_path):
+    weights = in_original_layout(make_model(**ORIGINAL).state_dict())
+    save_file(
+        weights | {"logit_scale": torch.ones(()), "ema.step": torch.zeros(1, dtype=torch.int64)},
+        tmp_path / "a.safetensors",
+    )
+    assert_same(in_original_layout(tensors_of(open_transformer(tmp_path / "a.safetensors"))), weights)
+
+
+def test_keys_and_shapes_alone_tell_whether_it_is_the_transformer():
+    shapes = {
+        key: tuple(tensor.shape) for key, tensor in in_original_layout(make_model(**ORIGINAL).state_dict()).items()
+    }
+    architecture = architecture_of_core(shapes, "The model")
+    assert architecture.config.items() <= dict(make_model(**ORIGINAL).config).items()
+    for change, words in (
+        ({"vector_in.in_layer.weight": (1, 1)}, "The model is not a .* further tensors"),
+        ({"img_in.proj.weight": (128, 9, 1, 2, 2)}, "The model is not a complete"),
+        ({"cond_type_embedding.weight": (4, 128)}, "instead of"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            architecture_of_core(shapes | change, "The model")
+    with pytest.raises(CheckpointError, match="The model holds 'double_blocks"):
+        architecture_of_core({"double_blocks.0.img_attn.qkv.weight": (1, 1)}, "The model")
+    with pytest.raises(CheckpointError, match="diffusers' layout, not those of ComfyUI's"):
+        architecture_of_core({key: tuple(t.shape) for key, t in make_model().state_dict().items()}, "The model")
 
 
 def change_config(folder, **changes):
