@@ -25,11 +25,12 @@ def merge(weight: Tensor, patches: Iterable[Patch]) -> Tensor:
         if patch.strength_model != 1.0:
             weight *= patch.strength_model
         if patch.kind in DELTAS:
-            delta, rank = DELTAS[patch.kind]({name: t.to(weight.device, PRODUCT) for name, t in patch.tensors.items()})
+            tensors = {name: tensor.to(weight.device).to(PRODUCT) for name, tensor in patch.tensors.items()}
+            delta, rank = DELTAS[patch.kind](tensors)
             alpha = 1.0 if patch.alpha is None or rank is None else patch.alpha / rank
             delta = delta.reshape(weight.shape)
             if "dora_scale" in patch.tensors:
-                _decompose(weight, patch.tensors["dora_scale"].to(weight.device, PRODUCT), delta, alpha, patch.strength)
+                _decompose(weight, tensors["dora_scale"], delta, alpha, patch.strength)
             else:
                 weight += ((patch.strength * alpha) * delta).type(weight.dtype)
             continue
@@ -39,7 +40,7 @@ def merge(weight: Tensor, patches: Iterable[Patch]) -> Tensor:
         if patch.kind == "set":
             weight.copy_(tensor)
         elif patch.strength != 0.0:
-            weight += patch.strength * tensor.to(weight.device, weight.dtype)
+            weight += patch.strength * tensor.to(weight.device).to(weight.dtype)
     return weight
 
 

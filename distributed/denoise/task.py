@@ -14,8 +14,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import Cancelled, NotLoaded, OutOfMemory
 from ..ranks.collective import Watch, agree, group_of, reserve
@@ -24,8 +23,8 @@ from ..ranks.shared_memory import shared_file
 from .block import MLP_TOKENS
 from .conditions import Condition, Context
 from .job import NOUN, PARTS, DenoiseRequest
-from .layout import Architecture, modulates
-from .merge import merge
+from .layout import modulates
+from .loading import build, patch, put
 from .parallel import Layout, plan
 from .patches import Patch, read_patches
 from .share import Share
@@ -99,11 +98,11 @@ class DenoiseTask:
             self.patches[request.patches] = self.patches.pop(request.patches)
         wanted = fields["identity"], request.dtype or fields["dtype"]
         if self.loaded != wanted:
-            self.release()
+            self._unload()
         self._open(fields)
         fits = self._needed(request, modulated=True) <= min(self._free(), request.memory or self._free())
         if self.loaded != wanted or (self.modulated and not fits):
-            self.release()
+            self._unload()
             self.modulated = fits
             self._load(fields, request.patches, watch)
             self.loaded = wanted
@@ -145,7 +144,11 @@ class DenoiseTask:
         return self._needed(DenoiseRequest.from_json(fields["request"]), modulated=True) <= free + self._held()
 
     def release(self) -> None:
-        """Give the device memory back. Conditions stay on the host; weights have to be loaded again."""
+        """Give the device memory back, and the memory that the controller shares. Conditions stay on the host."""
+        self._unload()
+        self.patches.clear()
+
+    def _unload(self) -> None:
         self.transformer = self.loaded = None
         self.merged.clear()
         self.contexts.clear()
@@ -161,24 +164,15 @@ class DenoiseTask:
 
     def _load(self, fields: Mapping, patches: str | None, watch: Watch) -> None:
         """Bring the weights to the device; on the CPU, and in the file's dtype, they stay mapped from the files."""
-        model = _empty_model(self.checkpoint.architecture)
-        tensors: dict[str, Tensor] = {}
-        on_host: dict[str, dict[str, Stored]] = {}
+        weights: dict[str, Tensor | Stored] = {}
         try:
             for name, part in self._read(fields, patches, None, watch):
-                if isinstance(part, Stored):
-                    layer, _, kind = name.rpartition(".")
-                    on_host.setdefault(layer, {})[kind] = part
-                else:
-                    tensors[name] = part
+                weights[name] = part
         except torch.OutOfMemoryError as error:
-            held = sum(tensor.nbytes for tensor in tensors.values())
-            tensors.clear()
+            held = sum(part.nbytes for part in weights.values() if isinstance(part, Tensor))
+            weights.clear()
             raise self._no_room(held) from error
-        for layer, parts in on_host.items():
-            model.set_submodule(layer, _OnHost(**parts))
-        model.load_state_dict(tensors, assign=True)
-        self.transformer = Transformer(model.eval().requires_grad_(False))
+        self.transformer = Transformer(build(self.checkpoint.architecture, weights))
 
     def _outdated(self, patches: str | None) -> set[str]:
         """Return the keys of the weights that have to be read again for a set of patches."""
@@ -190,14 +184,9 @@ class DenoiseTask:
         """Read these weights again, merge the patches and replace the old ones, with all that was computed of them."""
         self.contexts.clear()
         self.modulations.clear()
-        model = self.transformer.model
         try:
             for name, part in self._read(fields, patches, keys, watch):
-                layer, _, kind = name.rpartition(".")
-                if isinstance(part, Stored):
-                    setattr(model.get_submodule(layer), kind, part)
-                else:
-                    setattr(model.get_submodule(layer), kind, nn.Parameter(part, requires_grad=False))
+                put(self.transformer.model, name, part)
         except torch.OutOfMemoryError as error:
             raise self._no_room(self._held()) from error
 
@@ -216,9 +205,7 @@ class DenoiseTask:
                     raise Cancelled
                 self.merged[key] = None  # some of its parts may have changed if this ends early
                 if key in changed:
-                    weight = merge(stored.to(self.device, merge_dtype, copy=True), changed[key])
-                    stored = Stored(weight if stored.in_8_bits else weight.to(stored.tensor.dtype))
-                    del weight
+                    stored = patch(stored, changed[key], self.device, merge_dtype)
                 for_device = any(self.modulated or not modulates(name) for name in names[key])
                 whole = Stored(self._moved(stored)) if for_device else stored.to_host()
                 for name in names[key]:
@@ -238,8 +225,9 @@ class DenoiseTask:
         second = [request.timesteps_r] if request.timesteps_r else []
         keys = [(*times, request.averaged_times) for times in zip(request.timesteps, *second, strict=True)]
         if missing := [key for key in dict.fromkeys(keys) if key not in self.modulations]:
-            times = [torch.tensor(times, device=self.device) for times in zip(*missing, strict=True)][:-1]
-            made = self.transformer.modulation(*times, averaged=request.averaged_times)
+            *times, _ = zip(*missing, strict=True)
+            rows = (torch.tensor(row, device=self.device) for row in times)
+            made = self.transformer.modulation(*rows, averaged=request.averaged_times)
             self.modulations |= zip(missing, made, strict=True)
         found = [self.modulations[key] for key in keys]
         for oldest in list(self.modulations)[:-KEPT_STEPS]:
@@ -315,22 +303,3 @@ class _Pace:
         every = max(1, blocks // CHECKS) if self.world_size > 1 else 1
         if self.done % every == 0 and agree(self.watch.cancelled()):
             raise Cancelled
-
-
-def _empty_model(architecture: Architecture) -> nn.Module:
-    """diffusers' module, without memory for its weights."""
-    from diffusers import HunyuanVideo15Transformer3DModel  # takes seconds, which ranks that only decode do not need
-
-    with torch.device("meta"):
-        return HunyuanVideo15Transformer3DModel(**architecture.config)
-
-
-class _OnHost(nn.Module):
-    """A linear layer whose weights stay on the host, and pass through the device when it computes."""
-
-    def __init__(self, weight: Stored, bias: Stored) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, bias  # no parameters: these are not the device's
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.device, x.dtype), self.bias.to(x.device, x.dtype))

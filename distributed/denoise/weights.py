@@ -171,13 +171,15 @@ class Stored(NamedTuple):
         return Stored(self.tensor.cpu(), self.scale)
 
     def to(self, device: torch.device, dtype: torch.dtype, copy: bool = False) -> Tensor:
-        """Return the values. copy: as in Tensor.to.
+        """Return the values. copy: never the stored tensor itself.
 
         Weight and scale are rounded to the dtype, and then their product is. Core's layers do the same if they do not
         compute in 8 bits: `scaled_fp8_ops` in ComfyUI 0.3.75, where small inputs are multiplied instead of the weight,
         and `dequantize_per_tensor_fp8` of later versions.
         """
-        moved = self.tensor.to(device, dtype, copy=copy)
+        moved = self.tensor.to(device).to(dtype)  # in one call, the host would convert and more bytes would be moved
+        if copy and moved is self.tensor:
+            moved = moved.clone()
         return moved if self.scale is None else moved * self.scale.to(device, dtype)
 
 

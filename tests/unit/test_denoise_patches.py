@@ -230,6 +230,18 @@ def test_16_bit_weights_are_rounded_once_more_after_a_merge(weights, tmp_path, t
     assert torch.equal(found, expected)
 
 
+def test_8_bit_weights_are_patched_in_their_true_size_and_not_rounded_again(weights, tmp_path, task):
+    layer = f"{BLOCK}.txt_mlp.0"
+    small, scale = (weights[f"{layer}.weight"] * 64).to(torch.float8_e4m3fn), torch.tensor(1 / 64)
+    path = tmp_path / "model.safetensors"
+    save_file(weights | {f"{layer}.weight": small, f"{layer}.scale_weight": scale}, path)
+    checkpoint = open_transformer(path)
+    patches = [lora(1024, 256), Patch("diff", 0.5, 0.9, {"diff": draw(1024, 256)})]
+    run(task, patched_job(checkpoint, Patches.make(checkpoint, {f"{layer}.weight": patches})))
+    found = task.transformer.model.transformer_blocks[1].ff_context.net[0].proj.weight
+    assert torch.equal(found, merge(small.float() * scale, patches))
+
+
 def test_patches_travel_as_they_are(checkpoint):
     patches = Patches.make(checkpoint, TOUCHED, torch.float16)
     dtype, found = read_patches(patches.file.path)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from distributed.denoise.job import Conditions, DenoiseJob
-from distributed.denoise.task import KEPT, DenoiseTask, _OnHost
+from distributed.denoise.loading import OnHost
+from distributed.denoise.task import KEPT, DenoiseTask
 from distributed.denoise.weights import open_transformer
 from distributed.errors import Cancelled, NotLoaded, OutOfMemory
 from distributed.ranks.task import JobWatch
@@ -50,7 +51,7 @@ def run(task, job, watch=None):
 
 
 def on_host(task):
-    return [name for name, layer in task.transformer.model.named_modules() if isinstance(layer, _OnHost)]
+    return [name for name, layer in task.transformer.model.named_modules() if isinstance(layer, OnHost)]
 
 
 def test_a_limit_leaves_the_modulation_on_the_host_and_the_result_as_it_is(model, checkpoint, task):
