@@ -4,6 +4,11 @@ import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from torch import Tensor
 
+from distributed.denoise.job import DenoiseJob
+from distributed.denoise.task import DenoiseTask
+from distributed.ranks.collective import Watch
+from distributed.ranks.task import JobWatch
+
 CONFIG = {
     "in_channels": 9,
     "out_channels": 4,
@@ -64,3 +69,15 @@ def make_inputs(
         "image_embeds": draw(padded[2], config.image_embed_dim) * image,
     }
     return inputs | ({"timestep_r": torch.full((batch,), 402.0)} if config.use_meanflow else {})
+
+
+def run(task: DenoiseTask, job: DenoiseJob, watch: Watch | None = None) -> Tensor:
+    """Do everything that a rank does for a job, with its loads sent before, and return the first velocity."""
+    watch = watch or JobWatch()
+    for load in job.loads:
+        task.load(load.fields | {"dtype": "float32"}, load.inputs, watch)
+    fields = job.fields | {"dtype": "float32"}
+    tensors = {**job.inputs, **{name: torch.full(spec.shape, torch.nan) for name, spec in job.outputs.items()}}
+    task.load(fields, tensors, watch)
+    task.run(fields, tensors, watch)
+    return job.velocity(tensors["rows"])[0]

@@ -9,8 +9,8 @@ from distributed.denoise.job import Conditions, DenoiseJob
 from distributed.denoise.layout import Architecture
 from distributed.denoise.task import DenoiseTask
 from distributed.denoise.weights import open_transformer
-from distributed.ranks.task import JobWatch
 from tests.unit.core_transformer import core_inputs, random_weights, run_core
+from tests.unit.denoise_models import run
 
 SIZES = {"heads": 2, "layers": 2}
 MODEL = {"width": 256, "layers": 2}
@@ -61,17 +61,6 @@ def checkpoints(weights, tmp_path_factory):
     for name, state in weights.items():
         save_file(state, folder / f"{name}.safetensors")
     return {name: open_transformer(folder / f"{name}.safetensors") for name in weights}
-
-
-def run(task: DenoiseTask, job: DenoiseJob) -> Tensor:
-    """Everything that a rank does for a job."""
-    for load in job.loads:
-        task.load(load.fields | {"dtype": "float32"}, load.inputs, JobWatch())
-    fields = job.fields | {"dtype": "float32"}
-    tensors = {**job.inputs, **{name: torch.full(spec.shape, torch.nan) for name, spec in job.outputs.items()}}
-    task.load(fields, tensors, JobWatch())
-    task.run(fields, tensors, JobWatch())
-    return job.velocity(tensors["rows"])[0]
 
 
 def job_of(checkpoint, inputs: dict[str, Tensor], time: float = 731.0, **options) -> DenoiseJob:

@@ -10,12 +10,12 @@ from distributed.denoise.layout import Architecture
 from distributed.denoise.merge import merge
 from distributed.denoise.patches import Patch, Patches, read_patches
 from distributed.denoise.task import KEPT_PATCHES, DenoiseTask
-from distributed.denoise.weights import core_shapes, open_transformer
+from distributed.denoise.weights import open_transformer
 from distributed.errors import Cancelled, NotLoaded
 from distributed.ranks.task import JobWatch
 from tests.unit.core_transformer import core_inputs, random_weights, run_core
-from tests.unit.denoise_models import make_model
-from tests.unit.test_denoise_core import error, job_of, run
+from tests.unit.denoise_models import make_model, run
+from tests.unit.test_denoise_core import error, job_of
 
 SIZES = {"heads": 2, "layers": 2}
 BLOCK = "double_blocks.1"
@@ -286,7 +286,3 @@ def test_checkpoints_of_diffusers_take_no_patches(tmp_path):
     make_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="in the layout of ComfyUI's files"):
         Patches.make(open_transformer(tmp_path), {})
-
-
-def test_every_patched_key_has_a_shape(checkpoint, weights):
-    assert core_shapes(checkpoint.architecture) == {key: tuple(tensor.shape) for key, tensor in weights.items()}

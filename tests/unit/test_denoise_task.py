@@ -9,7 +9,7 @@ from distributed.denoise.task import KEPT, DenoiseTask
 from distributed.denoise.weights import open_transformer
 from distributed.errors import Cancelled, NotLoaded, OutOfMemory
 from distributed.ranks.task import JobWatch
-from tests.unit.denoise_models import make_inputs, make_model
+from tests.unit.denoise_models import make_inputs, make_model, run
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +36,6 @@ def make_job(model, checkpoint, *, memory=None, **options):
     latents, times = inputs.pop("hidden_states"), [inputs.pop(name) for name in ("timestep", "timestep_r")]
     conditions = Conditions.make(checkpoint, **inputs)
     return DenoiseJob.make(checkpoint, latents, times[0], [conditions], times[1], memory), expected
-
-
-def run(task, job, watch=None):
-    """Everything that a rank does for a job, with the conditions sent before."""
-    watch = watch or JobWatch()
-    for load in job.loads:
-        task.load(load.fields | {"dtype": "float32"}, load.inputs, watch)
-    fields = job.fields | {"dtype": "float32"}
-    tensors = {**job.inputs, **{name: torch.full(spec.shape, torch.nan) for name, spec in job.outputs.items()}}
-    task.load(fields, tensors, watch)
-    task.run(fields, tensors, watch)
-    return job.velocity(tensors["rows"])[0]
 
 
 def on_host(task):
