@@ -29,25 +29,21 @@ class SharedFile:
     """Tensors on any device, copied once and one by one to a read-only safetensors file in shared memory.
 
     The copy is freed together with this object; ranks that have mapped it keep their mapping. `path` is its path in
-    this process, and `place_of` returns how ranks open it. name: of the memory, in lists of the system. metadata: the
-    texts in the file's header. Raises MemoryError, with the numbers, if the copy does not fit into memory, OSError, and
-    ValueError if a tensor that was read has another shape or dtype than was announced.
+    this process, and `place_of` returns how ranks open it. name: of the memory, in lists of the system. Raises
+    MemoryError, with the numbers, if the copy does not fit into memory, OSError, and ValueError if a tensor that was
+    read has another shape or dtype than was announced.
     """
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor | LazyTensor], name: str, metadata: Mapping[str, str] | None = None
-    ) -> None:
-        memory = _copy(tensors, name, metadata)
+    def __init__(self, tensors: Mapping[str, Tensor | LazyTensor], name: str) -> None:
+        memory = _copy(tensors, name)
         weakref.finalize(self, memory.close)
         self.path = memory.path
 
 
-def _copy(
-    tensors: Mapping[str, Tensor | LazyTensor], name: str, metadata: Mapping[str, str] | None = None
-) -> SharedMemory:
+def _copy(tensors: Mapping[str, Tensor | LazyTensor], name: str) -> SharedMemory:
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all of them aligned
     names = {dtype: name for name, dtype in ALL_DTYPES.items()}
-    header, end = {"__metadata__": dict(metadata)} if metadata else {}, 0
+    header, end = {}, 0
     for key, tensor in ordered.items():
         begin, end = end, end + tensor.nbytes
         header[key] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}

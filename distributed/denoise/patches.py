@@ -6,8 +6,10 @@ original weights again from the mapped checkpoint when the changes change.
 
 import json
 import math
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -70,20 +72,36 @@ class Patch:
                 f"The patch's strength, strength_model and alpha are {self.strength}, {self.strength_model} and "
                 f"{self.alpha}; they must be finite."
             )
-        empty = {name: torch.empty(tensor.shape, device="meta") for name, tensor in self.tensors.items()}
-        try:
-            merge(torch.empty(shape, device="meta"), [replace(self, tensors=empty)])
-        except (RuntimeError, IndexError, ValueError) as error:
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.tensors.items())
-            raise ValueError(f"A patch of kind {self.kind} with {shapes} does not fit {list(shape)}.") from error
+        of_tensors = tuple((name, tuple(tensor.shape)) for name, tensor in self.tensors.items())
+        if not _fits(self.kind, of_tensors, tuple(shape)):
+            shapes = ", ".join(f"{name} {list(of_tensor)}" for name, of_tensor in of_tensors)
+            raise ValueError(f"A patch of kind {self.kind} with {shapes} does not fit {list(shape)}.")
+
+
+@cache
+def _fits(kind: str, tensors: tuple[tuple[str, tuple[int, ...]], ...], shape: tuple[int, ...]) -> bool:
+    """Return whether tensors of these shapes can be merged: merge some that have no values."""
+    empty = {name: torch.empty(of_tensor, device="meta") for name, of_tensor in tensors}
+    try:
+        merge(torch.empty(shape, device="meta"), [Patch(kind, 0.5, tensors=empty)])
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """Patches of a transformer's weights in shared memory. Equal contents have equal keys."""
+    """Patches of a transformer's weights in shared memory. Equal contents have equal keys.
+
+    numbers: all but the tensors, as JSON in bytes. contents: the digest of the tensors. made_of: the tensors that were
+    copied to the file, and their versions.
+    """
 
     key: str
     file: SharedFile
+    numbers: Tensor
+    contents: str
+    made_of: Mapping[str, tuple[weakref.ref, int]]
 
     @classmethod
     def make(
@@ -91,12 +109,14 @@ class Patches:
         checkpoint: TransformerCheckpoint,
         patches: Mapping[str, Sequence[Patch]],
         merge_dtype: torch.dtype = torch.float32,
+        before: "Patches | None" = None,
     ) -> "Patches":
         """Check patches and copy them to shared memory.
 
         patches: by core's keys of weights ("double_blocks.0.img_attn.qkv.weight"), in the order in which they are
-        merged. merge_dtype: the dtype of the weight during the merge. Raises ValueError for what does not fit,
-        MemoryError, with the numbers, and OSError.
+        merged. merge_dtype: the dtype of the weight during the merge. before: patches made earlier: if they are of the
+        same tensor objects, as when only a strength changes, nothing is copied. Raises ValueError for what does not
+        fit, MemoryError, with the numbers, and OSError.
         """
         if checkpoint.layout != "core":
             raise ValueError("Only checkpoints in the layout of ComfyUI's files take patches.")
@@ -112,19 +132,37 @@ class Patches:
                     raise ValueError(f"{original}: {error}") from error
                 numbers = [float(patch.strength), float(patch.strength_model), patch.alpha and float(patch.alpha)]
                 described[key].append([patch.kind, *numbers, list(patch.tensors)])
-                tensors |= {f"{key}/{i}/{name}": on_host(tensor) for name, tensor in patch.tensors.items()}
+                tensors |= {f"{key}/{i}/{name}": tensor for name, tensor in patch.tensors.items()}
         text = json.dumps([str(merge_dtype).removeprefix("torch."), described])
-        return cls(digest(tensors, text), SharedFile(tensors, "hv15-patches", {"patches": text}))
+        if before is not None and before._is_made_of(tensors):
+            file, contents = before.file, before.contents
+        else:
+            copies = {name: on_host(tensor) for name, tensor in tensors.items()}
+            file, contents = SharedFile(copies, "hv15-patches"), digest(copies)
+        key, numbers = digest({}, contents + text), torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        made_of = {name: (weakref.ref(tensor), _version(tensor)) for name, tensor in tensors.items()}
+        return cls(key, file, numbers, contents, made_of)
+
+    def _is_made_of(self, tensors: Mapping[str, Tensor]) -> bool:
+        return self.made_of.keys() == tensors.keys() and all(
+            reference() is tensors[name] and _version(tensors[name]) == version
+            for name, (reference, version) in self.made_of.items()
+        )
 
     def load(self, kind: str) -> Load:
         """Return what has ranks keep these patches. kind: of the job."""
-        return Load(kind, {"patches": self.key, "place": place_of(self.file.path)})
+        return Load(kind, {"patches": self.key, "place": place_of(self.file.path)}, {"numbers": self.numbers})
 
 
-def read_patches(path: Path) -> tuple[torch.dtype, dict[str, list[Patch]]]:
+def _version(tensor: Tensor) -> int:
+    """Return a number that changes when the tensor does; 0 if it was made in inference mode, which counts none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def read_patches(path: Path, numbers: Tensor) -> tuple[torch.dtype, dict[str, list[Patch]]]:
     """Return the merge dtype and the patches by their keys, with tensors mapped from the file of `Patches`."""
+    dtype, described = json.loads(numbers.numpy().tobytes())
     with open_file(path) as file:
-        dtype, described = json.loads(file.metadata()["patches"])
         patches = {
             key: [
                 Patch(kind, strength, of_model, {name: file.get_tensor(f"{key}/{i}/{name}") for name in names}, alpha)

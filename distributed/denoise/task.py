@@ -83,7 +83,7 @@ class DenoiseTask:
             return
         if "patches" in fields:
             with shared_file(fields["place"]) as path:
-                self.patches[fields["patches"]] = read_patches(path)
+                self.patches[fields["patches"]] = read_patches(path, tensors["numbers"])
             for oldest in list(self.patches)[:-KEPT_PATCHES]:
                 del self.patches[oldest]
             return

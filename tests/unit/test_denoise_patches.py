@@ -170,6 +170,25 @@ def test_a_changed_strength_equals_a_fresh_load_with_it(checkpoint, task):
     assert Patches.make(checkpoint, {key: [lora(768, 256, 0.5)]}, torch.float16).key != sets[0].key
 
 
+def test_another_strength_of_the_same_tensors_copies_nothing(checkpoint, task):
+    one, key = lora(768, 256, 0.5), f"{BLOCK}.img_attn.qkv.weight"
+    first = Patches.make(checkpoint, {key: [one]})
+    stronger = Patch("lora", 1.0, tensors=one.tensors)
+    second = Patches.make(checkpoint, {key: [stronger]}, before=first)
+    assert second.file is first.file and second.key == Patches.make(checkpoint, {key: [stronger]}).key != first.key
+    results = [run(task, patched_job(checkpoint, patches)) for patches in (first, second)]
+    assert torch.equal(results[1], run(task, patched_job(checkpoint, Patches.make(checkpoint, {key: [stronger]}))))
+    assert not torch.equal(*results)
+    one.tensors["up"].mul_(2)
+    changed = Patches.make(checkpoint, {key: [stronger]}, before=second)
+    assert changed.file is not second.file and changed.key not in (first.key, second.key)
+    with torch.inference_mode():  # as in ComfyUI
+        other = lora(768, 256, 1.0)
+        third = Patches.make(checkpoint, {key: [other]}, before=changed)
+        assert third.file is not changed.file and third.key == second.key
+        assert Patches.make(checkpoint, {key: [other]}, before=third).file is third.file
+
+
 def test_patches_that_were_not_sent_or_are_long_ago_are_asked_for(checkpoint, task):
     key = f"{BLOCK}.img_mlp.0.bias"
     sets = [
@@ -244,7 +263,7 @@ def test_8_bit_weights_are_patched_in_their_true_size_and_not_rounded_again(weig
 
 def test_patches_travel_as_they_are(checkpoint):
     patches = Patches.make(checkpoint, TOUCHED, torch.float16)
-    dtype, found = read_patches(patches.file.path)
+    dtype, found = read_patches(patches.file.path, patches.numbers)
     assert dtype == torch.float16 and found.keys() == TOUCHED.keys()
     for key, originals in TOUCHED.items():
         for one, other in zip(found[key], originals, strict=True):
