@@ -3,21 +3,15 @@
 from comfy_api.latest import io
 
 from ..distributed.vae.job import MODES
-from . import sockets
 from .groups import GroupDescription
-from .on_ranks import MEMORY_MOST, DecodeOptions, decode_on_ranks, preload
-from .sockets import CATEGORY, advanced, searchable
+from .on_ranks import DecodeOptions, decode_on_ranks, preload
+from .sockets import CATEGORY, advanced, memory_input, rank_group_input, searchable
 
 
 def decode_inputs() -> list:
     """The inputs that the decode nodes share."""
     return [
-        sockets.RankGroup.Input(
-            "rank_group",
-            optional=True,
-            tooltip="From Rank Group. If unconnected, every local accelerator is used, or two CPU ranks if there is "
-            "none.",
-        ),
+        rank_group_input(),
         io.Combo.Input(
             "mode",
             options=list(MODES),
@@ -39,18 +33,7 @@ def decode_inputs() -> list:
                 tooltip="Overlap of neighbouring tiles in pixels (tiled mode only).",
             )
         ),
-        advanced(
-            io.Float.Input(
-                "memory",
-                optional=True,
-                default=0.0,
-                min=0.0,
-                max=float(MEMORY_MOST),
-                step=0.5,
-                tooltip="Memory limit per rank in GiB, including weights. 0: use all free memory. "
-                "Low limits are slower.",
-            )
-        ),
+        memory_input(),
     ]
 
 

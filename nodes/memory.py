@@ -6,6 +6,8 @@ model is registered for each device of a group, and for ComfyUI's main device, w
 older versions. Unloading a proxy releases the ranks' memory.
 """
 
+import math
+
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -13,6 +15,8 @@ from comfy.cli_args import args
 
 from ..distributed import RankGroup
 
+LIMIT_MOST = 4096
+"""Upper limit of the memory inputs in GiB."""
 EVERYTHING = 1e29
 """Size in bytes. ComfyUI requests 1e30 bytes to unload all models, and at most a device's size to make room."""
 
@@ -108,6 +112,14 @@ def make_room(group: RankGroup) -> None:
     comfy.model_management.soft_empty_cache()
     for patcher in patchers:
         _load(patcher)
+
+
+def limit_in_bytes(memory: object) -> int | None:
+    """Return the value of a memory input, in GiB, in bytes, or None for 0. Raises ValueError for an invalid one."""
+    number = isinstance(memory, (int, float)) and not isinstance(memory, bool)
+    if not number or not math.isfinite(memory) or not 0 <= memory <= LIMIT_MOST:
+        raise ValueError(f"memory is {memory!r}; it must be a number of GiB from 0 to {LIMIT_MOST}.")
+    return int(memory * 2**30) or None
 
 
 def memory_limit(group: RankGroup, chosen: int | None) -> int | None:

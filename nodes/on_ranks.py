@@ -1,7 +1,6 @@
 """The path that all decode nodes share."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,12 +10,10 @@ from torch import Tensor
 from ..distributed import Cancelled
 from ..distributed.vae.job import DecodeJob, WeightSource
 from .groups import GroupDescription, end_neighbours, group_in_use
-from .memory import make_room, memory_limit, register, sampling_devices
+from .memory import limit_in_bytes, make_room, memory_limit, register, sampling_devices
 from .progress import Progress
 from .sources import rank_source
 
-MEMORY_MOST = 4096
-"""Upper limit of the memory input in GiB."""
 CHECKED_ROWS = 8
 """Every eighth row is checked for NaN and infinite pixels, because the decoder spreads such values."""
 
@@ -36,9 +33,7 @@ class DecodeOptions:
     memory: float = 0.0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.memory, (int, float)) and not isinstance(self.memory, bool)
-        if not number or not math.isfinite(self.memory) or not 0 <= self.memory <= MEMORY_MOST:
-            raise ValueError(f"memory is {self.memory!r}; it must be a number of GiB from 0 to {MEMORY_MOST}.")
+        limit_in_bytes(self.memory)
         for name in ("tile_size", "overlap"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -58,7 +53,7 @@ def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tens
         options.mode,
         tile_size=options.tile_size,
         overlap=options.overlap,
-        memory=int(options.memory * 2**30) or None,
+        memory=limit_in_bytes(options.memory),
     )
     progress = Progress()
     with group_in_use(options.group) as group:

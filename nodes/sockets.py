@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 from torch import Tensor
 
+from .memory import LIMIT_MOST
+
 CATEGORY = "HunyuanVideo 1.5"
 
 Pipeline = io.Custom("HV15_PIPELINE")
@@ -33,3 +35,27 @@ def advanced(widget: io.WidgetInput) -> io.WidgetInput:
     """Return the input, marked as advanced. This is set as an attribute, as ComfyUI 0.3.75 requires."""
     widget.advanced = True
     return widget
+
+
+def rank_group_input() -> io.Input:
+    """Return the optional input for a rank group of the nodes that always use ranks."""
+    return RankGroup.Input(
+        "rank_group",
+        optional=True,
+        tooltip="From Rank Group. If unconnected, every local accelerator is used, or two CPU ranks if there is none.",
+    )
+
+
+def memory_input() -> io.Input:
+    """Return the optional input for a memory limit."""
+    return advanced(
+        io.Float.Input(
+            "memory",
+            optional=True,
+            default=0.0,
+            min=0.0,
+            max=float(LIMIT_MOST),
+            step=0.5,
+            tooltip="Memory limit per rank in GiB, including weights. 0: use all free memory. Low limits are slower.",
+        )
+    )

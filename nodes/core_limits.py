@@ -1,0 +1,47 @@
+"""What of a core graph cannot be computed on ranks. Such a sampling runs in ComfyUI's process instead."""
+
+from collections.abc import Mapping
+
+import comfy.model_patcher
+from comfy.patcher_extension import CallbacksMP
+
+CONDITIONS = {
+    "control": "a ControlNet",
+    "hooks": "hooks on the conditioning, such as a scheduled LoRA",
+    "gligen": "GLIGEN",
+    "reference_latents": "reference latents",
+    "guiding_frame_index": "a guiding frame",
+}
+"""Entries of a conditioning that change the network's computation, with what messages call them."""
+
+
+def reason_to_stay(
+    patcher: comfy.model_patcher.ModelPatcher, conds: Mapping[str, list], options: Mapping, loading: Mapping
+) -> str | None:
+    """Return what in this sampling ranks cannot compute, as a noun phrase, or None.
+
+    conds: by name, the lists of conditionings. options: the run's model options. loading: further arguments of
+    core's `prepare_sampling`.
+    """
+    own = sorted(name for name in patcher.object_patches if name.startswith("diffusion_model."))
+    if own:
+        return f"patches of the network's own parts ({', '.join(own[:3])})"
+    if any(patcher.injections.values()):
+        return "injections into the network, such as a LoRA in bypass mode"
+    if patcher.weight_wrapper_patches:
+        return "wrappers around the weights"
+    if patcher.get_all_callbacks(CallbacksMP.ON_LOAD):
+        return "callbacks that change the network when it is loaded"
+    if patcher.additional_models.get("multigpu") or options.get("multigpu_clones"):
+        return "ComfyUI's own MultiGPU clones"
+    transformer = options.get("transformer_options", {})
+    for name in ("patches", "patches_replace"):
+        if used := sorted(key for key, value in transformer.get(name, {}).items() if value):
+            return f"replaced or patched blocks ({', '.join(used)})"
+    for cond in (cond for conds_ in conds.values() for cond in conds_ or ()):
+        for name, words in CONDITIONS.items():
+            if cond.get(name) is not None:
+                return words
+    if any(loading.values()):
+        return "a forced load of the model"
+    return None

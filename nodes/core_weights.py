@@ -1,0 +1,151 @@
+"""The weights of a core MODEL, and its weight patches such as LoRA, in the form that ranks load.
+
+Both stay what they are in ComfyUI: nothing is loaded onto a device or patched for this.
+"""
+
+import contextlib
+import uuid
+import weakref
+from collections.abc import Iterable
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
+from torch import Tensor, nn
+
+from ..distributed.denoise.handover import SharedTransformer, share_transformer
+from ..distributed.denoise.patches import Patch, Patches
+from ..distributed.denoise.weights import TransformerCheckpoint, architecture_of_core, open_transformer
+from ..distributed.errors import CheckpointError
+
+NETWORK = "diffusion_model."
+"""Prefix of the network's keys in a MODEL."""
+KEPT_PATCHES = 2
+"""Number of sets of patches that are kept per model, so that two strengths can be compared without a new transfer."""
+
+_shared: "weakref.WeakKeyDictionary[nn.Module, SharedTransformer]" = weakref.WeakKeyDictionary()
+_patches: "weakref.WeakKeyDictionary[nn.Module, dict[object, Patches]]" = weakref.WeakKeyDictionary()
+
+
+def network_of(patcher: comfy.model_patcher.ModelPatcher) -> nn.Module:
+    """Return the network of a MODEL, without the wrapper of torch.compile."""
+    network = patcher.model.diffusion_model
+    return getattr(network, "_orig_mod", network)
+
+
+def check_model(patcher: object) -> None:
+    """Raise ValueError for anything but a HunyuanVideo-1.5 transformer, with the name of what it is."""
+    network = getattr(getattr(patcher, "model", None), "diffusion_model", None)
+    if not isinstance(network, nn.Module):
+        raise ValueError("The model input contains no diffusion model. Connect the MODEL of a loader.")
+    shapes = {key: tuple(tensor.shape) for key, tensor in network_of(patcher).state_dict().items()}
+    try:
+        architecture_of_core(shapes, f"The model ({type(patcher.model).__name__})")
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+
+
+def file_of(patcher: comfy.model_patcher.ModelPatcher) -> str | None:
+    """Return the file that a MODEL's weights were loaded from unchanged, if ComfyUI keeps it (since 0.33)."""
+    loader, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
+    name = getattr(loader, "__name__", "")
+    if name == "load_diffusion_model":
+        path, options = arguments
+        return None if options.get("dtype") is not None else path
+    return arguments[0] if name == "load_checkpoint_guess_config" else None
+
+
+def checkpoint_of(patcher: comfy.model_patcher.ModelPatcher) -> TransformerCheckpoint:
+    """Return a MODEL's weights without its patches: the file, or a copy in shared memory, which is made once.
+
+    Raises CheckpointError, MemoryError and OSError.
+    """
+    if (path := file_of(patcher)) is not None:
+        with contextlib.suppress(CheckpointError, OSError):  # a file that only core's loader can read
+            checkpoint = open_transformer(path)
+            if checkpoint.layout == "core":  # patches have the names of this layout
+                return checkpoint
+    model = patcher.model
+    if model not in _shared:
+        tensors = network_of(patcher).state_dict()
+        tensors = {key: _unpatched(patcher, key, tensor) for key, tensor in tensors.items()}
+        _shared[model] = share_transformer(tensors, mark=uuid.uuid4().hex)
+    return _shared[model].checkpoint
+
+
+def _unpatched(patcher: comfy.model_patcher.ModelPatcher, key: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of the network as it was before a loaded clone of the MODEL patched it in place."""
+    backup = patcher.backup.get(NETWORK + key)
+    return tensor if backup is None else backup.weight
+
+
+def patches_of(patcher: comfy.model_patcher.ModelPatcher, checkpoint: TransformerCheckpoint) -> Patches | None:
+    """Return a MODEL's weight patches, or None. Kinds that ranks do not know are merged here by core.
+
+    Raises ValueError for patches that do not fit the weights.
+    """
+    if not any(key.startswith(NETWORK) for key in patcher.patches):
+        return None
+    kept = _patches.setdefault(patcher.model, {})
+    if patcher.patches_uuid not in kept:
+        named = {
+            key.removeprefix(NETWORK): _converted(patches) or [_merged(patcher, key)]
+            for key, patches in patcher.patches.items()
+            if key.startswith(NETWORK) and patches
+        }
+        kept[patcher.patches_uuid] = Patches.make(checkpoint, named, _merge_dtype(patcher))
+        for oldest in list(kept)[:-KEPT_PATCHES]:
+            del kept[oldest]
+    return kept[patcher.patches_uuid]
+
+
+def _merge_dtype(patcher: comfy.model_patcher.ModelPatcher) -> torch.dtype:
+    """Return the dtype in which core merges patches: float32 in older versions, else chosen by the device."""
+    chosen = getattr(comfy.model_management, "lora_compute_dtype", None)
+    return torch.float32 if chosen is None else chosen(patcher.load_device)
+
+
+def _converted(patches: Iterable[tuple]) -> list[Patch] | None:
+    """Return a key's patches as ranks merge them, or None if one is of a kind that ranks do not know."""
+    found = []
+    for strength, value, strength_model, offset, function in patches:
+        converted = None if offset is not None or function is not None else _patch(value, strength, strength_model)
+        if converted is None:
+            return None
+        found.append(converted)
+    return found
+
+
+def _patch(value: object, strength: float, strength_model: float) -> Patch | None:
+    if isinstance(value, LoRAAdapter) and type(value) is LoRAAdapter and value.weights[5] is None:
+        names, alpha = ("up", "down", None, "mid", "dora_scale"), value.weights[2]
+        kind = "lora"
+    elif isinstance(value, LoKrAdapter) and type(value) is LoKrAdapter:
+        names, alpha = ("w1", "w2", None, "w1_a", "w1_b", "w2_a", "w2_b", "t2", "dora_scale"), value.weights[2]
+        kind = "lokr"
+    elif isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], Tensor):
+        return Patch("diff", strength, strength_model, {"diff": value[0]})
+    elif isinstance(value, tuple) and len(value) == 2 and value[0] == "diff" and len(value[1]) == 1:
+        return Patch("diff", strength, strength_model, {"diff": value[1][0]})
+    else:
+        return None
+    tensors = {
+        name: tensor
+        for name, tensor in zip(names, value.weights, strict=False)
+        if name is not None and tensor is not None
+    }
+    return Patch(kind, strength, strength_model, tensors, None if alpha is None else float(alpha))
+
+
+def _merged(patcher: comfy.model_patcher.ModelPatcher, key: str) -> Patch:
+    """Return a whole tensor with its patches, merged by core on the CPU."""
+    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:
+        weight = patcher.backup[key].weight
+    dense = weight.to("cpu", torch.float32, copy=True)
+    if convert is not None:
+        dense = convert(dense, inplace=True)
+    merged = comfy.lora.calculate_weight(patcher.patches[key], dense, key)
+    return Patch("set", 1.0, 1.0, {"value": merged})
