@@ -56,68 +56,51 @@ def server(tmp_path_factory):
         (base / "models" / "vae" / "full_size.safetensors").unlink()  # 2.5 GB
 
 
-def stock(latent: dict, conditioning: tuple[list, list], decode: dict) -> dict:
-    """Return core's graph from its loaders to pictures. Graphs differ in `latent`, `conditioning` and `decode`."""
-    ours = {"rank_group": ["ranks", 0], "mode": "seamless", "tile_size": 256, "overlap": 64}
-    if decode["class_type"] == "HV15DistributedVAEDecode":
-        decode["inputs"] |= ours
-    return {
-        "unet": node("UNETLoader", unet_name="small_t2v.safetensors", weight_dtype="default"),
-        "shift": node("ModelSamplingSD3", model=["unet", 0], shift=7.0),
+OURS = {"rank_group": ["ranks", 0], "mode": "seamless", "tile_size": 256, "overlap": 64}
+
+
+def stock(prompt: dict, decode: dict, model: str) -> dict:
+    """Return one of the API prompts of core's graphs with small models and pictures as its output.
+
+    decode: the node that decodes. model: "unet", or "model_on_ranks" for sampling on ranks.
+    """
+    graph = {key: node for key, node in prompt.items() if key not in ("clip", "video", "vision_model", "vision")}
+    graph["unet"]["inputs"]["unet_name"] = "small_t2v.safetensors"
+    graph["vae"]["inputs"]["vae_name"] = "full_size.safetensors"
+    graph["ranks"]["inputs"]["devices"] = "cpu"
+    graph["shift"]["inputs"]["model"] = [model, 0]
+    graph["sigmas"]["inputs"]["steps"] = 2
+    graph["latent"]["inputs"] |= {"width": 32, "height": 32, "length": 5}
+    graph["latent"]["inputs"].pop("clip_vision_output", None)
+    graph |= {
         "positive": node("SmallConditioning", seed=1),
         "negative": node("SmallConditioning", seed=2),
-        "vae": node("VAELoader", vae_name="full_size.safetensors"),
-        "ranks": node(
-            "HV15RankGroup",
-            devices="cpu",
-            backend="auto",
-            dtype="auto",
-            keep_loaded="keep",
-            start_timeout=180,
-            stall_timeout=120,
-        ),
-        "distributed": node("HV15DistributeVAE", vae=["vae", 0], **ours),
-        "picture": node("EmptyImage", width=48, height=48, batch_size=1, color=0x4080C0),
-        "latent": latent,
-        "guider": node("CFGGuider", model=["shift", 0], positive=conditioning[0], negative=conditioning[1], cfg=6.0),
-        "sampler": node("KSamplerSelect", sampler_name="euler"),
-        "sigmas": node("BasicScheduler", model=["shift", 0], scheduler="simple", steps=2, denoise=1.0),
-        "noise": node("RandomNoise", noise_seed=3),
-        "sample": node(
-            "SamplerCustomAdvanced",
-            noise=["noise", 0],
-            guider=["guider", 0],
-            sampler=["sampler", 0],
-            sigmas=["sigmas", 0],
-            latent_image=["latent", 0 if latent["class_type"].startswith("Empty") else 2],
-        ),
+        "image": node("EmptyImage", width=48, height=48, batch_size=1, color=0x4080C0),
         "decode": decode,
         "save": node("SaveImage", images=["decode", 0], filename_prefix="core"),
     }
+    if decode["class_type"] == "HV15DistributedVAEDecode":
+        decode["inputs"] |= OURS
+    return graph
 
 
-def text_to_video(decode: dict) -> dict:
-    latent = node("EmptyHunyuanVideo15Latent", width=32, height=32, length=5, batch_size=1)
-    return stock(latent, (["positive", 0], ["negative", 0]), decode)
+@pytest.fixture
+def text_to_video(prompt):
+    return lambda decode, model="unet": stock(prompt("core_text_to_video"), decode, model)
 
 
-def image_to_video(decode: dict, vae: str) -> dict:
-    latent = node(
-        "HunyuanVideo15ImageToVideo",
-        positive=["positive", 0],
-        negative=["negative", 0],
-        vae=[vae, 0],
-        width=32,
-        height=32,
-        length=5,
-        batch_size=1,
-        start_image=["picture", 0],
-    )
-    return stock(latent, (["latent", 0], ["latent", 1]), decode)
+@pytest.fixture
+def image_to_video(prompt):
+    def build(decode: dict, vae: str, model: str = "unet") -> dict:
+        graph = stock(prompt("core_image_to_video"), decode, model)
+        graph["latent"]["inputs"]["vae"] = [vae, 0]
+        return graph
+
+    return build
 
 
 def with_distribute_vae() -> dict:
-    return node("VAEDecode", samples=["sample", 0], vae=["distributed", 0])
+    return node("VAEDecode", samples=["sample", 0], vae=["vae_on_ranks", 0])
 
 
 def with_decode_node() -> dict:
@@ -131,7 +114,7 @@ def pictures(server: Host, graph: dict) -> np.ndarray:
 
 
 @pytest.mark.timeout(600)
-def test_cores_text_to_video_graph_runs_with_distribute_vae_and_with_the_decode_node(server):
+def test_cores_text_to_video_graph_runs_with_distribute_vae_and_with_the_decode_node(server, text_to_video):
     frames = pictures(server, text_to_video(with_distribute_vae()))
     assert frames.shape == (5, 32, 32, 3) and frames.std() > 1
     assert np.array_equal(pictures(server, text_to_video(with_decode_node())), frames)
@@ -140,22 +123,22 @@ def test_cores_text_to_video_graph_runs_with_distribute_vae_and_with_the_decode_
 
 
 @pytest.mark.timeout(600)
-def test_cores_image_to_video_graph_runs_with_distribute_vae_and_with_the_decode_node(server):
-    frames = pictures(server, image_to_video(with_distribute_vae(), "distributed"))
+def test_cores_image_to_video_graph_runs_with_distribute_vae_and_with_the_decode_node(server, image_to_video):
+    frames = pictures(server, image_to_video(with_distribute_vae(), "vae_on_ranks"))
     assert frames.shape == (5, 32, 32, 3) and frames.std() > 1
     assert np.array_equal(pictures(server, image_to_video(with_decode_node(), "vae")), frames)
 
 
 @pytest.mark.timeout(600)
-def test_cores_super_resolution_and_tiled_decode_run_with_distribute_vae(server):
+def test_cores_super_resolution_and_tiled_decode_run_with_distribute_vae(server, text_to_video):
     options = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
-    graph = text_to_video(node("VAEDecodeTiled", samples=["second", 0], vae=["distributed", 0], **options))
+    graph = text_to_video(node("VAEDecodeTiled", samples=["second", 0], vae=["vae_on_ranks", 0], **options))
     graph["sr"] = node(
         "HunyuanVideo15SuperResolution",
         positive=["positive", 0],
         negative=["negative", 0],
-        vae=["distributed", 0],
-        start_image=["picture", 0],
+        vae=["vae_on_ranks", 0],
+        start_image=["image", 0],
         latent=["sample", 0],
         noise_augmentation=0.7,
     )
@@ -182,7 +165,7 @@ def test_cores_super_resolution_and_tiled_decode_run_with_distribute_vae(server)
 
 
 @pytest.mark.timeout(600)
-def test_decodes_work_after_unloading_and_after_a_stop(server):
+def test_decodes_work_after_unloading_and_after_a_stop(server, text_to_video):
     frames = pictures(server, text_to_video(with_decode_node()))
     graph = text_to_video(with_distribute_vae())
     for number, action in enumerate(("free", "stop")):
@@ -194,3 +177,17 @@ def test_decodes_work_after_unloading_and_after_a_stop(server):
         graph["decode"]["inputs"]["_"] = number  # a changed input, so that ComfyUI does not use its cache
         graph["save"]["inputs"]["filename_prefix"] = f"core{number}"
         assert np.array_equal(pictures(server, graph), frames), action
+
+
+@pytest.mark.timeout(600)
+def test_cores_graphs_sample_on_ranks_with_distribute_model(server, text_to_video, image_to_video):
+    for graph in (
+        lambda model: text_to_video(with_distribute_vae(), model),
+        lambda model: image_to_video(with_distribute_vae(), "vae", model),
+    ):
+        expected, run = pictures(server, graph("unet")), server.run(graph("model_on_ranks"))
+        assert run.error is None, run.error["exception_message"]
+        frames = server.pictures(run)
+        assert np.abs(frames.astype(int) - expected).max() <= 1  # of 255, by rounding
+        assert {event["job"] for event in run.events} >= {"denoise", "decode"}
+        assert len({event["id"] for event in run.events}) == 1, "one group does both"
