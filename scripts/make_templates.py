@@ -1,4 +1,4 @@
-"""Write example_workflows/: the API prompts as graphs, and ComfyUI's own HunyuanVideo-1.5 graphs with Distribute VAE.
+"""Write example_workflows/: the API prompts as graphs, and ComfyUI's own HunyuanVideo-1.5 graphs on ranks.
 
 Run it when a prompt or a node's inputs have changed.
 """
@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,8 +24,8 @@ PROMPTS = {
 }
 """Names of the templates by API prompt. The template browser shows the file's name."""
 STOCK = {
-    "ComfyUI text to video, VAE on several GPUs": "video_hunyuan_video_1.5_720p_t2v.json",
-    "ComfyUI image to video, VAE on several GPUs": "video_hunyuan_video_1.5_720p_i2v.json",
+    "ComfyUI text to video on several GPUs": "video_hunyuan_video_1.5_720p_t2v.json",
+    "ComfyUI image to video on several GPUs": "video_hunyuan_video_1.5_720p_i2v.json",
 }
 NOTES = ("Note", "MarkdownNote")
 THUMBNAIL, EDGE, TITLE = (640, 400), 16, 30
@@ -188,29 +188,45 @@ def below(nodes: Iterable[dict], left: float, width: float) -> float:
 
 
 def distributed(graph: dict, info: dict) -> dict:
-    """Insert Distribute VAE between the VAELoader and the decode nodes of a graph of core's nodes. Return the graph."""
+    """Insert Distribute Model and Distribute VAE after the loaders of a graph of core's nodes. Return the graph.
+
+    Encoding stays with the loader's VAE. A loader that is bypassed gets a bypassed node.
+    """
     nodes = {node["id"]: node for node in graph["nodes"]}
-    (loader,) = [node for node in nodes.values() if node["type"] == "VAELoader"]
     decoders = {node["id"] for node in nodes.values() if node["type"] in ("VAEDecode", "VAEDecodeTiled")}
-    last = graph["last_node_id"]
-    ranks = empty_node(last + 1, "HV15RankGroup", info, {})
-    ours = empty_node(last + 2, "HV15DistributeVAE", info, {})
-    left = loader["pos"][0] - COLUMN
-    ranks["pos"] = [left, below(nodes.values(), left, ranks["size"][0])]
-    ours["pos"] = [left, below([*nodes.values(), ranks], left, ours["size"][0])]
-    for node in (ranks, ours):
-        node["order"] = len(nodes)
-    moved = [link for link in graph["links"] if link[1] == loader["id"] and link[3] in decoders]
-    for link in moved:
-        loader["outputs"][0]["links"].remove(link[0])
-        link[1], link[2] = ours["id"], 0
-        ours["outputs"][0]["links"].append(link[0])
-    first = graph["last_link_id"] + 1
-    connect(graph["links"], loader, 0, ours, "vae", first)
-    connect(graph["links"], ranks, 0, ours, "rank_group", first + 1)
-    graph["nodes"] += [ranks, ours]
-    graph |= {"last_node_id": last + 2, "last_link_id": first + 1}
+    ranks = _add(graph, "HV15RankGroup", info, nodes)
+    for loader in list(nodes.values()):
+        if loader["type"] == "UNETLoader":
+            _insert(graph, loader, _add(graph, "HV15DistributeModel", info, nodes), "model", ranks)
+        elif loader["type"] == "VAELoader":
+            _insert(graph, loader, _add(graph, "HV15DistributeVAE", info, nodes), "vae", ranks, decoders)
     return graph
+
+
+def _add(graph: dict, kind: str, info: dict, nodes: dict[int, dict]) -> dict:
+    """Add a node to the left of the graph's loaders, below the nodes that are there."""
+    added = empty_node(graph["last_node_id"] + 1, kind, info, {})
+    left = min(node["pos"][0] for node in nodes.values() if node["type"].endswith("Loader")) - COLUMN
+    added["pos"] = [left, below(graph["nodes"], left, added["size"][0])]
+    added["order"] = len(nodes)
+    graph["nodes"].append(added)
+    graph["last_node_id"] += 1
+    return added
+
+
+def _insert(
+    graph: dict, loader: dict, ours: dict, name: str, ranks: dict, targets: Collection[int] | None = None
+) -> None:
+    """Put a node between a loader and the nodes that use its first output. targets: only these nodes."""
+    ours["mode"] = loader["mode"]
+    for link in graph["links"]:
+        if link[1] == loader["id"] and (targets is None or link[3] in targets):
+            loader["outputs"][0]["links"].remove(link[0])
+            link[1], link[2] = ours["id"], 0
+            ours["outputs"][0]["links"].append(link[0])
+    for source, input in ((loader, name), (ranks, "rank_group")):
+        graph["last_link_id"] += 1
+        connect(graph["links"], source, 0, ours, input, graph["last_link_id"])
 
 
 if __name__ == "__main__":
