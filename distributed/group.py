@@ -77,6 +77,7 @@ class RankGroup:
         self._callers: set[Caller] = set()
         """The calls that are queued or running."""
         self._job_in_hand: str | None = None
+        self._step: tuple[int, int] | None = None
         self._numbers = itertools.count(1)
         self._buffers = SharedBuffers()
         self._weights: WeightSource | None = None
@@ -198,12 +199,14 @@ class RankGroup:
         started: Callable[[dict[str, Tensor]], None] | None = None,
         notice: Callable[[str], None] | None = None,
         timeout: float | None = None,
+        step: tuple[int, int] | None = None,
     ) -> dict[str, Tensor]:
         """Run a job on the ranks, after the jobs queued before it, and return its outputs.
 
         progress(done, total) and cancelled() are called on this thread, several times a second. started: called with
         the outputs before they are filled. notice: called with a sentence for the user when the job is retried.
-        timeout: time limit of the whole call in seconds.
+        timeout: time limit of the whole call in seconds. step: number of this job in a series, from 1, and the number of
+        jobs in the series, for the status.
 
         Raises JobError if the job fails or memory is insufficient, GroupError if the group broke twice, Cancelled
         after `cancel` and `stop`, TimeoutError, and ValueError for an invalid timeout.
@@ -212,6 +215,7 @@ class RankGroup:
             check_seconds("timeout", timeout)
         limit = None if timeout is None else time.monotonic() + timeout
         with self._turn(Caller(job.noun, progress, cancelled, notice, limit)) as caller:
+            self._step = step
             inputs, _held = self._share(job.inputs)
             outputs, filled = self._lend(job.outputs)
             if started:
@@ -252,7 +256,7 @@ class RankGroup:
         self._buffers.trim()
 
     def status(self) -> dict:
-        """Return the group's entry in `GET /hv15/groups`: id, state, error, dtype, kind of the current job, and ranks.
+        """Return the group's entry in `GET /hv15/groups`: id, state, error, dtype, kind and step of the job, and ranks.
 
         Each rank has the keys rank, pid, device, state, done and total.
         """
@@ -266,6 +270,7 @@ class RankGroup:
                 "error": self._supervisor.error,
                 "dtype": self.dtype,
                 "job": self._job_in_hand if state is State.BUSY else None,
+                "step": list(self._step) if state is State.BUSY and self._step else None,
                 "ranks": [
                     {
                         "rank": record.rank,

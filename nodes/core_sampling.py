@@ -38,11 +38,15 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """The inputs of a forward that change from step to step: noisy latents [B, C, t, h, w] and timesteps."""
+    """The inputs of a forward that change from step to step: noisy latents [B, C, t, h, w] and timesteps.
+
+    step: number of the step in the schedule, from 1, and the number of steps.
+    """
 
     noise: Tensor
     timestep: Tensor
     timestep_r: float | None
+    step: tuple[int, int] | None
 
     def equals(self, other: "Moment") -> bool:
         same = _equal(self.noise, other.noise) and _equal(self.timestep, other.timestep)
@@ -104,7 +108,7 @@ class Forward:
         time_r = None if disable_time_r or not self.meanflow else second_time(options)
         uuids = options.get("uuids") or [None]
         parts = (context, attention_mask, txt_byt5, clip_fea, x[:, self.channels :])
-        moment = Moment(x[:, : self.channels], timestep, time_r)
+        moment = Moment(x[:, : self.channels], timestep, time_r, step_of(options))
         if len(uuids) == 2:
             (one, own), (other, others) = (_half(moment, parts, i) for i in range(2))
             if one.equals(other):
@@ -143,12 +147,13 @@ class Forward:
             [branch.prepared for branch in branches],
             timestep_r=moment.timestep_r,
             dtype=dtype,
+            step=moment.step,
         )
 
 
 def _half(moment: Moment, parts: Sequence[Tensor | None], i: int) -> tuple[Moment, tuple[Tensor | None, ...]]:
     """Return half i of a batch that core has made of two conditionings."""
-    half = Moment(moment.noise.chunk(2)[i], moment.timestep.chunk(2)[i], moment.timestep_r)
+    half = Moment(moment.noise.chunk(2)[i], moment.timestep.chunk(2)[i], moment.timestep_r, moment.step)
     return half, tuple(None if part is None else part.chunk(2)[i] for part in parts)
 
 
@@ -160,3 +165,12 @@ def second_time(options: dict) -> float | None:
     sigmas, current = options["sample_sigmas"], options["sigmas"][0]
     found = torch.where(sigmas == current)[0]
     return 1000 * float(sigmas[found[0] + 1]) if len(found) else None
+
+
+def step_of(options: dict) -> tuple[int, int] | None:
+    """Return the number of the current step, from 1, and the number of steps, if core says which sigma it is at."""
+    sigmas, current = options.get("sample_sigmas"), options.get("sigmas")
+    if sigmas is None or current is None or len(sigmas) < 2:
+        return None
+    steps = len(sigmas) - 1
+    return max(1, min(steps, int((sigmas >= current[0]).sum()))), steps

@@ -20,15 +20,16 @@ def transformer_on_ranks(
     loaded: LoadedPipeline,
     guider: object,
     description: GroupDescription,
+    steps: int,
     on_block: Callable[[int, int], None],
     notice: Callable[[str], None],
 ) -> Iterator[torch.nn.Module]:
-    """A stand-in for the pipeline's transformer, whose forward runs on the ranks.
+    """Yield a stand-in for the pipeline's transformer whose forward runs on the ranks.
 
-    guider: this run's own. on_block is called several times a second with the part of a step that is done, notice with
-    sentences for the user. ComfyUI's models leave the ranks' devices when the first step begins: until then the
-    pipeline encodes its image. Raises ValueError for weights that are no HunyuanVideo-1.5 transformer's, before
-    anything is started.
+    guider: this run's own. steps: the number of its steps. on_block is called several times a second with the finished
+    part of a step, notice with sentences for the user. ComfyUI's models are unloaded from the ranks' devices when the
+    first step begins: until then the pipeline encodes its image. Raises ValueError for weights that are not a
+    HunyuanVideo-1.5 transformer's, before anything is started.
     """
     from .pipeline_parts import module_on_ranks  # diffusers, which other nodes do without
 
@@ -36,14 +37,15 @@ def transformer_on_ranks(
     with group_in_use(description) as group:
         group.start()
         denoiser = Denoiser(checkpoint, group.run)
-        has_room = False
+        has_room, number = False, 0
 
         def progress(done: int, total: int) -> None:
             if total:
                 on_block(done, total)
 
         def predict(*step: object, **options: object) -> Tensor:
-            nonlocal has_room
+            nonlocal has_room, number
+            number += 1
             if not has_room:
                 end_neighbours(group)
                 make_room(group)
@@ -55,6 +57,7 @@ def transformer_on_ranks(
                 progress=progress,
                 cancelled=comfy.model_management.processing_interrupted,
                 notice=notice,
+                step=(number, steps),
             )
 
         try:

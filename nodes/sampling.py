@@ -110,7 +110,7 @@ def sample(
     with contextlib.ExitStack() as stack:
         if rank_group is not None:
             pipeline.transformer = stack.enter_context(
-                transformer_on_ranks(loaded, pipeline.guider, rank_group, on_block or (lambda *_: None), notice)
+                transformer_on_ranks(loaded, pipeline.guider, rank_group, steps, on_block or (lambda *_: None), notice)
             )
             if encoders:
                 stack.enter_context(loaded.on_device(*encoders, elsewhere="transformer"))

@@ -9,6 +9,8 @@ const TEXTS = {
     restart: "Restart",
     stop: "Stop",
     unreachable: "The server did not respond.",
+    jobs: { decode: "decode", denoise: "denoise" },
+    step: (job, [step, steps]) => `${job}, step ${step} of ${steps}`,
     states: {
       starting: "starting", ready: "ready", loading: "loading", busy: "busy", releasing: "releasing",
       recovering: "recovering", failed: "failed", stopped: "stopped",
@@ -20,6 +22,8 @@ const TEXTS = {
     restart: "重启",
     stop: "停止",
     unreachable: "服务器没有响应。",
+    jobs: { decode: "解码", denoise: "去噪" },
+    step: (job, [step, steps]) => `${job}，第 ${step} 步，共 ${steps} 步`,
     states: {
       starting: "启动中", ready: "就绪", loading: "加载中", busy: "运行中", releasing: "释放中", recovering: "恢复中",
       failed: "失败", stopped: "已停止",
@@ -34,6 +38,14 @@ const COLORS = {
 
 export function textsFor(locale) {
   return TEXTS[locale?.startsWith("zh") ? "zh" : "en"];
+}
+
+const BETWEEN_STEPS_MS = 700; // a group is ready for a moment between two steps of a series
+
+/** Return what a busy rank does, such as "denoise, step 12 of 50" or "decode 40 %". */
+function activityOf(rank, group, texts) {
+  const job = texts.jobs[group.job] ?? group.job;
+  return group.step ? texts.step(job, group.step) : `${job} ${Math.floor(100 * progressOf(rank))} %`;
 }
 
 /** Return the progress of a rank's job, 0 to 1. */
@@ -60,7 +72,15 @@ export function mountPanel(element, api, locale = "en") {
       cards.set(group.id, makeCard(group.id, texts, act));
       root.append(cards.get(group.id).box);
     }
-    cards.get(group.id).show(group);
+    const card = cards.get(group.id);
+    clearTimeout(card.waiting);
+    if (group.state === "ready" && card.inSeries) {
+      card.inSeries = false;
+      card.waiting = setTimeout(() => card.show(group), BETWEEN_STEPS_MS);
+    } else {
+      card.inSeries = group.step ? group.step[0] < group.step[1] : false;
+      card.show(group);
+    }
     showNote("");
   };
   const refresh = async () => {
@@ -123,7 +143,7 @@ function makeCard(id, texts, act) {
       ranks = group.ranks.map(makeRank);
       lines.replaceChildren(...ranks.map(({ line }) => line));
     }
-    group.ranks.forEach((rank, index) => ranks[index].show(rank, texts));
+    group.ranks.forEach((rank, index) => ranks[index].show(rank, group, texts));
     error.textContent = group.error ?? "";
   };
   return { box, show };
@@ -139,11 +159,12 @@ function makeRank() {
   const state = makeBadge();
   line.append(name, bar, state);
 
-  const show = (rank, texts) => {
+  const show = (rank, group, texts) => {
     name.textContent = `${rank.rank}  ${rank.device}`;
     bar.value = progressOf(rank);
     bar.ariaLabel = name.textContent;
     showState(state, rank.state, texts);
+    if (rank.state === "busy" && group.job) state.textContent = activityOf(rank, group, texts);
   };
   return { line, show };
 }

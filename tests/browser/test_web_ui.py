@@ -1,5 +1,6 @@
 """The pack in ComfyUI's web UI, in a real browser (see `set_up.find_chromium`)."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,9 @@ def test_the_panel_shows_a_group_at_work_and_stops_it(page, host):
     )
     queue = "(await (await fetch('/api/queue')).json())"
     page.until(f"{queue}.queue_running.length + {queue}.queue_pending.length === 0", 120)
-    assert {"starting", "busy", "rank busy", "progress"} <= set(page.run("return [...seen]"))
+    seen = set(page.run("return [...seen]"))
+    assert {"starting", "busy", "rank denoise, step 1 of 2", "progress"} <= seen
+    assert any(re.fullmatch(r"rank decode \d+ %", text) for text in seen)
     (group,) = [group for group in host.get("/hv15/groups") if group["state"] != "stopped"]
     assert group["state"] == "ready"
     card = f"document.querySelector('.hv15-group[data-group=\"{group['id']}\"]')"
@@ -104,10 +107,35 @@ def test_the_panel_shows_a_group_at_work_and_stops_it(page, host):
 
 def test_each_node_has_a_help_page_in_both_languages(page):
     ids = page.run("return Object.keys(LiteGraph.registered_node_types).filter((type) => type.startsWith('HV15'))")
-    assert len(ids) == 7
+    assert len(ids) == 8
     for id in ids:
         assert page.run(f"return (await (await fetch('/extensions/{PACK}/docs/{id}.md')).text()).startsWith('# ')")
         assert page.run(f"return (await (await fetch('/extensions/{PACK}/docs/{id}/zh.md')).text()).startsWith('# ')")
+
+
+def test_the_panel_shows_the_steps_of_a_series_without_flicker(page):
+    shown = page.run(
+        f"""
+        const {{ mountPanel }} = await import("/extensions/{PACK}/panel.mjs");
+        const api = Object.assign(new EventTarget(), {{ fetchApi: async () => ({{ json: async () => [] }}) }});
+        const element = document.createElement("div");
+        const close = mountPanel(element, api, "zh-CN");
+        const shown = [];
+        const tell = (state, step) => {{
+          const ranks = [{{ rank: 0, device: "cpu", state, done: 1, total: 4 }}];
+          const detail = {{ id: "a", state, job: "denoise", step, ranks }};
+          api.dispatchEvent(new CustomEvent("hv15.group", {{ detail }}));
+          shown.push(element.querySelector(".hv15-rank .hv15-state").textContent);
+        }};
+        tell("busy", [1, 2]);
+        tell("ready", null);
+        tell("busy", [2, 2]);
+        tell("ready", null);
+        close();
+        return shown;
+        """
+    )
+    assert shown == ["去噪，第 1 步，共 2 步", "去噪，第 1 步，共 2 步", "去噪，第 2 步，共 2 步", "就绪"]
 
 
 def test_a_button_of_the_panel_is_enabled_again_after_a_failed_request(page):

@@ -108,6 +108,18 @@ def test_guiders_need_not_know(model, distribute, jobs):
     assert 2 in jobs and 1 in jobs
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpm_2"])
+def test_the_groups_status_shows_the_step(model, distribute, monkeypatch, sampler):
+    from hv15_pack.distributed import RankGroup
+
+    steps, run = [], RankGroup.run
+    monkeypatch.setattr(
+        RankGroup, "run", lambda group, job, **options: steps.append(options["step"]) or run(group, job, **options)
+    )
+    ksample(distribute(model), POSITIVE, NEGATIVE, sampler=sampler, steps=3)
+    assert steps == sorted(steps) and set(steps) == {(1, 3), (2, 3), (3, 3)}
+
+
 def test_no_guidance_is_one_branch(model, distribute, jobs):
     assert_same(ksample(distribute(model), POSITIVE, NEGATIVE, cfg=1.0), ksample(model, POSITIVE, NEGATIVE, cfg=1.0))
     assert jobs == [1] * 4

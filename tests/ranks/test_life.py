@@ -201,11 +201,12 @@ def test_progress_is_reported_as_a_change_and_starts_at_zero_for_each_job(echoes
     changes = []
     echoes.on_change = lambda: changes.append(echoes.status())
     try:
-        run(echoes)
+        run(echoes, step=(2, 3))
     finally:
         echoes.on_change = lambda: None
     assert {status["job"] for status in changes if status["state"] == "busy"} == {"echo"}
-    assert changes[-1]["state"] == "ready" and changes[-1]["job"] is None
+    assert [2, 3] in [status["step"] for status in changes if status["state"] == "busy"]
+    assert changes[-1]["state"] == "ready" and changes[-1]["job"] is None and changes[-1]["step"] is None
     busy = [rank for s in changes if s["state"] == "busy" for rank in s["ranks"] if rank["state"] == "busy"]
     assert busy[0]["done"] == busy[0]["total"] == 0
     assert any(0 < rank["done"] < rank["total"] for rank in busy)
