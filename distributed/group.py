@@ -205,8 +205,8 @@ class RankGroup:
 
         progress(done, total) and cancelled() are called on this thread, several times a second. started: called with
         the outputs before they are filled. notice: called with a sentence for the user when the job is retried.
-        timeout: time limit of the whole call in seconds. step: number of this job in a series, from 1, and the number of
-        jobs in the series, for the status.
+        timeout: time limit of the whole call in seconds. step: for the status, the number of this job in a series, from
+        1, and the number of jobs in the series.
 
         Raises JobError if the job fails or memory is insufficient, GroupError if the group broke twice, Cancelled
         after `cancel` and `stop`, TimeoutError, and ValueError for an invalid timeout.

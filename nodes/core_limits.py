@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP
+from torch import Tensor
 
 CONDITIONS = {
     "control": "a ControlNet",
@@ -42,6 +43,14 @@ def reason_to_stay(
         for name, words in CONDITIONS.items():
             if cond.get(name) is not None:
                 return words
+        mask = cond.get("attention_mask")
+        if isinstance(mask, Tensor) and not (mask == 1).all() and _is_additive(mask):
+            return "a text mask that is added to attention scores"
     if any(loading.values()):
         return "a forced load of the model"
     return None
+
+
+def _is_additive(mask: Tensor) -> bool:
+    """Return whether core adds a mask to attention scores, instead of selecting tokens with it."""
+    return mask.is_floating_point() or not ((mask == 0) | (mask == 1)).all()

@@ -95,7 +95,8 @@ def patches_of(patcher: comfy.model_patcher.ModelPatcher, checkpoint: Transforme
             for key, patches in patcher.patches.items()
             if key.startswith(NETWORK) and patches
         }
-        kept[patcher.patches_uuid] = Patches.make(checkpoint, named, _merge_dtype(patcher))
+        before = next(reversed(kept.values()), None)
+        kept[patcher.patches_uuid] = Patches.make(checkpoint, named, _merge_dtype(patcher), before)
         for oldest in list(kept)[:-KEPT_PATCHES]:
             del kept[oldest]
     return kept[patcher.patches_uuid]

@@ -4,6 +4,7 @@ Run it with `.venv/bin/python scripts/make_pictures.py` after `make browser`, wh
 """
 
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from comfyui_host import Host
-from make_templates import PROMPTS
-from set_up import ROOT, find_chromium
+from make_templates import PROMPTS, STOCK
+from set_up import ROOT, comfyui_path, find_chromium
 from web_ui import open_page
 
 sys.path.insert(0, str(ROOT))
@@ -23,6 +24,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 SIZE = "720x1280x121"
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.Workflow.ShowMissingNodesWarning": False,
     "Comfy.Minimap.Visible": False,
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
@@ -36,41 +39,102 @@ def main() -> None:
     (TARGET / "speed.svg").write_text(speed())
     seams().save(TARGET / "seams.png", optimize=True)
     graph(TARGET / "graph.png")
+    core_graph(TARGET / "core_graph.png")
 
 
 def graph(target: Path) -> None:
     """Write a screenshot of the text-to-video template in ComfyUI's web UI while its ranks decode."""
+    settings = """
+        const by = (type) => app.graph._nodes.find((node) => node.type === type);
+        for (const [name, value] of [["width", 256], ["height", 160], ["frames", 61], ["steps", 4]])
+          by("HV15Sampler").widgets.find((widget) => widget.name === name).value = value;
+    """
     with tempfile.TemporaryDirectory(prefix="hv15-pictures-") as folder:
-        host = Host(Path(folder))
-        try:
-            host.wait().post("/settings", SETTINGS)
-            with open_page(find_chromium(), host.url) as page:
-                page.open_template(PROMPTS["text_to_video"])
-                page.run(
-                    """
-                    document.querySelector(".hv15\\\\.groups-tab-button").click();
-                    document.elementFromPoint(innerWidth - 32, 20).closest("button")?.click(); // the UI's advertisement
-                    const by = (type) => app.graph._nodes.find((node) => node.type === type);
-                    for (const [name, value] of [["width", 256], ["height", 160], ["frames", 61], ["steps", 4]])
-                      by("HV15Sampler").widgets.find((widget) => widget.name === name).value = value;
-                    await app.queuePrompt(0);
-                    """
-                )
-                bars = "[...document.querySelectorAll('.hv15-rank progress')]"
-                page.until(f"{bars}.length && {bars}.every((bar) => 0.4 < bar.value && bar.value < 1)", 300)
-                page.run(
-                    """
-                    const right = Math.max(...app.graph._nodes.map((node) => node.pos[0] + node.size[0]));
-                    app.canvas.ds.scale = (innerWidth - 410) / right;
-                    app.canvas.ds.offset = [385 / app.canvas.ds.scale, 160 / app.canvas.ds.scale];
-                    app.canvas.draw(true, true);
-                    """
-                )
-                page.picture(target)
-            with Image.open(target) as whole:
-                whole.crop((0, 0, whole.width, 440)).save(target, optimize=True)
-        finally:
-            host.close()
+        decoding = "bars.every((bar) => 0.4 < bar.value && bar.value < 1)"
+        screenshot(Host(Path(folder)), PROMPTS["text_to_video"], settings, decoding, 440, target)
+
+
+def core_graph(target: Path) -> None:
+    """Write a screenshot of ComfyUI's own text-to-video graph while its ranks sample, with small random models."""
+    settings = """
+        for (const [type, values] of Object.entries(%s))
+          for (const node of app.graph._nodes.filter((node) => node.type === type && node.mode === 0))
+            for (const [name, value] of Object.entries(values))
+              node.widgets.find((widget) => widget.name === name).value = value;
+    """
+    values = {
+        "EmptyHunyuanVideo15Latent": {"width": 640, "height": 480, "length": 33},
+        "HV15RankGroup": {"devices": "cpu,cpu"},
+    }
+    with tempfile.TemporaryDirectory(prefix="hv15-pictures-") as folder:
+        base = Path(folder)
+        script = ROOT / "tests" / "host" / "small_core_models.py"
+        subprocess.run([sys.executable, script, comfyui_path(), base / "models"], check=True)
+        names = {"small_t2v": "hunyuanvideo1.5_720p_t2v_fp16", "full_size": "hunyuanvideo15_vae_fp16"}
+        for path in list((base / "models").glob("*/*.safetensors")):
+            path.rename(path.with_stem(names.get(path.stem, path.stem)))
+        (base / "models" / "text_encoders").mkdir()
+        for name in ("qwen_2.5_vl_7b_fp8_scaled", "byt5_small_glyphxl_fp16"):
+            (base / "models" / "text_encoders" / f"{name}.safetensors").touch()
+        (base / "custom_nodes").mkdir()
+        (base / "custom_nodes" / "small_text_encoders.py").write_text(SMALL_TEXT_ENCODERS)
+        sampling = "states.every((state) => /step ([3-9]|1\\d) of/.test(state.textContent))"
+        screenshot(Host(base), next(iter(STOCK)), settings % json.dumps(values), sampling, 760, target)
+
+
+SMALL_TEXT_ENCODERS = """
+import nodes, torch
+
+def encode(self, clip, text):
+    text = torch.randn(1, 8, 3584, generator=torch.Generator().manual_seed(len(text)))
+    return ([[text, {"pooled_output": torch.zeros(1, 768)}]],)
+
+nodes.DualCLIPLoader.load_clip = lambda self, **options: (None,)
+nodes.CLIPTextEncode.encode = encode
+NODE_CLASS_MAPPINGS = {}
+"""
+"""A module for custom_nodes. The real text encoders have billions of weights."""
+
+
+def screenshot(host: Host, template: str, settings: str, moment: str, height: int, target: Path) -> None:
+    """Open a template, apply JavaScript `settings`, queue it, and take a picture.
+
+    moment: a condition in JavaScript on the progress `bars` and the `states` of the ranks in the panel. height: of the
+    picture, in pixels.
+    """
+    try:
+        host.wait().post("/settings", SETTINGS)
+        with open_page(find_chromium(), host.url) as page:
+            page.open_template(template)
+            page.run(
+                """
+                document.querySelector(".hv15\\\\.groups-tab-button").click();
+                document.elementFromPoint(innerWidth - 32, 20).closest("button")?.click(); // the UI's advertisement
+                """
+                + settings
+                + "await app.queuePrompt(0);"
+            )
+            bars, states = (
+                f"[...document.querySelectorAll('.hv15-rank {part}')]" for part in ("progress", ".hv15-state")
+            )
+            page.until(f"((bars, states) => bars.length && {moment})({bars}, {states})", 300)
+            page.run(
+                """
+                const nodes = app.graph._nodes.filter((node) => node.mode === 0 && !node.type.endsWith("Note"));
+                const left = Math.min(...nodes.map((node) => node.pos[0]));
+                const right = Math.max(...nodes.map((node) => node.pos[0] + node.size[0]));
+                const top = Math.min(...nodes.map((node) => node.pos[1]));
+                const ds = app.canvas.ds;
+                ds.scale = (innerWidth - 410) / (right - left);
+                ds.offset = [385 / ds.scale - left, 160 / ds.scale - top];
+                app.canvas.draw(true, true);
+                """
+            )
+            page.picture(target)
+        with Image.open(target) as whole:
+            whole.crop((0, 0, whole.width, height)).save(target, optimize=True)
+    finally:
+        host.close()
 
 
 def speed() -> str:

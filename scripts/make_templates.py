@@ -195,7 +195,7 @@ def distributed(graph: dict, info: dict) -> dict:
     nodes = {node["id"]: node for node in graph["nodes"]}
     decoders = {node["id"] for node in nodes.values() if node["type"] in ("VAEDecode", "VAEDecodeTiled")}
     ranks = _add(graph, "HV15RankGroup", info, nodes)
-    for loader in list(nodes.values()):
+    for loader in sorted(nodes.values(), key=lambda node: node["mode"]):  # bypassed ones last
         if loader["type"] == "UNETLoader":
             _insert(graph, loader, _add(graph, "HV15DistributeModel", info, nodes), "model", ranks)
         elif loader["type"] == "VAELoader":
