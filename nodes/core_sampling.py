@@ -113,7 +113,7 @@ class Forward:
             (one, own), (other, others) = (_half(moment, parts, i) for i in range(2))
             if one.equals(other):
                 pair = [self._branch(uuids[0], own), self._branch(uuids[1], others)]
-                return self._predicted(one, pair, x.dtype).flatten(0, 1).to(x)
+                return self._predicted(one, pair).flatten(0, 1).to(x)
         return self._one(tuple(uuids), moment, parts).to(x)
 
     def _one(self, key: object, moment: Moment, parts: tuple[Tensor | None, ...]) -> Tensor:
@@ -127,8 +127,8 @@ class Forward:
             return ahead[2]
         following = self._branches.get(self._follows.get(key))
         if following is None or not following.fits(branch):
-            return self._predicted(moment, [branch], parts[0].dtype)[0]
-        prediction, next_prediction = self._predicted(moment, [branch, following], parts[0].dtype)
+            return self._predicted(moment, [branch])[0]
+        prediction, next_prediction = self._predicted(moment, [branch, following])
         self._ahead = following, moment, next_prediction
         return prediction
 
@@ -140,13 +140,13 @@ class Forward:
             known = self._branches[key] = Branch(parts, self.prepare(*parts))
         return known
 
-    def _predicted(self, moment: Moment, branches: Sequence[Branch], dtype: torch.dtype) -> Tensor:
+    def _predicted(self, moment: Moment, branches: Sequence[Branch]) -> Tensor:
         return self.predict(
             moment.noise,
             moment.timestep,
             [branch.prepared for branch in branches],
             timestep_r=moment.timestep_r,
-            dtype=dtype,
+            dtype=moment.noise.dtype,
             step=moment.step,
         )
 

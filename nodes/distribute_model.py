@@ -7,6 +7,7 @@ loaded onto ComfyUI's device.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import comfy.model_management
@@ -32,11 +33,12 @@ KEY = "hv15_distribute_model"
 """Key of the wrappers. A MODEL has one of each: another Distribute Model node replaces them."""
 
 
+@dataclass(frozen=True, eq=False)
 class _Run:
-    """One sampling: the MODEL, and the network whose forward is replaced."""
+    """One sampling: the MODEL, and what is undone at the end."""
 
-    def __init__(self, patcher: comfy.model_patcher.ModelPatcher, stack: contextlib.ExitStack) -> None:
-        self.patcher, self.stack = patcher, stack
+    patcher: comfy.model_patcher.ModelPatcher
+    stack: contextlib.ExitStack
 
 
 class ModelOnRanks:
@@ -92,8 +94,8 @@ class ModelOnRanks:
         compiled = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
         compiled.pop("torch.compile", None)  # of this run only: nothing is left to compile
         patcher.unpatch_model(unpatch_weights=False)  # a loaded clone's object patches may be in force
-        patcher.patch_model(load_weights=False)
         run.stack.callback(patcher.unpatch_model, unpatch_weights=False)
+        patcher.patch_model(load_weights=False)
         network = vars(network_of(patcher))
         # An instance attribute: core's `forward` looks it up below all wrappers. An object patch would be taken away by
         # an unload during the run, and would leave a reference cycle around the weights.

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SIZES = {"in_channels": 65, "out_channels": 32, "vec_in_dim": None, "context_in_dim": 3584, "hidden_size": 128}
@@ -35,6 +35,19 @@ def write_transformer(path: Path, dtype: torch.dtype = torch.float32, **changes:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path)
     return path
+
+
+def in_scaled_fp8(path: Path, target: Path) -> Path:
+    """Write a transformer's file with the blocks' linear layers in scaled 8 bits, as in `fp8_scaled` files."""
+    state = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for key, tensor in load_file(path).items():
+        if tensor.ndim == 2 and key.startswith("double_blocks."):
+            scale = tensor.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            state |= {key: (tensor / scale).to(torch.float8_e4m3fn), key.replace(".weight", ".scale_weight"): scale}
+        else:
+            state[key] = tensor
+    save_file(state, target)
+    return target
 
 
 def conditioning(seed: int, tokens: int = 7, glyphs: int = 3, videos: int = 1, **entries: object) -> list:

@@ -2,11 +2,13 @@
 
 import gc
 import importlib
+import re
 import weakref
 
+import psutil
 import pytest
 import torch
-from core_samplings import conditioning, custom_sample, ksample, write_transformer
+from core_samplings import conditioning, custom_sample, in_scaled_fp8, ksample, write_transformer
 
 POSITIVE, NEGATIVE = conditioning(1), conditioning(2)
 SHORT = conditioning(3, tokens=4, glyphs=0)
@@ -383,6 +385,68 @@ def test_weights_are_used_in_the_dtype_in_which_core_keeps_them(pack, files, dis
     tolerance = 1e-5 if model.model.get_dtype() is torch.float32 or options else 2e-2
     result = ksample(distribute(model), POSITIVE, SHORT)
     assert (result - expected).norm() / expected.norm() < tolerance
+
+
+def test_scaled_8_bit_files(files, distribute, tmp_path):
+    from comfy.sd import load_diffusion_model
+
+    model = load_diffusion_model(str(in_scaled_fp8(files["t2v"], tmp_path / "scaled.safetensors")))
+    expected = ksample(model, POSITIVE, SHORT)
+    assert_same(ksample(distribute(model), POSITIVE, SHORT), expected)
+    unscaled = ksample(load_diffusion_model(str(files["t2v"])), POSITIVE, SHORT)
+    assert (unscaled - expected).norm() / expected.norm() > 1e-3
+
+
+def test_a_killed_rank_does_not_cost_the_sampling(model, distribute, groups, jobs):
+    expected, killed = ksample(model, POSITIVE, SHORT), []
+    distributed = distribute(model)
+    (group,) = (group for group in groups.all_groups() if group.devices == ("cpu", "cpu"))
+    group.start(wait=True)
+
+    def kill(step, *_):
+        if step == 1:
+            killed.append(group.status()["ranks"][1]["pid"])
+            psutil.Process(killed[0]).kill()
+
+    assert_same(ksample(distributed, POSITIVE, SHORT, callback=kill), expected)
+    assert killed and killed[0] not in [rank["pid"] for rank in group.status()["ranks"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda m: m.add_object_patch("diffusion_model.pe_embedder", None),
+            r"the network's own parts \(.*pe_embedder\)",
+        ),
+        (lambda m: m.set_injections("bypass_lora", [object()]), "a LoRA in bypass mode"),
+        (lambda m: m.add_weight_wrapper("diffusion_model.img_in.proj.weight", None), "wrappers around the weights"),
+        (lambda m: m.add_callback("on_load_after", print), "callbacks that change the network"),
+        (lambda m: m.set_additional_models("multigpu", [m.clone()]), "MultiGPU clones"),
+        (lambda m: m.set_model_attn1_patch(print), r"patched blocks \(attn1_patch\)"),
+    ],
+)
+def test_what_ranks_cannot_compute_is_named(model, distribute, change, words):
+    reason_to_stay = importlib.import_module("hv15_pack.nodes.core_limits").reason_to_stay
+    clone = distribute(model)
+    assert reason_to_stay(clone, {"positive": POSITIVE[0][1:]}, clone.model_options, {}) is None
+    change(clone)
+    assert re.search(words, reason_to_stay(clone, {"positive": POSITIVE[0][1:]}, clone.model_options, {}))
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"control": object()}, "ControlNet"),
+        ({"hooks": object()}, "hooks on the conditioning"),
+        ({"guiding_frame_index": 0}, "guiding frame"),
+        ({"attention_mask": torch.tensor([[0.0, -1.0]])}, "added to attention scores"),
+    ],
+)
+def test_conditions_that_ranks_cannot_compute_are_named(model, entry, words):
+    reason_to_stay = importlib.import_module("hv15_pack.nodes.core_limits").reason_to_stay
+    assert words in reason_to_stay(model, {"positive": [entry], "negative": None}, {}, {})
+    assert "forced load" in reason_to_stay(model, {}, {}, {"force_full_load": True})
 
 
 def test_other_models_are_refused_by_name(pack, distribute):
