@@ -1,0 +1,87 @@
+"""Sizes and shares of everything that is trained on.
+
+Work, counted as multiplications and additions of convolutions, linear layers and attention:
+
+| stage | forward | one step, forward and backward | expected on an H100 |
+| --- | --- | --- | --- |
+| VAE | 51 kFLOP per pixel to encode, 87 to decode | 1.6 million pixels, 0.7 TFLOP | 40 to 60 ms per step |
+| latents | 51 kFLOP per pixel | 9.6 billion pixels, once, 490 TFLOP | 40 s |
+| transformer | 2.9 MFLOP per token, 900 tokens per clip | 86,000 tokens, 0.75 TFLOP | 25 to 35 ms per step |
+
+In 7 minutes the VAE makes 7,000 to 10,000 steps, and in 5 minutes the transformer 9,000 to 12,000.
+These layers are too narrow for a GPU's matrix units: memory and the start of kernels limit the speed. The expected
+times assume 15 kB of memory traffic per pixel, 3 TB/s, and 20 ms for the start of a step's kernels.
+"""
+
+from dataclasses import dataclass, field
+
+from . import parts
+
+
+@dataclass(frozen=True)
+class Crops:
+    """One size of clips that the VAE is trained on."""
+
+    share: float
+    """Part of the steps that have this size."""
+    batch: int
+    frames: int
+    size: tuple[int, int]
+    """Height and width."""
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """One size of clips that the transformer is trained on."""
+
+    share: float
+    batch: int
+    worlds: int
+    """Number of clips of the world. Those of the footage are all its windows."""
+    frames: int
+    size: tuple[int, int]
+    """Height and width."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, on what, and from which seed."""
+
+    seed: int = 1
+    vae: dict = field(default_factory=lambda: dict(parts.VAE_CONFIG))
+    transformer: dict = field(default_factory=lambda: dict(parts.TRANSFORMER_CONFIG))
+    vae_rate: float = 1.5e-3
+    transformer_rate: float = 1e-3
+    footage_sizes: tuple[tuple[int, int], ...] = ((720, 1280), (480, 848), (240, 424), (160, 256))
+    """Height and width of the copies of the footage from which crops are taken."""
+    crops: tuple[Crops, ...] = (
+        Crops(0.35, 4, 17, (128, 128)),
+        Crops(0.20, 2, 9, (256, 256)),
+        Crops(0.15, 2, 17, (160, 256)),
+        Crops(0.20, 1, 5, (480, 848)),
+        Crops(0.10, 1, 9, (480, 848)),
+    )
+    """A third of the steps has whole frames, because the attention sees the whole picture: 1590 positions per frame."""
+    footage_in_vae: float = 0.6
+    """Part of the VAE's clips that are of the footage."""
+    shelves: tuple[Shelf, ...] = (
+        Shelf(0.70, 96, 10_000, 17, (160, 256)),
+        Shelf(0.20, 160, 3_000, 17, (128, 192)),
+        Shelf(0.10, 48, 1_200, 33, (160, 256)),
+    )
+    """The first one has the size of the example prompts."""
+    footage_in_transformer: float = 0.15
+    images: float = 0.4
+    """Part of the transformer's clips whose first frame is given (image-to-video)."""
+    no_caption: float = 0.1
+    """Part of the transformer's clips without a caption, for classifier-free guidance."""
+    shift: float = 3.0
+    """Timestep shift of the noise levels in training. They are uniform before the shift."""
+    most_steps: int | None = None
+    judged_size: tuple[int, int] = (480, 848)
+    """Height and width of the footage by which the VAE is judged."""
+    judged_combinations: int | None = None
+    """Number of combinations that the prompts and the pictures of the report show. None: all that were held out."""
+    judged_seeds: int = 3
+    steps: int = 8
+    """Denoising steps of the report, which are those of the example prompts."""

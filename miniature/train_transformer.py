@@ -1,0 +1,110 @@
+"""The second stage: the transformer, on the latents of the first stage's VAE, by flow matching.
+
+A latent x and noise n become (1 - s) x + s n for a noise level s, and the transformer learns the velocity n - x, as
+the pipelines' scheduler expects. For image-to-video the latent's first frame is given in the condition channels: it is
+the first picture's own latent, because the VAE is causal in time. Captions are dropped from a tenth of the clips.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import footage, latents, parts, text
+from .fitting import Schedule, fit
+from .forms import channels_last, set_key_masks, velocity
+from .recipe import Recipe
+
+MASKED_ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""The first one takes a mask of keys without a copy for each query. A CPU has the second one only."""
+LEAST_SECONDS = 5.0
+"""Training time that is left if the latents took longer than the stage's time."""
+
+
+def train(recipe: Recipe, seconds: float, original: Tensor, folder: Path, device: torch.device, log: Callable) -> dict:
+    """Train the transformer, write its weights and settings, and return what was measured.
+
+    seconds: time of the stage, in which the latents are made too. original: the footage, uint8 [3, frames, height,
+    width].
+    """
+    begin = time.monotonic()
+    torch.manual_seed(recipe.seed)
+    library, shelved = data_set(recipe, original, folder, device, log)
+    model = parts.new_transformer(**recipe.transformer).to(device)
+    set_key_masks(model)
+
+    def step(number: int) -> dict[str, Tensor]:
+        source = random.Random(f"{recipe.seed} transformer {number}")
+        (chosen,) = source.choices(shelved, [one.shelf.share for one in shelved])
+        generator = torch.Generator(device).manual_seed(source.getrandbits(62))
+        return losses(model, library, chosen, recipe, generator)
+
+    made = time.monotonic() - begin
+    log(f"transformer: the latents took {made:.0f} s")
+    schedule = Schedule(max(LEAST_SECONDS, seconds - made), recipe.transformer_rate, recipe.most_steps)
+    averaged, figures = fit("transformer", model, step, schedule, folder, log)
+    parts.save_weights(averaged, folder / parts.TRANSFORMER_FILE)
+    parts.save_settings(folder, transformer=recipe.transformer)
+    return figures | {"seconds for latents": round(made, 1)}
+
+
+def data_set(
+    recipe: Recipe, original: Tensor, folder: Path, device: torch.device, log: Callable
+) -> tuple[latents.Library, list[latents.Shelved]]:
+    """Return the captions and the encoded clips of all shelves."""
+    encoders = text.encoders()
+    for part in encoders.values():
+        if isinstance(part, nn.Module):
+            part.to(device)
+    vae = channels_last(parts.load_vae(folder).to(device))
+    worlds = [latents.clips_of(shelf, recipe.seed) for shelf in recipe.shelves]
+    captions = [one.caption for clips in worlds for one in clips]
+    library = latents.read([*captions, *footage.CAPTIONS], encoders, device)
+    log(f"latents: {len(library.numbers)} captions")
+    shelved = []
+    for shelf, clips in zip(recipe.shelves, worlds, strict=True):
+        one = latents.encode(shelf, clips, original, vae, encoders, library)
+        log(f"latents: {tuple(one.latents.shape)}, standard deviation {float(one.latents.float().std()):.3f}")
+        shelved.append(one)
+    return library, shelved
+
+
+def losses(
+    model: nn.Module, library: latents.Library, shelved: latents.Shelved, recipe: Recipe, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return the loss of a random batch of clips of one shelf."""
+    shelf, device = shelved.shelf, shelved.latents.device
+
+    def uniform() -> Tensor:
+        return torch.rand(shelf.batch, generator=generator, device=device)
+
+    worlds, clips = shelf.worlds, len(shelved.latents)
+    of_footage = uniform() < recipe.footage_in_transformer
+    chosen = torch.where(of_footage, worlds + uniform() * (clips - worlds), uniform() * worlds).long()
+    chosen = chosen.clamp(max=clips - 1)
+    clean = shelved.latents[chosen].float()
+    noise = torch.randn(clean.shape, generator=generator, device=device)
+    level = uniform()
+    level = recipe.shift * level / (1 + (recipe.shift - 1) * level)
+    spread = level[:, None, None, None, None]
+    given, silent = uniform() < recipe.images, uniform() < recipe.no_caption
+    known = torch.zeros_like(clean[:, :1])
+    known[:, :, 0] = given[:, None, None, None].float()
+    captions = shelved.captions[chosen].masked_fill(silent, 0)
+    letters = shelved.letters[chosen].masked_fill(silent, 0)
+    images = shelved.images[chosen]
+    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(MASKED_ATTENTION):
+        predicted = velocity(
+            model,
+            torch.cat([(1 - spread) * clean + spread * noise, clean * known, known], dim=1),
+            level * 1000,
+            (library.texts[captions].float(), library.text_masks[captions]),
+            (library.glyphs[letters].float(), library.glyph_masks[letters]),
+            (images.float(), given[:, None].expand(-1, images.shape[1])),
+        )
+    error = (predicted.float() - (noise - clean)).square().mean((1, 2, 3, 4))
+    return {"loss": error.mean(), "loss with image": (error * given).sum() / given.sum().clamp(min=1)}
