@@ -49,7 +49,11 @@ VAE_FILE, TRANSFORMER_FILE, SETTINGS_FILE = "vae.safetensors", "transformer.safe
 
 
 def new_vae(**changes: object) -> AutoencoderKLHunyuanVideo15:
-    return AutoencoderKLHunyuanVideo15(**VAE_CONFIG | changes)
+    """Return a VAE whose latents start with little noise, so that the decoder learns from the first step."""
+    model = AutoencoderKLHunyuanVideo15(**VAE_CONFIG | changes)
+    with torch.no_grad():
+        model.encoder.conv_out.conv.bias[model.config.latent_channels :] = -6.0
+    return model
 
 
 def new_transformer(**changes: object) -> HunyuanVideo15Transformer3DModel:

@@ -1,0 +1,206 @@
+"""The miniature's training: its loop, and all stages with minute sizes, from footage to a report."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from miniature import fitting, measure, parts, report, train, train_vae, world
+from miniature.fitting import Schedule, fit
+from miniature.recipe import Crops, Recipe, Shelf
+
+MINUTE = Recipe(
+    vae={"block_out_channels": (8, 8, 16, 32, 64), "layers_per_block": 1},
+    transformer=parts.TRANSFORMER_CONFIG | {"num_layers": 1},
+    footage_sizes=((60, 96), (48, 80)),
+    crops=(Crops(0.5, 2, 5, (32, 32)), Crops(0.5, 1, 5, (48, 80))),
+    shelves=(Shelf(0.7, 4, 6, 9, (32, 48)), Shelf(0.3, 4, 3, 5, (48, 32))),
+    most_steps=2,
+    judged_size=(48, 80),
+    judged_combinations=2,
+    judged_seeds=1,
+    steps=2,
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def film():
+    """A smooth, moving stand-in for the footage, uint8 [3, 20, 60, 96]."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 3, 6, 10, generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=(20, 60, 96), mode="trilinear", align_corners=False)
+    return (smooth[0] * 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, film):
+    """The files of all stages."""
+    folder = tmp_path_factory.mktemp("miniature")
+    for stage in train.STAGES:
+        train.run(stage, MINUTE, 600, film, folder, CPU)
+    return folder
+
+
+def test_all_stages_write_their_files_and_a_report(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert {*train.FILES.values(), parts.SETTINGS_FILE, "training.json", "log.txt", "footage.jpg"} <= names
+    found = json.loads((folder / "report.json").read_text())
+    assert found["training"]["vae"]["steps"] == found["training"]["transformer"]["steps"] == 2
+    assert {"footage", "prompts, guidance 6", "prompts, guidance 1", "rabbit", "images"} <= set(found)
+    assert 0 < found["footage"]["psnr"] < 40 and found["prompts, guidance 6"]["videos"] == 2
+    log = (folder / "log.txt").read_text()
+    assert "2 steps, loss" in log and "PSNR" in log and "Whole frames of 80x48" in log
+
+
+def test_a_stage_whose_file_exists_is_skipped(folder, film):
+    before = (folder / parts.VAE_FILE).stat().st_mtime_ns
+    train.run("vae", MINUTE, 600, film, folder, CPU)
+    assert (folder / parts.VAE_FILE).stat().st_mtime_ns == before
+    assert "vae: vae.safetensors exists" in (folder / "log.txt").read_text()
+
+
+def test_training_changed_the_weights_and_the_factor_gives_latents_a_spread_of_one(folder, film):
+    torch.manual_seed(MINUTE.seed)
+    fresh, trained = parts.new_vae(**MINUTE.vae), parts.load_vae(folder)
+    assert (fresh.decoder.conv_out.conv.weight - trained.decoder.conv_out.conv.weight).abs().max() > 1e-6
+    spread = train_vae.spread(trained, train_vae.Film(film, MINUTE.footage_sizes, CPU), MINUTE)
+    assert spread * trained.config.scaling_factor == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_the_pipelines_are_saved_and_loaded_with_every_part(folder, kind, tmp_path):
+    pipeline = parts.pipeline(folder, kind)
+    pipeline.save_pretrained(tmp_path)
+    loaded = type(pipeline).from_pretrained(tmp_path, local_files_only=True)
+    assert loaded.transformer.config.task_type == kind
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            again = getattr(loaded, name).state_dict()
+            assert all(torch.equal(weight, again[key]) for key, weight in part.state_dict().items())
+    prompt = 'a red circle says "K" 🐇'
+    assert loaded.tokenizer(prompt)["input_ids"] == pipeline.tokenizer(prompt)["input_ids"]
+
+
+def test_the_image_encoder_sees_in_training_what_the_pipeline_shows_it(folder):
+    from miniature import latents
+
+    pipeline = parts.pipeline(folder, "i2v")
+    frame = world.render(world.Clip("star", "red", "still", background="brick wall"), 1, 160, 256)[:, 0]
+    with torch.no_grad():
+        ours = latents.see(frame[None] * 2 - 1, pipeline.image_encoder)
+        theirs = pipeline.encode_image(report.picture(frame.permute(1, 2, 0)), 1, CPU, torch.float32)
+    assert (ours - theirs).square().mean() < 1e-3 * theirs.square().mean()
+
+
+def test_the_first_latent_of_a_clip_is_its_first_pictures_latent():
+    """The transformer is trained with the former as the condition; the pipeline gives it the latter."""
+    torch.manual_seed(0)
+    vae = parts.new_vae(**MINUTE.vae)
+    clip = torch.rand(1, 3, 9, 32, 48) * 2 - 1
+    with torch.no_grad():
+        whole, first = (vae.encode(part).latent_dist.mode() for part in (clip, clip[:, :, :1]))
+    assert (whole[:, :, :1] - first).abs().max() < 1e-5
+
+
+def quadratic() -> tuple[nn.Module, object]:
+    """Return a model of one weight vector, and its distance to ones."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1, bias=False)
+    return model, lambda number: {"loss": (model.weight - 1).square().mean()}
+
+
+def test_a_stage_that_was_interrupted_continues_where_it_was(tmp_path, monkeypatch):
+    def run(folder, most_steps: int, until: int | None = None) -> torch.Tensor:
+        model, loss = quadratic()
+
+        def step(number: int) -> dict:
+            if number == until:
+                raise KeyboardInterrupt
+            return loss(number)
+
+        averaged, figures = fit("x", model, step, Schedule(600, 0.05, most_steps), folder, lambda line: None)
+        assert figures["steps"] == most_steps
+        return averaged.weight
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir(), cut.mkdir()
+    expected = run(whole, 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "LOG_SECONDS", 0.0)
+        patch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)  # a checkpoint after each step
+        with pytest.raises(KeyboardInterrupt):
+            run(cut, 30, until=12)
+    assert torch.load(cut / "x.pt", weights_only=True)["state"]["step"] > 8
+    assert torch.allclose(run(cut, 30), expected)
+
+
+def test_training_ends_when_its_time_is_over(tmp_path):
+    model, loss = quadratic()
+    _, figures = fit("x", model, loss, Schedule(0.2, 0.05), tmp_path, lambda line: None)
+    assert figures["steps"] >= 1 and figures["seconds"] >= 0.2
+
+
+def test_a_loss_that_is_not_finite_returns_to_the_last_checkpoint(tmp_path):
+    model, loss = quadratic()
+    lines, failed = [], []
+
+    def step(number: int) -> dict:
+        figures = loss(number)
+        if number == 5 and not failed:
+            failed.append(number)
+            figures["loss"] = figures["loss"] * float("nan")
+        return figures
+
+    averaged, figures = fit("x", model, step, Schedule(600, 0.05, 20), tmp_path, lines.append)
+    assert any("not finite; back to step 0" in line for line in lines)
+    assert figures["steps"] == 20 and torch.isfinite(averaged.weight).all()
+
+
+def test_a_loss_that_is_never_finite_ends_the_training(tmp_path):
+    model, loss = quadratic()
+    with pytest.raises(RuntimeError, match="not finite after five attempts"):
+        fit(
+            "x", model, lambda n: {"loss": loss(n)["loss"] * float("nan")}, Schedule(600, 0.1, 3), tmp_path, lambda _: 0
+        )
+
+
+def test_the_loss_falls_when_the_clips_are_reconstructed_better():
+    torch.manual_seed(0)
+    vae = parts.new_vae(**MINUTE.vae)
+    clips = world.render(world.Clip("circle", "red", "left"), 5, 32, 48)[None] * 2 - 1
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+    values = []
+    with train_vae.training_forms():
+        for _ in range(12):
+            figures = train_vae.losses(vae, clips)
+            optimizer.zero_grad()
+            figures["loss"].backward()
+            optimizer.step()
+            values.append(float(figures["loss"].detach()))
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_the_report_would_see_videos_that_follow_their_prompt(folder, monkeypatch):
+    """With a stand-in that draws what the prompt says, all are right; with one that draws another thing, none is."""
+    recipe = dataclasses.replace(MINUTE, judged_combinations=6)
+    studio = report.Studio(folder, "t2v", recipe, CPU)
+    combinations = world.combinations(held_out=True)[:6]
+    by_caption = {
+        world.Clip(*one, background=world.BACKGROUNDS[i % 5]).caption: one for i, one in enumerate(combinations)
+    }
+
+    def drawing(shift: int):
+        def video(prompt: str, seed: int, guidance: float, image: object = None) -> torch.Tensor:
+            number = combinations.index(by_caption[prompt]) + shift
+            return world.render(world.Clip(*combinations[number % 6]), 9, 96, 160).permute(1, 2, 3, 0)
+
+        return video
+
+    for shift, right, other in ((0, 1, 0), (1, 0, 1)):
+        monkeypatch.setattr(studio, "video", drawing(shift))
+        figures = report.judge_prompts(studio, 6.0, folder)
+        assert figures["right"] == right and figures["right for another prompt"] == other
+    assert measure.look(drawing(0)(next(iter(by_caption)), 0, 6.0)) == measure.Seen(*combinations[0])
