@@ -97,7 +97,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def save_settings(folder: Path, **settings: object) -> None:
-    """Write or complete the settings that are measured in training: the VAE's scaling factor."""
+    """Write or complete the settings: the parts' configurations."""
     path = folder / SETTINGS_FILE
     known = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps(known | settings, indent=2) + "\n")

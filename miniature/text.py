@@ -7,6 +7,7 @@ vector, mixed with those of the tokens before it. The random generator of each w
 so that the encoders are the same on every machine.
 """
 
+import hashlib
 import inspect
 import json
 import re
@@ -36,6 +37,8 @@ WIDTH = 64
 """Width of all encoders."""
 IMAGE_SIDE, IMAGE_PATCH = 128, 16
 """Pixels of the image encoder's picture and of its patches: 64 tokens."""
+DIGEST = "21550c6bf9774e3b"
+"""`digest` of the encoders. A transformer works only with the encoders that it was trained with."""
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -78,7 +81,10 @@ def tokenizer() -> Qwen2Tokenizer:
 
 
 def encoders() -> dict[str, object]:
-    """Return tokenizers, encoders and image processor under the names that the pipelines give them."""
+    """Return tokenizers, encoders and image processor under the names that the pipelines give them.
+
+    Raises ValueError if the weights are not the usual ones, which another numpy could cause.
+    """
     reader = tokenizer()
     parts = {
         "tokenizer": reader,
@@ -118,7 +124,18 @@ def encoders() -> dict[str, object]:
     for word in words():
         first, *others = (reader.convert_tokens_to_ids(spelling) for spelling in spellings(word))
         vectors[others] = vectors[first].clone()
+    if digest(parts) != DIGEST:
+        raise ValueError(f"The encoders' weights have the digest {digest(parts)}, and {DIGEST} on other machines.")
     return parts
+
+
+def digest(parts: dict[str, object]) -> str:
+    """Return a hash of the encoders' weights and vocabulary."""
+    hashed = hashlib.sha256(json.dumps(sorted(parts["tokenizer"].get_vocab().items())).encode())
+    for name in ("text_encoder", "text_encoder_2", "image_encoder"):
+        for key, weight in sorted(parts[name].state_dict().items()):
+            hashed.update(f"{name}.{key}".encode() + weight.cpu().float().numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
 @torch.no_grad()
