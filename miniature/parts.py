@@ -69,7 +69,7 @@ def new_transformer(**changes: object) -> HunyuanVideo15Transformer3DModel:
         for name, weight in model.named_parameters():
             if name.startswith("proj_out.") or (".linear." in name and "norm" in name and "refiner" not in name):
                 weight.zero_()
-            for axis in _narrow_axes(name):
+            for axis in glyph_axes(name):
                 weight.narrow(axis, GLYPH_WIDTH, weight.shape[axis] - GLYPH_WIDTH).zero_()
     return model
 
@@ -78,7 +78,7 @@ def save_weights(model: torch.nn.Module, path: Path) -> None:
     """Write a model's weights in fp16, without the glyph embedder's zeros."""
     weights = {}
     for name, weight in model.state_dict().items():
-        for axis in _narrow_axes(name):
+        for axis in glyph_axes(name):
             weight = weight.narrow(axis, 0, GLYPH_WIDTH)
         weights[name] = weight.detach().to("cpu", torch.float16).contiguous()
     save_file(weights, path)
@@ -90,7 +90,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     full = {name: torch.zeros_like(weight, device="cpu") for name, weight in model.state_dict().items()}
     for name, weight in weights.items():
         place = full[name]
-        for axis in _narrow_axes(name):
+        for axis in glyph_axes(name):
             place = place.narrow(axis, 0, GLYPH_WIDTH)
         place.copy_(weight)
     model.load_state_dict({name: full[name] for name in weights})
@@ -128,7 +128,7 @@ def pipeline(folder: Path, kind: str) -> HunyuanVideo15Pipeline | HunyuanVideo15
     return HunyuanVideo15Pipeline(**parts)
 
 
-def _narrow_axes(name: str) -> tuple[int, ...]:
+def glyph_axes(name: str) -> tuple[int, ...]:
     """Return the axes of a weight that are as wide as the glyph embedder's inner channels."""
     return {
         "context_embedder_2.linear_1.weight": (0,),

@@ -22,7 +22,7 @@ def transformer():
         for name, weight in model.named_parameters():
             if not weight.any():
                 weight.normal_(std=0.05)
-            for axis in parts._narrow_axes(name):
+            for axis in parts.glyph_axes(name):
                 weight.narrow(axis, parts.GLYPH_WIDTH, weight.shape[axis] - parts.GLYPH_WIDTH).zero_()
     return model
 
@@ -112,7 +112,7 @@ def test_the_unused_channels_of_the_glyph_embedder_have_no_gradient(transformer)
     forms.velocity(transformer, **inputs(3)).square().mean().backward()
     transformer.set_attn_processor(processors)
     for name, weight in transformer.context_embedder_2.named_parameters():
-        for axis in parts._narrow_axes(f"context_embedder_2.{name}"):
+        for axis in parts.glyph_axes(f"context_embedder_2.{name}"):
             unused = weight.grad.narrow(axis, parts.GLYPH_WIDTH, weight.shape[axis] - parts.GLYPH_WIDTH)
             assert not unused.any() and weight.grad.any()
     transformer.zero_grad()
