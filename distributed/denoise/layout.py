@@ -1,9 +1,12 @@
-"""What HunyuanVideo-1.5's transformer is made of: sizes, and the names and shapes of its tensors in both layouts.
+"""What HunyuanVideo-1.5's transformer consists of: sizes, and the names and shapes of its tensors in each layout.
 
-diffusers keeps a folder with a config. The original layout (Tencent's, Comfy-Org's, core's) is one file without; its
-sizes follow from shapes. There queries, keys and values are one tensor, and the output norm's shift stands before its
-scale. This module imports no compute. `scripts/convert_hunyuan_video1_5_to_diffusers.py` of diffusers does the same
-renaming.
+- "diffusers": a folder with a config.
+- "core": one file without a config, as ComfyUI's loaders read it. The sizes follow from the shapes. Queries, keys and
+  values are one tensor, and the output norm's shift is stored before its scale.
+- "tencent": Tencent's own files. They differ from "core" in spelling, and the blocks' queries, keys and values are
+  three tensors. `scripts/convert_hunyuan_video1_5_to_diffusers.py` of diffusers reads them.
+
+This module imports no compute.
 """
 
 import re
@@ -76,6 +79,7 @@ BLOCK_PARTS = (
 )
 """The same within a block of the token refiner and of the transformer."""
 
+QK_NORMS = {"q": "query_norm", "k": "key_norm"}
 SPELLINGS = (
     (re.compile(r"^(time_in|time_r_in|txt_in\.t_embedder)\.mlp\.0\."), r"\1.in_layer."),
     (re.compile(r"^(time_in|time_r_in|txt_in\.t_embedder)\.mlp\.2\."), r"\1.out_layer."),
@@ -83,6 +87,9 @@ SPELLINGS = (
     (re.compile(r"^txt_in\.c_embedder\.linear_2\."), "txt_in.c_embedder.out_layer."),
     (re.compile(r"^(.*\.mlp|.*_mlp)\.fc1\."), r"\1.0."),
     (re.compile(r"^(.*\.mlp|.*_mlp)\.fc2\."), r"\1.2."),
+    (re.compile(r"_attn_([qk])_norm\."), lambda match: f"_attn.norm.{QK_NORMS[match[1]]}."),
+    (re.compile(r"_attn_(q|k|v|qkv|proj)\."), r"_attn.\1."),
+    (re.compile(r"_mod\.linear\."), "_mod.lin."),
     (re.compile(r"_norm\.scale$"), "_norm.weight"),
     (re.compile(r"\.scale_weight$"), ".weight_scale"),
     (re.compile(r"\.scale_input$"), ".input_scale"),
@@ -220,8 +227,8 @@ class Source(NamedTuple):
     """Whether its halves stand the other way round."""
 
 
-def source_of(name: str) -> Source:
-    """Where the original layout has what diffusers calls `name`."""
+def source_of(name: str, layout: str = "core") -> Source:
+    """Return where "core" or "tencent" stores what diffusers calls `name`."""
     if name.startswith("norm_out.linear"):
         return Source(_rename(name, PARTS), swapped=True)
     block = re.match(r"(transformer_blocks|context_embedder\.token_refiner\.refiner_blocks)\.\d+\.", name)
@@ -231,6 +238,8 @@ def source_of(name: str) -> Source:
     inner = BLOCK_PARTS if block[1] == "transformer_blocks" else REFINER_PARTS
     renamed = _rename(rest, inner)
     if fused := _PROJECTION.search(rest):
+        if layout == "tencent" and inner is BLOCK_PARTS:
+            return Source(f"{start}{renamed.split('.qkv')[0]}.{fused[1]}.{fused[2]}")
         return Source(f"{start}{renamed.split('.qkv')[0]}.qkv.{fused[2]}", third="qkv".index(fused[1]))
     return Source(start + renamed)
 
@@ -262,7 +271,7 @@ def original_names(keys: Collection[str], name: str) -> dict[str, str]:
 
 
 def recognise(keys: Collection[str], name: str) -> str:
-    """Return the layout, "diffusers" or "core", of a transformer's keys without prefixes.
+    """Return the layout of a transformer's keys, which are without prefixes and in the spelling of `original_names`.
 
     Raises CheckpointError for another model's; `name` is what messages call the file.
     """
@@ -270,7 +279,7 @@ def recognise(keys: Collection[str], name: str) -> str:
     if not single and "cond_type_embed.weight" in keys and "context_embedder_2.linear_1.weight" in keys:
         return "diffusers"
     if not single and "cond_type_embedding.weight" in keys and "byt5_in.fc1.weight" in keys:
-        return "core"
+        return "tencent" if "double_blocks.0.img_attn.q.weight" in keys else "core"
     model = (
         "is a transformer with single-stream blocks, such as HunyuanVideo 1.0's or Flux's, not"
         if single

@@ -51,7 +51,7 @@ class TransformerCheckpoint:
     path: Path
     files: tuple[Path, ...]
     layout: str
-    """"diffusers" or "core"."""
+    """"diffusers", "core" or "tencent"."""
     architecture: Architecture
     identity: str
     """Changes when the files do."""
@@ -72,7 +72,7 @@ class TransformerCheckpoint:
 
 
 def open_transformer(path: str | os.PathLike) -> TransformerCheckpoint:
-    """Recognise and check a transformer: a diffusers folder (the pipeline's or its own), or a file of either layout.
+    """Recognise and check a transformer: a diffusers folder (the pipeline's or its own), or a file of any layout.
 
     A file in diffusers' layout needs its config.json beside it. Raises CheckpointError with what is wrong,
     FileNotFoundError where there is nothing.
@@ -83,7 +83,7 @@ def open_transformer(path: str | os.PathLike) -> TransformerCheckpoint:
     name = name_of(path, "The transformer")
     names = original_names(shapes, name)
     layout = recognise(names.keys(), name)
-    if layout == "core":
+    if layout != "diffusers":
         architecture = architecture_of_core(shapes, name)
         scales = [key for new, key in names.items() if new.endswith(f".weight{SCALE}")]
         _check_scales(files, {key: shapes[key] for key in scales}, name)
@@ -101,26 +101,26 @@ def open_transformer(path: str | os.PathLike) -> TransformerCheckpoint:
         if further := sorted(shapes.keys() - architecture.shapes().keys()):
             raise _further(name, further)
     expected, usable = (
-        (architecture.shapes(), DTYPES) if layout == "diffusers" else (core_shapes(architecture), ALL_DTYPES)
+        (architecture.shapes(), DTYPES) if layout == "diffusers" else (core_shapes(architecture, layout), ALL_DTYPES)
     )
     _refuse(problems(expected, shapes, dtypes, usable), name)
     return TransformerCheckpoint(path, files, layout, architecture, identity_of(files))
 
 
 def architecture_of_core(shapes: Mapping[str, tuple[int, ...]], name: str) -> Architecture:
-    """Return the sizes of a transformer in the original layout from its keys and shapes, and check that it is whole.
+    """Return the sizes of a transformer in core's or Tencent's layout from its shapes, and check that it is whole.
 
     Prefixes are accepted, and tensors that it does not read are ignored. Raises CheckpointError if it is another model
     or lacks tensors; `name` is what messages call it.
     """
     names = original_names(shapes, name)
-    if recognise(names.keys(), name) != "core":
+    if (layout := recognise(names.keys(), name)) == "diffusers":
         raise CheckpointError(f"{name} has the keys of diffusers' layout, not those of ComfyUI's.")
     if further := sorted(key for key in names if key.startswith(FURTHER_LAYERS)):
         raise _further(name, further)
     shapes = {new: tuple(shapes[key]) for new, key in names.items()}
     architecture = architecture_of_shapes(shapes, name)
-    _refuse(problems(core_shapes(architecture), shapes), name)
+    _refuse(problems(core_shapes(architecture, layout), shapes), name)
     return architecture
 
 
@@ -147,11 +147,11 @@ def _check_scales(files: tuple[Path, ...], shapes: Shapes, name: str) -> None:
                     raise CheckpointError(f"{name} has {quote(key)} of {found}; a scale must be a finite number.")
 
 
-def core_shapes(architecture: Architecture) -> Shapes:
-    """Return the shapes of all tensors by the original layout's keys."""
+def core_shapes(architecture: Architecture, layout: str = "core") -> Shapes:
+    """Return the shapes of all tensors by the keys of core's or Tencent's layout."""
     expected: Shapes = {}
     for name, (rows, *rest) in architecture.shapes().items():
-        source = source_of(name)
+        source = source_of(name, layout)
         expected[source.key] = (rows if source.third is None else 3 * rows, *rest)
     return expected
 
@@ -192,7 +192,7 @@ def stored_tensors(
     """
     wanted = sources(checkpoint).keys() if keys is None else sources(checkpoint).keys() & set(keys)
     scales: dict[str, Tensor] = {}
-    for file in checkpoint.files if checkpoint.layout == "core" else ():
+    for file in checkpoint.files if checkpoint.layout != "diffusers" else ():
         with open_file(file) as tensors:
             names = original_names(tensors.keys(), printable(file.name))
             scales |= {key + SCALE: tensors.get_tensor(names[key + SCALE]) for key in wanted if key + SCALE in names}
@@ -206,8 +206,9 @@ def stored_tensors(
 def sources(checkpoint: TransformerCheckpoint) -> dict[str, list[str]]:
     """Return the keys of the checkpoint's layout, each with the names in diffusers' layout of what it contains."""
     found: dict[str, list[str]] = {}
+    layout = checkpoint.layout
     for name in checkpoint.architecture.shapes():
-        found.setdefault(name if checkpoint.layout == "diffusers" else source_of(name).key, []).append(name)
+        found.setdefault(name if layout == "diffusers" else source_of(name, layout).key, []).append(name)
     return found
 
 
@@ -215,7 +216,7 @@ def part_of(whole: Tensor, name: str, layout: str) -> Tensor:
     """Return what diffusers calls `name`, of a whole tensor of a layout."""
     if layout == "diffusers":
         return whole
-    source = source_of(name)
+    source = source_of(name, layout)
     if source.swapped:
         return torch.cat(whole.chunk(2)[::-1])
     return whole if source.third is None else whole.chunk(3)[source.third]

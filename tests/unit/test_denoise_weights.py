@@ -44,6 +44,31 @@ def in_original_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: torch.cat([parts[i] for i in sorted(parts)]) for key, parts in found.items()}
 
 
+def in_tencents_spelling(original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a file in core's layout as Tencent's files are, and take the blocks' queries, keys and values apart."""
+    renamed = {}
+    for key, tensor in original.items():
+        for old, new in (
+            (".norm.query_norm.", "_q_norm."),
+            (".norm.key_norm.", "_k_norm."),
+            ("_attn.proj.", "_attn_proj."),
+            ("_mod.lin.", "_mod.linear."),
+            ("mlp.0.", "mlp.fc1."),
+            ("mlp.2.", "mlp.fc2."),
+            ("self_attn.qkv.", "self_attn_qkv."),
+            ("time_in.in_layer.", "time_in.mlp.0."),
+            ("time_in.out_layer.", "time_in.mlp.2."),
+            ("c_embedder.in_layer.", "c_embedder.linear_1."),
+            ("c_embedder.out_layer.", "c_embedder.linear_2."),
+        ):
+            key = key.replace(old, new)
+        if "_attn.qkv." in key:
+            renamed |= {key.replace(".qkv.", f"_{part}."): t for part, t in zip("qkv", tensor.chunk(3), strict=True)}
+        else:
+            renamed[key] = tensor
+    return {key: tensor.contiguous() for key, tensor in renamed.items()}
+
+
 def tensors_of(checkpoint: TransformerCheckpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """All weights in diffusers' names, as a rank has them."""
     names, layout = sources(checkpoint), checkpoint.layout
@@ -81,6 +106,22 @@ def test_a_file_of_the_original_layout_gives_all_tensors(tmp_path, prefix, norm)
     assert checkpoint.layout == "core"
     assert checkpoint.architecture.config.items() <= dict(make_model(**ORIGINAL).config).items()
     assert_same(tensors_of(checkpoint), weights)
+
+
+def test_a_file_of_tencents_gives_all_tensors(tmp_path):
+    weights = make_model(**ORIGINAL).state_dict()
+    renamed = in_tencents_spelling(in_original_layout(weights))
+    assert {"double_blocks.0.img_attn_q.weight", "txt_in.individual_token_refiner.blocks.0.self_attn_qkv.bias"} < {
+        *renamed
+    }
+    save_file(renamed, tmp_path / "model.safetensors")
+    checkpoint = open_transformer(tmp_path / "model.safetensors")
+    assert checkpoint.layout == "tencent"
+    assert_same(tensors_of(checkpoint), weights)
+    del renamed["double_blocks.1.txt_attn_v.bias"]
+    save_file(renamed, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"txt_attn\.v\.bias"):
+        open_transformer(tmp_path / "model.safetensors")
 
 
 LAYERS = {"double_blocks.0.img_attn.qkv": torch.float8_e4m3fn, "txt_in.input_embedder": torch.float8_e4m3fn}
