@@ -24,6 +24,7 @@ from .core_limits import reason_to_stay
 from .core_sampling import Forward
 from .core_weights import check_model, checkpoint_of, network_of, patches_of
 from .groups import GroupDescription, end_neighbours, group_in_use
+from .libraries import check_transformer
 from .memory import limit_in_bytes, make_room, memory_limit
 from .on_ranks import as_interruption
 from .progress import Progress
@@ -164,6 +165,7 @@ class DistributeModel(io.ComfyNode):
     def execute(cls, model: object, rank_group: GroupDescription | None = None, memory: float = 0.0) -> io.NodeOutput:
         limit = limit_in_bytes(memory)
         check_model(model)
+        check_transformer()
         with group_in_use(rank_group) as group:
             group.start()
         return io.NodeOutput(ModelOnRanks(rank_group, limit).attach(model))

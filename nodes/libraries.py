@@ -1,4 +1,4 @@
-"""Import of diffusers and transformers, which only the pipeline nodes need, when such a node runs."""
+"""Import of diffusers and transformers when a node runs that needs them. The VAE nodes do not."""
 
 import contextlib
 import importlib
@@ -23,6 +23,12 @@ def diffusers() -> ModuleType:
             for name in names:
                 getattr(importlib.import_module(library), name)  # both libraries import lazily
         return found
+
+
+def check_transformer() -> None:
+    """Raise RuntimeError with the installed versions if ranks cannot import diffusers' transformer."""
+    with explained():
+        importlib.import_module("diffusers").HunyuanVideo15Transformer3DModel  # noqa: B018 (imported lazily)
 
 
 @contextlib.contextmanager

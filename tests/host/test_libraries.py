@@ -35,6 +35,10 @@ try:
     nodes.LoadPipeline.execute("tiny (built in)", "auto", "none")
 except Exception as error:
     print("refusal:", type(error).__name__, error)
+try:
+    importlib.import_module("pack.nodes.libraries").check_transformer()
+except Exception as error:
+    print("ranks:", type(error).__name__, error)
 groups.stop_all()
 """
 
@@ -57,7 +61,7 @@ def test_without_the_libraries_all_nodes_but_the_pipeline_nodes_work(core, tmp_p
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
-    assert lines["nodes"].count("HV15") == 7 and lines["frames"] == "(1, 32, 32, 3)"
-    assert (
-        "This node needs diffusers and transformers" in lines["refusal"] and "Installed: diffusers" in lines["refusal"]
-    )
+    assert lines["nodes"].count("HV15") == 8 and lines["frames"] == "(1, 32, 32, 3)"
+    for line in ("refusal", "ranks"):  # of Load HunyuanVideo-1.5, and of Distribute Model
+        assert "RuntimeError This node needs diffusers and transformers" in lines[line]
+        assert "Installed: diffusers" in lines[line]
