@@ -23,8 +23,10 @@ check: setup
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit
 
+# A test of `ranks` connects to every port of the machine, so that folder runs alone.
 test: check browser
-	$(BIN)/python -m pytest tests/ranks tests/host tests/browser
+	$(BIN)/python -m pytest tests/ranks
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/host tests/browser
 
 bench: setup
 	$(BIN)/python -m benchmarks.decode

@@ -35,3 +35,25 @@ def test_two_ranks_share_a_forward_and_a_step_with_the_same_result(tmp_path):
     assert report["ranks"] == 2
     assert set(result["variants"]) == {"floor", "ours, one forward", "ours, step with guidance"}
     assert result["variants"]["ours, step with guidance"]["difference"] < 1e-5
+
+
+def test_a_prediction_gives_time_and_traffic_for_each_number_of_ranks(tmp_path):
+    run("predict_denoise", "--ranks", "1,3", "--repeat", 1, "--out", tmp_path)
+    rows = json.loads((tmp_path / "predicted-denoising.json").read_text())["predictions"]
+    assert [(row["ranks"], row["branches"]) for row in rows] == [(1, 1), (3, 1), (1, 2), (3, 2)]
+    assert all(row["compute_s"] > 0 for row in rows)
+    assert rows[0]["received_mb"] == rows[0]["exchanges"] == 0 < min(rows[1]["received_mb"], rows[1]["exchanges"])
+
+
+def test_the_benchmark_of_cores_graph_compares_latents_and_changes_a_lora(tmp_path):
+    run("core_sampling", "--steps", 2, "--out", tmp_path)
+    rows = json.loads((tmp_path / "core-sampling-cpu.json").read_text())["prompts"]
+    assert [row["variant"] for row in rows] == ["core"] * 6 + ["Distribute Model"] * 12
+    assert {row["prompt"] for row in rows} >= {
+        "first, guidance",
+        "no guidance",
+        "LoRA, changed strength",
+        "LoRA removed",
+    }
+    assert all(row["per_step"] > 0 for row in rows) and all(row["difference"] < 1e-5 for row in rows)
+    assert "| Distribute Model | cpu,cpu |" in (tmp_path / "core-sampling-cpu.md").read_text()
