@@ -217,6 +217,15 @@ def modulates(name: str) -> bool:
     )
 
 
+def block_of(name: str) -> tuple[int | None, str]:
+    """Return the number of the block that has a tensor, and the tensor's name in the block, from its diffusers name.
+
+    The number is None for a tensor outside of the blocks.
+    """
+    found = re.match(r"transformer_blocks\.(\d+)\.", name)
+    return (int(found[1]), name[found.end() :]) if found else (None, name)
+
+
 class Source(NamedTuple):
     """Where a tensor of diffusers' layout is in the original one."""
 

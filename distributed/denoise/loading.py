@@ -6,21 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout import Architecture
+from .layout import Architecture, block_of, modulates
 from .merge import merge
 from .patches import Patch
+from .stream import BlockStream
+from .transformer import Transformer
+from .upload import Uploads
 from .weights import Stored
 
 
 class OnHost(nn.Module):
     """A linear layer whose weights stay on the host, and pass through the device when it computes."""
 
-    def __init__(self, weight: Stored, bias: Stored) -> None:
+    def __init__(self, weight: Stored, bias: Stored, uploads: Uploads) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias  # no parameters: these are not the device's
+        self.uploads = uploads
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.device, x.dtype), self.bias.to(x.device, x.dtype))
+        return F.linear(x, self.uploads.moved(self.weight), self.uploads.moved(self.bias))
 
 
 def patch(stored: Stored, patches: Sequence[Patch], device: torch.device, merge_dtype: torch.dtype) -> Stored:
@@ -33,21 +37,38 @@ def patch(stored: Stored, patches: Sequence[Patch], device: torch.device, merge_
     return Stored(merged if stored.in_8_bits else merged.to(stored.tensor.dtype))
 
 
-def build(architecture: Architecture, weights: Mapping[str, Tensor | Stored]) -> nn.Module:
-    """Return diffusers' module with these weights, by its names. A layer whose weights are `Stored` is an `OnHost`."""
+def build(architecture: Architecture, weights: Mapping[str, Tensor | Stored], uploads: Uploads) -> Transformer:
+    """Return the transformer with these weights, by their names in diffusers' layout.
+
+    A layer of the modulation whose weights are `Stored` is an `OnHost`. A block with others that are is streamed.
+    Raises torch.OutOfMemoryError.
+    """
     from diffusers import HunyuanVideo15Transformer3DModel  # takes seconds, which ranks that only decode do not need
 
     with torch.device("meta"):
         model = HunyuanVideo15Transformer3DModel(**architecture.config)
     on_host = {name: part for name, part in weights.items() if isinstance(part, Stored)}
+    streamed: dict[int, dict[str, Stored]] = {}
+    for name in [name for name in on_host if not modulates(name)]:
+        block, within = block_of(name)
+        streamed.setdefault(block, {})[within] = on_host.pop(name)
+    blocks = BlockStream(model.transformer_blocks, streamed, uploads)
     for layer in {name.rpartition(".")[0] for name in on_host}:
-        model.set_submodule(layer, OnHost(on_host[f"{layer}.weight"], on_host[f"{layer}.bias"]))
-    model.load_state_dict({name: part for name, part in weights.items() if name not in on_host}, assign=True)
-    return model.eval().requires_grad_(False)
+        layer_on_host = OnHost(on_host[f"{layer}.weight"], on_host[f"{layer}.bias"], uploads)
+        model.set_submodule(layer, layer_on_host)
+    values = {name: part for name, part in weights.items() if isinstance(part, Tensor)}
+    of_blocks = {f"transformer_blocks.{i}.{name}" for i, of_block in streamed.items() for name in of_block}
+    meta = {name: part for name, part in model.state_dict().items() if name in of_blocks}
+    model.load_state_dict(values | meta, assign=True)
+    return Transformer(model.eval().requires_grad_(False), blocks)
 
 
-def put(model: nn.Module, name: str, part: Tensor | Stored) -> None:
-    """Replace one weight of a module from `build`."""
+def put(transformer: Transformer, name: str, part: Tensor | Stored) -> None:
+    """Replace one weight of a transformer from `build`."""
+    block, within = block_of(name)
+    if isinstance(part, Stored) and not modulates(name):
+        transformer.blocks.put(block, within, part)
+        return
     layer, _, kind = name.rpartition(".")
     value = part if isinstance(part, Stored) else nn.Parameter(part, requires_grad=False)
-    setattr(model.get_submodule(layer), kind, value)
+    setattr(transformer.model.get_submodule(layer), kind, value)

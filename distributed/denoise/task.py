@@ -1,8 +1,8 @@
 """What a rank does of a denoising step.
 
-A third of the weights serve nothing but the modulation, which depends on the timestep alone. Where they do not fit the
-device beside the rest they stay in the host's memory and pass through the device one by one, once for each timestep:
-what comes of them is kept for the next prompt with the same schedule.
+Weights that do not fit on the device stay in host memory (`placement`). First these are the weights of the modulation,
+a third of all: they depend on the timestep alone, so they pass through the device once for each timestep, and the
+results are kept for the next prompt with the same schedule. Then these are blocks, which are streamed.
 
 Patches are merged into weights as these are loaded. When a step has other patches, only the weights that these or the
 last ones change are read again.
@@ -23,12 +23,14 @@ from ..ranks.shared_memory import shared_file
 from .block import MLP_TOKENS
 from .conditions import Condition, Context
 from .job import NOUN, PARTS, DenoiseRequest
-from .layout import modulates
+from .layout import block_of, modulates
 from .loading import build, patch, put
 from .parallel import Layout, plan
 from .patches import Patch, read_patches
+from .placement import Placement, Sizes
 from .share import Share
 from .transformer import Modulation, Transformer
+from .upload import Uploads
 from .weights import Stored, TransformerCheckpoint, open_transformer, part_of, sources, stored_tensors
 
 KEPT = 4
@@ -40,6 +42,7 @@ KEPT_STEPS = 64
 CHECKS = 13
 """How often in a forward ranks agree on a cancel: every fourth of 54 blocks. It takes two ranks 0.3 ms (gloo, on two
 busy cores), and a block at 480x848x33 as little as 1 ms with eight GPUs."""
+UNLIMITED = 2**62
 WORKSPACE = 2**27
 """Bytes that libraries take."""
 ROWS_ALONE, ROWS_SHARED = 7, 10
@@ -57,14 +60,22 @@ class DenoiseTask:
         self.loaded: tuple[str, str] | None = None
         """Identity and dtype of the checkpoint that the transformer has."""
         self.checkpoint: TransformerCheckpoint | None = None
+        self.uploads: Uploads | None = None
+        """Copies the weights, if there is a transformer."""
         self.conditions: dict[str, dict[str, Tensor]] = {}
         """Tensors of conditions by their keys, on the host; the one that was used last comes last."""
         self.patches: dict[str, tuple[torch.dtype, dict[str, list[Patch]]]] = {}
         """Merge dtype and patches, mapped from shared memory, by the key of the set; the one used last comes last."""
         self.merged: dict[str, str | None] = {}
         """For each changed weight, by its key in the checkpoint, the set that is merged; None: unknown."""
-        self.modulated = True
-        """Whether the weights of the modulation are on the device, too."""
+        self.placement: Placement | None = None
+        """The weights that are on the device, if the transformer is loaded."""
+        self.asked: tuple | None = None
+        """What the placement was chosen for: shape, number of branches, and memory limit."""
+        self.short = False
+        """Whether the device's memory ran out since the last release. Then no more weights move to it."""
+        self.held = 0
+        """Bytes of the weights on the device."""
         self.modulations: dict[tuple[float, ...], Modulation] = {}
         """By timestep, the second time if there is one, and whether they are averaged."""
         self.contexts: dict[str, list[Context]] = {}
@@ -100,10 +111,10 @@ class DenoiseTask:
         if self.loaded != wanted:
             self._unload()
         self._open(fields)
-        fits = self._needed(request, modulated=True) <= min(self._free(), request.memory or self._free())
-        if self.loaded != wanted or (self.modulated and not fits):
+        placement = self._choose(request)
+        if self.loaded != wanted or self.placement != placement:
             self._unload()
-            self.modulated = fits
+            self.placement = placement
             self._load(fields, request.patches, watch)
             self.loaded = wanted
         elif outdated := self._outdated(request.patches):
@@ -115,7 +126,7 @@ class DenoiseTask:
         request = DenoiseRequest.from_json(fields["request"])
         layout = self._layout(request)
         groups = {ranks: group_of(ranks) for ranks in layout.groups}
-        self._reserve(request, layout)
+        self._reserve(request)
         try:
             modulations = self._modulations_of(request)
             times = torch.tensor(request.timesteps, device=self.device)
@@ -134,22 +145,28 @@ class DenoiseTask:
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # what they hold is free for the next try
             Device(self.device).empty_cache()
-            raise self._out_of_memory(self._needed(request, self.modulated), self._free()) from error
+            self.short = True
+            raise self._out_of_memory(self._sizes(request).needed(self.placement), self._free()) from error
 
     def fits(self, fields: Mapping, free: int) -> bool:
-        """Return whether a step fits. Conditions stay on the host."""
+        """Return whether a step fits with all weights, or within its memory limit. Conditions stay on the host."""
         if "request" not in fields:
             return True
         self._open(fields)
-        return self._needed(DenoiseRequest.from_json(fields["request"]), modulated=True) <= free + self._held()
+        request = DenoiseRequest.from_json(fields["request"])
+        sizes = self._sizes(request)
+        needed = sizes.needed(sizes.fastest)
+        return min(needed, request.memory or needed) <= free + self.held
 
     def release(self) -> None:
         """Give the device memory back, and the memory that the controller shares. Conditions stay on the host."""
         self._unload()
         self.patches.clear()
+        self.short = False
 
     def _unload(self) -> None:
-        self.transformer = self.loaded = None
+        self.transformer = self.loaded = self.uploads = None
+        self.held = 0
         self.merged.clear()
         self.contexts.clear()
         self.modulations.clear()
@@ -164,15 +181,18 @@ class DenoiseTask:
 
     def _load(self, fields: Mapping, patches: str | None, watch: Watch) -> None:
         """Bring the weights to the device; on the CPU, and in the file's dtype, they stay mapped from the files."""
+        self.uploads = Uploads(self.device, self.dtype)
         weights: dict[str, Tensor | Stored] = {}
         try:
             for name, part in self._read(fields, patches, None, watch):
                 weights[name] = part
+            self.transformer = build(self.checkpoint.architecture, weights, self.uploads)
+            self.held = self._sizes().weights(self.placement)
         except torch.OutOfMemoryError as error:
             held = sum(part.nbytes for part in weights.values() if isinstance(part, Tensor))
             weights.clear()
+            traceback.clear_frames(error.__traceback__)
             raise self._no_room(held) from error
-        self.transformer = Transformer(build(self.checkpoint.architecture, weights))
 
     def _outdated(self, patches: str | None) -> set[str]:
         """Return the keys of the weights that have to be read again for a set of patches."""
@@ -186,16 +206,16 @@ class DenoiseTask:
         self.modulations.clear()
         try:
             for name, part in self._read(fields, patches, keys, watch):
-                put(self.transformer.model, name, part)
+                put(self.transformer, name, part)
         except torch.OutOfMemoryError as error:
-            raise self._no_room(self._held()) from error
+            raise self._no_room(self.held) from error
 
     def _read(
         self, fields: Mapping, patches: str | None, keys: set[str] | None, watch: Watch
     ) -> Iterator[tuple[str, Tensor | Stored]]:
         """Yield the weights of these keys, or all, patched, by their names in diffusers' layout.
 
-        They are on the device, but for those of the modulation that stay on the host. Raises Cancelled.
+        They are on the device, or `Stored` if they stay on the host. Raises Cancelled.
         """
         merge_dtype, changed = self.patches[patches] if patches is not None else (None, {})
         names = sources(self.checkpoint)
@@ -206,8 +226,8 @@ class DenoiseTask:
                 self.merged[key] = None  # some of its parts may have changed if this ends early
                 if key in changed:
                     stored = patch(stored, changed[key], self.device, merge_dtype)
-                for_device = any(self.modulated or not modulates(name) for name in names[key])
-                whole = Stored(self._moved(stored)) if for_device else stored.to_host()
+                for_device = any(map(self._on_device, names[key]))
+                whole = Stored(self.uploads.moved(stored)) if for_device else stored.to_host()
                 for name in names[key]:
                     part = part_of(whole.tensor, name, self.checkpoint.layout)
                     yield name, part if for_device else Stored(part, whole.scale)
@@ -243,49 +263,68 @@ class DenoiseTask:
             self.contexts[key] = [self.transformer.encode(Condition(*of_video)) for of_video in moved]
         return self.contexts[key]
 
-    def _moved(self, tensor: Tensor | Stored) -> Tensor:
+    def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
 
-    def _parameters(self, modulated: bool) -> int:
-        """How many numbers are on the device, with or without the weights of the modulation."""
-        return self.checkpoint.parameters - (0 if modulated else self.checkpoint.modulation_parameters)
+    def _choose(self, request: DenoiseRequest) -> Placement:
+        """Return the placement of the weights for a step.
 
-    def _held(self) -> int:
-        """Bytes of the weights on the device."""
-        return 0 if self.transformer is None else self._parameters(self.modulated) * self.transformer.dtype.itemsize
+        It stays as it is while the step fits and is like the ones before. Otherwise all steps would load weights again
+        when the free memory varies.
+        """
+        sizes = self._sizes(request)
+        # On the CPU weights stay mapped, and the system reads them again when it needs their memory for something else.
+        free = UNLIMITED if Device(self.device).is_host else self._free()
+        limit = min(free, request.memory or free)
+        asked, before = (request.shape, len(request.conditions), request.memory), self.asked
+        self.asked = asked
+        fits = self.transformer is not None and sizes.needed(self.placement) <= limit
+        return self.placement if fits and (asked == before or self.short) else sizes.choose(limit)
+
+    def _on_device(self, name: str) -> bool:
+        """Return whether a weight, by its name in diffusers' layout, stays on the device."""
+        return self.placement.modulated if modulates(name) else block_of(name)[0] not in self.placement.streamed
 
     def _free(self) -> int:
         """Bytes that a step may use on this device, the weights that are there already included."""
-        return Device(self.device).free_bytes(self.world_size) + self._held()
+        return Device(self.device).free_bytes(self.world_size) + self.held
 
-    def _needed(self, request: DenoiseRequest, modulated: bool) -> int:
-        """Bytes that a step takes on the busiest rank, weights included."""
-        tokens, ranks = max((max(split.tokens), len(split.ranks)) for split in self._layout(request).branches)
-        rows = tokens * (ROWS_ALONE if ranks == 1 else ROWS_SHARED)
-        sizes = self.checkpoint.architecture
-        mlp = min(tokens, MLP_TOKENS) * int((1 + sizes.mlp_ratio) * sizes.width)
-        kept = KEPT_STEPS * 12 * sizes.layers * sizes.width
-        numbers = self._parameters(modulated) + rows * sizes.width + mlp + kept
-        return numbers * self.dtype.itemsize + WORKSPACE
+    def _sizes(self, request: DenoiseRequest | None = None) -> Sizes:
+        """Bytes that a step takes on the busiest rank. No request: those of the weights alone."""
+        checkpoint, of_number = self.checkpoint, self.dtype.itemsize
+        sizes = checkpoint.architecture
+        blocks = checkpoint.block_parameters * sizes.layers
+        fixed = checkpoint.parameters - checkpoint.modulation_parameters - blocks
+        computation = 0
+        if request is not None:
+            tokens, ranks = max((max(split.tokens), len(split.ranks)) for split in self._layout(request).branches)
+            rows = tokens * (ROWS_ALONE if ranks == 1 else ROWS_SHARED) * sizes.width
+            mlp = min(tokens, MLP_TOKENS) * int((1 + sizes.mlp_ratio) * sizes.width)
+            kept = KEPT_STEPS * 12 * sizes.layers * sizes.width
+            computation = (rows + mlp + kept) * of_number + WORKSPACE
+        weights = (fixed, checkpoint.modulation_parameters, checkpoint.block_parameters)
+        return Sizes(computation, *(of_number * numbers for numbers in weights), blocks=sizes.layers)
 
-    def _reserve(self, request: DenoiseRequest, layout: Layout) -> None:
+    def _reserve(self, request: DenoiseRequest) -> None:
         """Take what the step will need from the device, so that memory runs out here, on all ranks, or not at all."""
-        needed = self._needed(request, self.modulated)
+        needed = self._sizes(request).needed(self.placement)
         if request.memory is not None and needed > request.memory:
             raise self._out_of_memory(needed, request.memory, on_all_ranks=True)
         if not reserve(Device(self.device), needed):
+            self.short = True
             raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
 
     def _no_room(self, held: int) -> OutOfMemory:
         """The weights do not fit. held: bytes that they had taken."""
         Device(self.device).empty_cache()
-        needed = self._parameters(self.modulated) * self.dtype.itemsize + WORKSPACE
+        self.short = True
+        needed = self._sizes().weights(self.placement) + WORKSPACE
         return self._out_of_memory(needed, max(self._free(), held))
 
     def _out_of_memory(self, needed: int, free: int, on_all_ranks: bool = False) -> OutOfMemory:
-        held = Device(self.device).held_by_others()
+        held, smallest = Device(self.device).held_by_others(), self.placement.resident == 0
         return OutOfMemory(
-            needed, free, self.device, held, noun=NOUN, smallest_plan=not self.modulated, on_all_ranks=on_all_ranks
+            needed, free, self.device, held, noun=NOUN, smallest_plan=smallest, on_all_ranks=on_all_ranks
         )
 
 

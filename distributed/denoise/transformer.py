@@ -13,7 +13,9 @@ computed one after the other, each with its own number of text tokens.
 """
 
 import collections
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +51,13 @@ class Modulation:
 class Transformer:
     """Runs a HunyuanVideo15Transformer3DModel. Raises ValueError if a layer has an adapter.
 
-    The model's weights may move between devices between calls; no reference to them is kept.
+    The model's weights may move between devices between calls; no reference to them is kept. blocks: what a forward
+    calls for its blocks, in order, and closes (see `stream.BlockStream`); None: those of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, blocks: Callable[[], Generator[nn.Module, None, None]] | None = None) -> None:
         self.model = model
+        self.blocks = blocks or functools.partial(_blocks_of, model)  # a method would be a reference cycle
         for name, module in model.named_modules():
             if hasattr(module, "base_layer"):
                 raise ValueError(f"{name} has an adapter ({type(module).__name__}): fuse it with the weights first.")
@@ -127,10 +131,11 @@ class Transformer:
         video = Stream(video, norms[0][0], model.norm_out.norm.eps)
         text = Stream(refine(model, context, timestep), norms[0][1], model.norm_out.norm.eps)
         pace = _Pace(latent, on_block, len(model.transformer_blocks)) if on_block else None
-        for block, of_block, following in zip(model.transformer_blocks, blocks, norms[1:], strict=True):
-            run_block(block, video, text, of_block, following, rotation, share)
-            if pace:
-                pace.block_done()
+        with contextlib.closing(self.blocks()) as modules:
+            for block, of_block, following in zip(modules, blocks, norms[1:], strict=True):
+                run_block(block, video, text, of_block, following, rotation, share)
+                if pace:
+                    pace.block_done()
         if pace:
             pace.finish()
         return model.proj_out(video.normed)
@@ -159,15 +164,15 @@ class _Pace:
     """Reports blocks as the device finishes them, and keeps the host at most `AHEAD` blocks ahead of it."""
 
     def __init__(self, latent: Tensor, on_block: OnBlock, blocks: int) -> None:
-        self.device, self.synchronous = latent.device, Device(latent.device).is_host
+        self.device = Device(latent.device)
         self.on_block, self.blocks = on_block, blocks
         self.done, self.events = 0, collections.deque()
 
     def block_done(self) -> None:
-        if self.synchronous:
+        if self.device.is_host:
             self._report()
             return
-        self.events.append(torch.get_device_module(self.device).current_stream(self.device).record_event())
+        self.events.append(self.device.mark())
         if len(self.events) > AHEAD:
             self.events.popleft().synchronize()
             self._report()
@@ -180,6 +185,10 @@ class _Pace:
     def _report(self) -> None:
         self.done += 1
         self.on_block(self.done, self.blocks)
+
+
+def _blocks_of(model: nn.Module) -> Generator[nn.Module, None, None]:
+    yield from model.transformer_blocks
 
 
 def _flat(layer: nn.Conv3d) -> tuple[Tensor, Tensor | None]:

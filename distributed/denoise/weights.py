@@ -37,6 +37,7 @@ from .layout import (
     Architecture,
     architecture_of_config,
     architecture_of_shapes,
+    block_of,
     modulates,
     original_names,
     recognise,
@@ -69,6 +70,12 @@ class TransformerCheckpoint:
     def modulation_parameters(self) -> int:
         """How many of these serve the modulation and nothing else."""
         return sum(math.prod(shape) for name, shape in self.architecture.shapes().items() if modulates(name))
+
+    @cached_property
+    def block_parameters(self) -> int:
+        """How many numbers the weights of one block are, without its modulation."""
+        shapes = self.architecture.shapes().items()
+        return sum(math.prod(shape) for name, shape in shapes if block_of(name)[0] == 0 and not modulates(name))
 
 
 def open_transformer(path: str | os.PathLike) -> TransformerCheckpoint:

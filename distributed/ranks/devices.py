@@ -6,6 +6,7 @@ does not support bfloat16 on Ascend; the decoder does not use it, because it cop
 (`kernels.fill_groups`).
 """
 
+import contextlib
 import errno
 import os
 import random
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -30,6 +32,20 @@ HCCL_USED = 32
 COPIERS = 4
 """CPU threads of a rank on an accelerator. They copy finished frames into the shared buffer. With one thread, a decode
 ended 16 ms after its last kernel (720x1280x121 on two H100)."""
+
+
+class Event(Protocol):
+    """A point in the work of a device's stream."""
+
+    def synchronize(self) -> None:
+        """Wait until the work before this point is done."""
+
+
+class _Past:
+    """The `Event` of the CPU, where work is done when the call that launches it returns."""
+
+    def synchronize(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,23 @@ class Device:
     def module(self) -> ModuleType:
         """The torch module of the device type, such as `torch.cuda`. Raises RuntimeError for the CPU."""
         return torch.get_device_module(self.torch)
+
+    def new_stream(self) -> object | None:
+        """Return a new stream, on which copies can overlap with computation; None for the CPU."""
+        return self.module.Stream(self.torch) if self.has_streams else None
+
+    def on(self, stream: object | None) -> contextlib.AbstractContextManager:
+        """Return a context in which this thread uses a stream from `new_stream`."""
+        return self.module.stream(stream) if self.has_streams else contextlib.nullcontext()
+
+    def mark(self) -> Event:
+        """Return an event after all work that was launched so far on this thread's stream."""
+        return self.module.current_stream(self.torch).record_event() if self.has_streams else _Past()
+
+    def wait(self, event: Event) -> None:
+        """Let work that is launched from now on, on this thread's stream, start after the event."""
+        if self.has_streams:
+            self.module.current_stream(self.torch).wait_event(event)
 
     @property
     def process_group_device(self) -> torch.device | None:

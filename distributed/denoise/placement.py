@@ -1,0 +1,71 @@
+"""Which weights of the transformer stay on the device, as a pure function of sizes and of free memory.
+
+In order of speed, the choices are:
+
+1. All weights stay on the device.
+2. The modulation's weights stay in host memory. They pass through the device once per timestep.
+3. As many blocks as fit stay on the device. The others are streamed: their weights are copied for each forward while
+   the block before computes (`stream`).
+4. All blocks are streamed.
+"""
+
+from typing import NamedTuple
+
+SLOTS = 2
+"""Places on the device for the weights of streamed blocks: of the block that computes, and of the next one."""
+
+
+class Placement(NamedTuple):
+    """The weights that stay on the device. Weights outside of blocks and modulation always do.
+
+    modulated: whether the modulation's weights do. resident: the number of blocks that do, of `blocks` blocks.
+    """
+
+    modulated: bool
+    resident: int
+    blocks: int
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """The blocks that are streamed. They are spread evenly, the last of each stretch, so that copies have time."""
+        count = self.blocks - self.resident
+        return tuple(i for i in range(self.blocks) if (i + 1) * count // self.blocks > i * count // self.blocks)
+
+    @property
+    def slots(self) -> int:
+        """The number of places for streamed blocks on the device."""
+        return min(SLOTS, self.blocks - self.resident)
+
+
+class Sizes(NamedTuple):
+    """Bytes that a step uses on a device.
+
+    computation: all but weights. fixed: weights outside of blocks and modulation. block: the weights of one block,
+    without its modulation, of `blocks` blocks of equal size.
+    """
+
+    computation: int
+    fixed: int
+    modulation: int
+    block: int
+    blocks: int
+
+    def weights(self, placement: Placement) -> int:
+        """Return the bytes of the weights on the device, with the places for streamed blocks."""
+        blocks = self.block * (placement.resident + placement.slots)
+        return self.fixed + blocks + (self.modulation if placement.modulated else 0)
+
+    def needed(self, placement: Placement) -> int:
+        """Return the bytes that a step uses with this placement of the weights."""
+        return self.computation + self.weights(placement)
+
+    @property
+    def fastest(self) -> Placement:
+        """The placement of all weights on the device."""
+        return Placement(True, self.blocks, self.blocks)
+
+    def choose(self, free: int) -> Placement:
+        """Return the fastest placement whose step fits in `free` bytes, or the smallest one if no step fits."""
+        choices = [self.fastest, Placement(False, self.blocks, self.blocks)]
+        choices += [Placement(False, resident, self.blocks) for resident in reversed(range(self.blocks))]
+        return next((choice for choice in choices if self.needed(choice) <= free), choices[-1])
