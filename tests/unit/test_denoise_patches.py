@@ -9,6 +9,7 @@ from distributed.denoise.job import DenoiseJob
 from distributed.denoise.layout import Architecture
 from distributed.denoise.merge import merge
 from distributed.denoise.patches import Patch, Patches, read_patches
+from distributed.denoise.placement import Placement, Sizes
 from distributed.denoise.task import KEPT_PATCHES, DenoiseTask
 from distributed.denoise.weights import open_transformer
 from distributed.errors import Cancelled, NotLoaded
@@ -203,17 +204,18 @@ def test_patches_that_were_not_sent_or_are_long_ago_are_asked_for(checkpoint, ta
     task.load(jobs[1].fields | {"dtype": "float32"}, {}, JobWatch())
 
 
-def test_patches_reach_modulation_that_stays_on_the_host(checkpoint, task):
+@pytest.mark.parametrize("placement", [Placement(False, 2, 2), Placement(False, 0, 2)])
+def test_patches_reach_weights_that_stay_on_the_host(placement, checkpoint, task, monkeypatch):
     patches = Patches.make(checkpoint, TOUCHED | {f"{BLOCK}.img_mod.lin.weight": [lora(1536, 256)]})
     whole = run(task, patched_job(checkpoint, patches))
-    limit = task._needed(patched_job(checkpoint, None).request, modulated=True) - 1
+    monkeypatch.setattr(Sizes, "choose", lambda sizes, free: placement)
     for first, second in ((patches, None), (None, patches)):
         tight = DenoiseTask(torch.device("cpu"))
-        run(tight, patched_job(checkpoint, first, memory=limit))
-        assert not tight.modulated
-        result = run(tight, patched_job(checkpoint, second, memory=limit))
+        run(tight, patched_job(checkpoint, first))
+        assert tight.placement == placement
+        result = run(tight, patched_job(checkpoint, second))
         assert torch.equal(result, whole) == (second is patches)
-        assert torch.equal(run(tight, patched_job(checkpoint, patches, memory=limit)), whole)
+        assert torch.equal(run(tight, patched_job(checkpoint, patches)), whole)
 
 
 def test_a_cancel_while_patches_change_leaves_weights_that_the_next_step_completes(checkpoint, task):

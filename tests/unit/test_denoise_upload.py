@@ -1,0 +1,89 @@
+"""Copies of weights through the ring of host memory."""
+
+import pytest
+import torch
+
+from distributed.denoise import upload
+from distributed.denoise.upload import ALIGNMENT, Uploads
+from distributed.denoise.weights import Stored
+from distributed.ranks.devices import Device
+
+CPU = torch.device("cpu")
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def copied(uploads: Uploads, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    place = torch.full(stored.tensor.shape, torch.nan, dtype=dtype)
+    uploads.copy([(stored, place)], Device(CPU).mark()).synchronize()
+    return place
+
+
+@pytest.fixture
+def small_ring(monkeypatch):
+    """A ring of three buffers of 4 KiB. Records the sizes of the buffers that were made."""
+    made, make = [], upload.host_memory
+
+    def record(count, dtype):
+        made.append(count)
+        return make(count, dtype)
+
+    monkeypatch.setattr(upload, "host_memory", record)
+    monkeypatch.setattr(upload, "CHUNK", 4096)
+    monkeypatch.setattr(upload, "CHUNKS", 3)
+    return made
+
+
+@pytest.mark.parametrize("numbers", [0, 1, 7, 1023, 1024, 1025, 40_000])
+def test_copies_of_any_size_keep_their_values(small_ring, numbers):
+    uploads = Uploads(CPU, torch.float32)
+    for shape in ((numbers,), (3, numbers), (numbers, 1, 1)):
+        value = draw(*shape)
+        assert torch.equal(copied(uploads, Stored(value), torch.float32), value)
+    assert len(small_ring) <= 3 and set(small_ring) <= {4096}
+
+
+def test_small_weights_share_a_buffer(small_ring):
+    uploads = Uploads(CPU, torch.float32)
+    values = [draw(n) for n in range(1, 1 + 4096 // ALIGNMENT)]
+    places = [torch.zeros_like(value) for value in values]
+    uploads.copy(zip(map(Stored, values), places, strict=True), uploads.mark())
+    assert all(torch.equal(*pair) for pair in zip(places, values, strict=True)) and len(small_ring) == 1
+    copied(uploads, Stored(draw(1)), torch.float32)
+    assert len(small_ring) == 2
+
+
+def test_a_part_of_a_tensor_is_copied_without_the_rest():
+    whole = draw(9, 5)
+    for part in whole.chunk(3):
+        assert torch.equal(copied(Uploads(CPU, torch.float32), Stored(part), torch.float32), part)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.37), torch.tensor([1.7])])
+def test_values_are_converted_as_without_the_ring(small_ring, stored, scale):
+    value = Stored(draw(70, 50).to(stored), scale)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(copied(Uploads(CPU, dtype), value, dtype), value.to(CPU, dtype))
+
+
+def test_weights_stay_mapped_on_the_cpu():
+    value = draw(5)
+    assert Uploads(CPU, torch.float32).moved(Stored(value)) is value
+    assert torch.equal(Uploads(CPU, torch.float16).moved(Stored(value)), value.half())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_reach_the_gpu(dtype):
+    gpu = torch.device("cuda:0")
+    uploads = Uploads(gpu, dtype)
+    for stored in (
+        Stored(draw(6144, 8192).bfloat16()),
+        Stored(draw(64, 64).to(torch.float8_e4m3fn), torch.tensor(0.3)),
+    ):
+        for _ in range(4):
+            moved = uploads.moved(stored)
+            assert moved.device == gpu and torch.equal(moved, stored.to(gpu, dtype))
