@@ -12,6 +12,8 @@ On several devices there are two variants: one forward whose sequence is divided
 guidance, which is two forwards in the layout of `distributed.denoise.parallel.plan`. On one device the other
 implementations are measured if they are installed: diffusers, and ComfyUI's own model (COMFYUI_PATH or .comfyui) with
 either cuDNN's or the flash attention kernel first. Rank 0 writes JSON and a Markdown table.
+
+With `--memory-gib 16,8` a rank's task is measured instead, without a limit and with each of these (`denoise_memory`).
 """
 
 import argparse
@@ -32,11 +34,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.decode import ROOT, SIZES, largest, machine, matmul_rate, measure
+from benchmarks.denoise_memory import SMALL as SMALL_TASK
+from benchmarks.denoise_memory import TaskSteps, random_transformer
 from distributed.denoise import fused
 from distributed.denoise.conditions import Condition
+from distributed.denoise.layout import Architecture
 from distributed.denoise.parallel import Layout, plan
 from distributed.denoise.share import Share
 from distributed.denoise.transformer import Transformer
+from distributed.errors import OutOfMemory
+from distributed.ranks.devices import COPIERS
 
 FULL: dict = {}
 """diffusers' defaults are the full sizes."""
@@ -45,6 +52,15 @@ SMALL |= {"text_embed_dim": 32, "text_embed_2_dim": 32, "image_embed_dim": 32}
 
 TEXT, PADDED, GLYPHS, IMAGE = 100, 1000, 256, 729
 """Valid text tokens, and the lengths to which diffusers' pipeline pads text, glyphs and image."""
+
+COLUMNS = {"peak_gib": "peak GiB", "first_s": "first call", "difference": "difference"}
+TASK_COLUMNS = {
+    "load_s": "load",
+    "new_timestep_s": "with a new timestep",
+    "return_s": "return after release",
+    "on_device": "weights on the device",
+}
+"""Columns of the table, by their keys in a row."""
 
 Forward = Callable[[], Tensor]
 
@@ -232,6 +248,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=None, help="comma-separated, of: " + ", ".join(SIZES))
     parser.add_argument("--variants", default="", help="only the variants whose name contains one of these words")
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--memory-gib", default="", help="measure a rank's task without and with these limits per rank")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
 
@@ -240,6 +257,7 @@ def main() -> None:
     dtype, config = (torch.bfloat16, FULL) if cuda else (torch.float32, SMALL)
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_num_threads(COPIERS)  # as in rank processes
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -263,6 +281,11 @@ def main() -> None:
         floor = flops / world / 1e12 / report["matmul_sustained_tflops"]
         result["variants"]["floor"] = {"best_s": round(floor, 3)}
     references: dict[str, Tensor] = {}
+    if options.memory_gib:
+        report["command"] += f" --memory-gib {options.memory_gib}"
+        limits = [None, *map(float, options.memory_gib.split(","))]
+        measure_limits(report, limits, device, dtype, options.repeat, options.out)
+        chosen = {}
     with torch.inference_mode():
         for of_core in (False, True):  # one model on the device at a time
             builds = {name: build for name, build in chosen.items() if name.startswith("ComfyUI") == of_core}
@@ -286,6 +309,32 @@ def main() -> None:
             gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def measure_limits(
+    report: dict, limits: list[float | None], device: torch.device, dtype: torch.dtype, repeat: int, folder: Path
+) -> None:
+    """Measure a rank's task without a limit and with limits in GiB. A collective."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    config = Architecture() if device.type == "cuda" else SMALL_TASK
+    transformer = random_transformer(config, device, dtype) if rank == 0 else None
+    references: dict[str, Tensor] = {}
+    for result in report["results"]:
+        for limit in limits:
+            memory = None if limit is None else int(limit * 2**30)
+            steps = TaskSteps(transformer, SIZES[result["size"]], TEXT, memory, device, dtype)
+            try:
+                loads = {"load_s": steps.load()}
+                row = measure_forward(device, steps.step, repeat, references, result["size"], False)
+                loads |= {"new_timestep_s": steps.new_timestep(), "return_s": steps.back()}
+                row |= {key: largest(value) for key, value in loads.items()} | {"on_device": steps.resident}
+            except OutOfMemory as error:  # raised on all ranks
+                row = {"error": str(error)}
+            steps.task.release()
+            result["variants"]["task" if limit is None else f"task, {limit:g} GiB"] = row
+            if rank == 0:
+                print(result["size"], limit, row, flush=True)
+                write(report, folder)
 
 
 def measure_forward(
@@ -317,27 +366,29 @@ def whole(rows: Tensor, size: str) -> Tensor:
 def write(report: dict, folder: Path) -> None:
     """Write the report as JSON and as a Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"denoise-{report['machine'].replace(' ', '-').lower()}-x{report['ranks']}"
+    tasks = any(name.startswith("task") for result in report["results"] for name in result["variants"])
+    name = f"denoise-{'memory-' if tasks else ''}{report['machine'].replace(' ', '-').lower()}-x{report['ranks']}"
     name = "".join(c for c in name if c.isalnum() or c in "-_")
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    columns = COLUMNS | (TASK_COLUMNS if tasks else {})
     lines = [
         f"### {report['machine']}, {report['ranks']} rank(s), {report['dtype']}, {report['date']}",
         "",
         f"torch {report['torch']}; sustained matrix product {report['matmul_sustained_tflops']} TFLOP/s. "
         f"`{report['command']}`",
         "",
-        "| size | variant | seconds | over floor | peak GiB | first call | difference |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| size | variant | seconds | over floor | " + " | ".join(columns.values()) + " |",
+        "| --- | --- | --- | --- |" + " --- |" * len(columns),
     ]
     for result in report["results"]:
         floor = result["variants"]["floor"]["best_s"]
         for key, row in result["variants"].items():
             if "error" in row:
-                lines.append(f"| {result['size']} | {key} | {row['error']} | | | | |")
+                lines.append(f"| {result['size']} | {key} | {row['error']} |" + " |" * (1 + len(columns)))
                 continue
             forwards = 2 if "step" in key else 1
             ratio = f"{row['best_s'] / floor / forwards:.2f}" if floor else ""
-            cells = [row["best_s"], ratio, *(row.get(name, "") for name in ("peak_gib", "first_s", "difference"))]
+            cells = [row["best_s"], ratio, *(row.get(name, "") for name in columns)]
             lines.append(f"| {result['size']} | {key} | " + " | ".join(map(str, cells)) + " |")
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 

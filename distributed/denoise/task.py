@@ -71,7 +71,7 @@ class DenoiseTask:
         self.placement: Placement | None = None
         """The weights that are on the device, if the transformer is loaded."""
         self.asked: tuple | None = None
-        """What the placement was chosen for: shape, number of branches, and memory limit."""
+        """What the placement was chosen for: shape and memory limit."""
         self.short = False
         """Whether the device's memory ran out since the last release. Then no more weights move to it."""
         self.held = 0
@@ -276,7 +276,7 @@ class DenoiseTask:
         # On the CPU weights stay mapped, and the system reads them again when it needs their memory for something else.
         free = UNLIMITED if Device(self.device).is_host else self._free()
         limit = min(free, request.memory or free)
-        asked, before = (request.shape, len(request.conditions), request.memory), self.asked
+        asked, before = (request.shape, request.memory), self.asked
         self.asked = asked
         fits = self.transformer is not None and sizes.needed(self.placement) <= limit
         return self.placement if fits and (asked == before or self.short) else sizes.choose(limit)

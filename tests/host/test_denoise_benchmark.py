@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.host.test_benchmarks import ROOT, run
 
 FORWARDS = {"diffusers", "ours", "ours without Triton", "ours, step with guidance"}
@@ -57,3 +59,25 @@ def test_the_benchmark_of_cores_graph_compares_latents_and_changes_a_lora(tmp_pa
     }
     assert all(row["per_step"] > 0 for row in rows) and all(row["difference"] < 1e-5 for row in rows)
     assert "| Distribute Model | cpu,cpu |" in (tmp_path / "core-sampling-cpu.md").read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tasks_are_measured_within_memory_limits(ranks, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "-m",
+        "benchmarks.denoise",
+    ]
+    command += ["--repeat", "1", "--memory-gib", "0.2,0.01", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    (result,) = read(tmp_path)["results"]
+    whole, limited, refused = (result["variants"][name] for name in ("task", "task, 0.2 GiB", "task, 0.01 GiB"))
+    assert whole["on_device"] == "6 of 6 blocks and the modulation" != limited["on_device"]
+    assert limited["difference"] < 1e-5 and min(row["return_s"] for row in (whole, limited)) > 0
+    assert "0.01 GiB is available" in refused["error"]
+    (table,) = tmp_path.glob("denoise-memory-*.md")
+    assert f"| {limited['on_device']} |" in table.read_text()
