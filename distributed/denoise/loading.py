@@ -27,13 +27,13 @@ class OnHost(nn.Module):
         return F.linear(x, self.uploads.moved(self.weight), self.uploads.moved(self.bias))
 
 
-def patch(stored: Stored, patches: Sequence[Patch], device: torch.device, merge_dtype: torch.dtype) -> Stored:
-    """Merge patches on the device, in the merge dtype, into the values of a tensor.
+def patch(stored: Stored, patches: Sequence[Patch], merge_dtype: torch.dtype) -> Stored:
+    """Merge patches, in the merge dtype, into a copy of the values of a tensor on the device.
 
     As in core, the result is rounded to the dtype that the tensor was stored in. Core rounds to 8 bits at random; here
     the result stays in the merge dtype then, which is closer to the exact one.
     """
-    merged = merge(stored.to(device, merge_dtype, copy=True), patches)
+    merged = merge(stored.to(stored.tensor.device, merge_dtype, copy=True), patches)
     return Stored(merged if stored.in_8_bits else merged.to(stored.tensor.dtype))
 
 

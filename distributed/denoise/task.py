@@ -225,7 +225,7 @@ class DenoiseTask:
                     raise Cancelled
                 self.merged[key] = None  # some of its parts may have changed if this ends early
                 if key in changed:
-                    stored = patch(stored, changed[key], self.device, merge_dtype)
+                    stored = patch(self.uploads.unconverted(stored), changed[key], merge_dtype)
                 for_device = any(map(self._on_device, names[key]))
                 whole = Stored(self.uploads.moved(stored)) if for_device else stored.to_host()
                 for name in names[key]:

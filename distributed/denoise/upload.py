@@ -40,11 +40,16 @@ class Uploads:
 
     def moved(self, stored: Stored) -> Tensor:
         """Return the values on the device, for work launched after this call. On the CPU they may stay mapped."""
-        if stored.tensor.device == self.device.torch:
-            return stored.to(self.device.torch, self.dtype)
-        place = torch.empty(stored.tensor.shape, dtype=self.dtype, device=self.device.torch)
-        self.device.wait(self.copy([(stored, place)], self.device.mark()))
-        return place
+        return self.unconverted(stored).to(self.device.torch, self.dtype)
+
+    def unconverted(self, stored: Stored) -> Stored:
+        """Return the tensor on the device as it is stored, for work launched after this call."""
+        source = stored.tensor
+        if source.device == self.device.torch:
+            return stored
+        place = torch.empty(source.shape, dtype=source.dtype, device=self.device.torch)
+        self.device.wait(self.copy([(Stored(source), place)], self.device.mark()))
+        return stored._replace(tensor=place)
 
     def copy(self, weights: Iterable[tuple[Stored, Tensor]], after: Event) -> Event:
         """Copy values to their places on the device, once the event `after` has occurred.

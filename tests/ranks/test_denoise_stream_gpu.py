@@ -65,7 +65,7 @@ def test_a_limit_holds_and_the_bits_are_those_of_resident_weights(resident, tran
 def test_copies_run_while_the_device_computes(transformer):
     steps, _ = loaded(transformer, LONG, Placement(False, 0, LAYERS))
     steps.step()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         steps.step()
         torch.cuda.synchronize()
     events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]

@@ -172,7 +172,7 @@ def test_the_published_streams_and_events_have_the_methods_that_are_used(wheel):
         for node in tree.body
         if isinstance(node, ast.ClassDef)
     }
-    assert {"wait_stream", "record_event"} <= methods["Stream"] and "synchronize" in methods["Event"]
+    assert {"wait_stream", "wait_event", "record_event"} <= methods["Stream"] and "synchronize" in methods["Event"]
 
 
 def test_the_published_wheel_registers_the_npu_device_and_the_hccl_backend(wheel):
