@@ -20,14 +20,13 @@ from ..errors import Cancelled, NotLoaded, OutOfMemory
 from ..ranks.collective import Watch, agree, group_of, reserve
 from ..ranks.devices import Device
 from ..ranks.shared_memory import shared_file
-from .block import MLP_TOKENS
 from .conditions import Condition, Context
 from .job import NOUN, PARTS, DenoiseRequest
 from .layout import block_of, modulates
 from .loading import build, patch, put
 from .parallel import Layout, plan
 from .patches import Patch, read_patches
-from .placement import Placement, Sizes
+from .placement import KEPT_STEPS, WORKSPACE, Placement, Sizes, sizes_of
 from .share import Share
 from .transformer import Modulation, Transformer
 from .upload import Uploads
@@ -37,16 +36,10 @@ KEPT = 4
 """Conditions that are kept: those of two prompts."""
 KEPT_PATCHES = 2
 """Sets of patches that are kept: those of two models that a graph samples in turn."""
-KEPT_STEPS = 64
-"""Timesteps whose modulation is kept: 2.7 MB each at full size in 16 bits."""
 CHECKS = 13
 """How often in a forward ranks agree on a cancel: every fourth of 54 blocks. It takes two ranks 0.3 ms (gloo, on two
 busy cores), and a block at 480x848x33 as little as 1 ms with eight GPUs."""
 UNLIMITED = 2**62
-WORKSPACE = 2**27
-"""Bytes that libraries take."""
-ROWS_ALONE, ROWS_SHARED = 7, 10
-"""Tensors of a rank's own tokens that a block has at once, at the most. Measured on H100: 6.4 alone, 9.4 with two."""
 
 
 class DenoiseTask:
@@ -291,19 +284,7 @@ class DenoiseTask:
 
     def _sizes(self, request: DenoiseRequest | None = None) -> Sizes:
         """Bytes that a step takes on the busiest rank. No request: those of the weights alone."""
-        checkpoint, of_number = self.checkpoint, self.dtype.itemsize
-        sizes = checkpoint.architecture
-        blocks = checkpoint.block_parameters * sizes.layers
-        fixed = checkpoint.parameters - checkpoint.modulation_parameters - blocks
-        computation = 0
-        if request is not None:
-            tokens, ranks = max((max(split.tokens), len(split.ranks)) for split in self._layout(request).branches)
-            rows = tokens * (ROWS_ALONE if ranks == 1 else ROWS_SHARED) * sizes.width
-            mlp = min(tokens, MLP_TOKENS) * int((1 + sizes.mlp_ratio) * sizes.width)
-            kept = KEPT_STEPS * 12 * sizes.layers * sizes.width
-            computation = (rows + mlp + kept) * of_number + WORKSPACE
-        weights = (fixed, checkpoint.modulation_parameters, checkpoint.block_parameters)
-        return Sizes(computation, *(of_number * numbers for numbers in weights), blocks=sizes.layers)
+        return sizes_of(self.checkpoint, self.dtype, None if request is None else self._layout(request))
 
     def _reserve(self, request: DenoiseRequest) -> None:
         """Take what the step will need from the device, so that memory runs out here, on all ranks, or not at all."""

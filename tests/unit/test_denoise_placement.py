@@ -1,14 +1,14 @@
 """Which weights stay on the device: a pure function of sizes and of free memory."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from distributed.denoise.job import DenoiseRequest
 from distributed.denoise.layout import Architecture
-from distributed.denoise.placement import SLOTS, Placement, Sizes
-from distributed.denoise.task import DenoiseTask
+from distributed.denoise.parallel import plan
+from distributed.denoise.placement import SLOTS, Placement, Sizes, sizes_of
 from distributed.denoise.weights import TransformerCheckpoint
 
 GIB = 2**30
@@ -17,10 +17,10 @@ SIZES = Sizes(computation=1000, fixed=50, modulation=540, block=20, blocks=54)
 
 def real_sizes(shape: tuple[int, int, int], ranks: int = 1) -> Sizes:
     """Return the sizes of a step with the real transformer in bfloat16. shape: of the latent."""
-    task = DenoiseTask(torch.device("cpu"))
-    task.world_size, task.dtype = ranks, torch.bfloat16
-    task.checkpoint = TransformerCheckpoint(Path(), (), "core", Architecture(), "real")
-    return task._sizes(DenoiseRequest((1, *shape), (1.0,), (), ("prompt",)))
+    architecture = Architecture()
+    checkpoint = TransformerCheckpoint(Path(), (), "core", architecture, "real")
+    layout = plan(ranks, 1, math.prod(shape), architecture.heads, architecture.head_dim)
+    return sizes_of(checkpoint, torch.bfloat16, layout)
 
 
 def test_the_fastest_placement_that_fits_is_chosen():

@@ -1,6 +1,5 @@
 """Forwards whose blocks are streamed, on the CPU: the same code as on a GPU, with copies that end at once."""
 
-import contextlib
 import threading
 
 import pytest
@@ -176,26 +175,6 @@ def test_a_failed_copy_ends_the_forward_and_not_the_stream(job, expected, task, 
         run(task, limited)
     assert len(copies) in (3, 4) and threading.current_thread().name not in copies
     assert torch.equal(run(task, limited), expected)
-
-
-def test_a_slot_is_filled_before_each_of_its_blocks_and_not_earlier(job, task, monkeypatch):
-    """A slot that was filled too early would change the weights of the block before."""
-    run(task, within(task, job, PLACEMENTS[0]))
-    blocks, seen = task.transformer.blocks, []
-    slots = {part.data_ptr(): i for i, slot in enumerate(blocks.slots) for part in slot.parameters() if part.numel()}
-
-    def record(weights, after, copy=blocks.uploads.copy):
-        (slot,) = {slots[place.data_ptr()] for _, place in weights}
-        seen.append(("copy", slot))
-        return copy(weights, after)
-
-    monkeypatch.setattr(blocks.uploads, "copy", record)
-    with contextlib.closing(blocks()) as modules:
-        for module in modules:
-            seen.append(("block", slots[module.attn.to_q.weight.data_ptr()]))
-    assert len(seen) == 2 * LAYERS
-    for slot in range(SLOTS):
-        assert [kind for kind, of in seen if of == slot] == ["copy", "block"] * (LAYERS // SLOTS)
 
 
 def test_a_stream_that_is_dropped_ends_its_thread(job, task):

@@ -1,5 +1,7 @@
 """Copies of weights through the ring of host memory."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -53,6 +55,54 @@ def test_small_weights_share_a_buffer(small_ring):
     assert all(torch.equal(*pair) for pair in zip(places, values, strict=True)) and len(small_ring) == 1
     copied(uploads, Stored(draw(1)), torch.float32)
     assert len(small_ring) == 2
+
+
+class Late(Device):
+    """A device whose copies run when an event after them is waited for."""
+
+    pending: ClassVar[list] = []
+
+    def mark(self):
+        end = len(self.pending)
+
+        class Mark:
+            def synchronize(mark) -> None:
+                Late.run(end)
+
+        return Mark()
+
+    @classmethod
+    def run(cls, end: int) -> None:
+        """Run the copies up to this one that have not run."""
+        for i, copy in enumerate(cls.pending[:end]):
+            if copy is not None:
+                copy()
+                cls.pending[i] = None
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_buffer_is_filled_again_when_the_device_has_read_it(small_ring, monkeypatch, waits):
+    uploads, copy = Uploads(CPU, torch.float32), torch.Tensor.copy_
+    monkeypatch.setattr(Late, "pending", [])
+    uploads.device = Late(CPU)
+
+    def copy_late(place, source, non_blocking=False):
+        if non_blocking:
+            Late.pending.append(lambda: copy(place, source))
+            return place
+        return copy(place, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_late)
+    if not waits:
+        monkeypatch.setattr(Late, "run", lambda end: None)
+    values = [draw(n) for n in (3000, 7, 500, 2000, 20_000)]
+    places = [torch.zeros_like(value) for value in values]
+    uploads.copy(zip(map(Stored, values), places, strict=True), uploads.device.mark())
+    assert any(copy is None for copy in Late.pending) == waits
+    for late in filter(None, Late.pending):
+        late()
+    assert all(torch.equal(*pair) for pair in zip(places, values, strict=True)) == waits
+    assert len(small_ring) == 3
 
 
 def test_a_part_of_a_tensor_is_copied_without_the_rest():
