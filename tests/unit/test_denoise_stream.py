@@ -4,14 +4,18 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from distributed.denoise.job import DenoiseJob
+from distributed.denoise.layout import Architecture
 from distributed.denoise.placement import SLOTS, Placement
 from distributed.denoise.task import DenoiseTask
 from distributed.denoise.weights import open_transformer
 from distributed.errors import Cancelled, OutOfMemory
 from distributed.ranks.task import JobWatch
+from tests.unit.core_transformer import core_inputs, random_weights
 from tests.unit.denoise_models import make_model, run
+from tests.unit.test_denoise_core import job_of
 from tests.unit.test_denoise_task import make_job
 
 LAYERS = 6
@@ -175,6 +179,20 @@ def test_a_failed_copy_ends_the_forward_and_not_the_stream(job, expected, task, 
         run(task, limited)
     assert len(copies) in (3, 4) and threading.current_thread().name not in copies
     assert torch.equal(run(task, limited), expected)
+
+
+def test_scaled_8_bit_weights_of_streamed_blocks_have_the_values_of_resident_ones(task, tmp_path):
+    weights = random_weights(Architecture(heads=2, layers=4))
+    for key in [key for key in weights if key.startswith("double_blocks.") and key.endswith("weight")]:
+        if weights[key].ndim == 2:
+            scale = weights[key].abs().max() / 448
+            weights |= {key: (weights[key] / scale).to(torch.float8_e4m3fn), f"{key}_scale": scale}
+    save_file(weights, tmp_path / "model.safetensors")
+    job = job_of(open_transformer(tmp_path / "model.safetensors"), core_inputs())
+    resident = run(DenoiseTask(torch.device("cpu")), job)
+    placement = Placement(False, 1, 4)
+    assert torch.equal(run(task, within(task, job, placement)), resident)
+    assert task.placement == placement and resident.isfinite().all()
 
 
 def test_a_stream_that_is_dropped_ends_its_thread(job, task):
