@@ -51,6 +51,7 @@ class Uploads:
         self.device.wait(self.copy([(Stored(source), place)], self.device.mark()))
         return stored._replace(tensor=place)
 
+    @torch.inference_mode()  # the ring is made here, in a step or in a thread beside it, and written in both
     def copy(self, weights: Iterable[tuple[Stored, Tensor]], after: Event) -> Event:
         """Copy values to their places on the device, once the event `after` has occurred.
 

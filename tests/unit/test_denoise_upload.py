@@ -47,6 +47,14 @@ def test_copies_of_any_size_keep_their_values(small_ring, numbers):
     assert len(small_ring) <= 3 and set(small_ring) <= {4096}
 
 
+def test_a_step_and_a_thread_beside_it_can_use_the_same_buffers():
+    """Tensors that are made in inference mode, as in a step, cannot be written outside of it."""
+    uploads, value = Uploads(CPU, torch.float32), draw(100)
+    with torch.inference_mode():
+        assert torch.equal(copied(uploads, Stored(value), torch.float32), value)
+    assert torch.equal(copied(uploads, Stored(2 * value), torch.float32), 2 * value)
+
+
 def test_small_weights_share_a_buffer(small_ring):
     uploads = Uploads(CPU, torch.float32)
     values = [draw(n) for n in range(1, 1 + 4096 // ALIGNMENT)]
@@ -81,6 +89,7 @@ class Late(Device):
 
 
 @pytest.mark.parametrize("waits", [True, False])
+@torch.inference_mode()
 def test_a_buffer_is_filled_again_when_the_device_has_read_it(small_ring, monkeypatch, waits):
     uploads, copy = Uploads(CPU, torch.float32), torch.Tensor.copy_
     monkeypatch.setattr(Late, "pending", [])
