@@ -57,7 +57,9 @@ def test_the_benchmark_of_cores_graph_compares_latents_and_changes_a_lora(tmp_pa
         "LoRA, changed strength",
         "LoRA removed",
     }
-    assert all(row["per_step"] > 0 for row in rows) and all(row["difference"] < 1e-5 for row in rows)
+    assert all(row["per_step"] > 0 for row in rows)
+    for row in rows:  # newer versions of core do not round a patched weight to the dtype that it is stored in
+        assert row["difference"] < (1e-3 if row["prompt"].startswith("LoRA") else 1e-5), row
     assert "| Distribute Model | cpu,cpu |" in (tmp_path / "core-sampling-cpu.md").read_text()
 
 

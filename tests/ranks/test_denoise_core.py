@@ -10,8 +10,9 @@ from distributed.denoise.handover import share_transformer
 from distributed.denoise.job import Conditions
 from distributed.denoise.layout import Architecture
 from distributed.denoise.patches import Patch, Patches
+from tests.host.core_transformer import run_core
 from tests.ranks.test_denoise_task import counted
-from tests.unit.core_transformer import core_inputs, random_weights, run_core
+from tests.unit.core_inputs import core_inputs, random_weights
 
 SIZES = {"heads": 2, "layers": 2}
 MODEL = {"width": 256, "layers": 2}

@@ -1,6 +1,9 @@
 """Fixtures of the unit tests."""
 
-from collections.abc import Callable
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +13,20 @@ from benchmarks.random_weights import FULL
 from distributed.vae.hunyuanvideo15.layout import Architecture
 from distributed.vae.hunyuanvideo15.weights import Weights
 from tests.unit.checkpoints import in_core_layout, make_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_and_no_comfyui() -> Iterator[None]:
+    """Fail tests that start a process or import ComfyUI: they belong to the other folders."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("tests/unit starts no processes; move this test to another folder")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", refuse)
+        patch.setattr(multiprocessing.Process, "start", refuse)
+        yield
+    assert "comfy" not in sys.modules, "tests/unit imports no ComfyUI"
 
 
 @pytest.fixture(scope="session")

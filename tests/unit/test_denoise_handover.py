@@ -15,9 +15,8 @@ from distributed.errors import CheckpointError
 from distributed.ranks import shared_memory
 from distributed.ranks.shared_memory import place_of, shared_file
 from distributed.shared_weights import LazyTensor
-from tests.unit.core_transformer import core_inputs, random_weights
+from tests.unit.core_inputs import core_inputs, job_of, random_weights
 from tests.unit.denoise_models import run
-from tests.unit.test_denoise_core import job_of
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ from distributed.denoise.task import DenoiseTask
 from distributed.denoise.weights import open_transformer
 from distributed.errors import Cancelled, OutOfMemory
 from distributed.ranks.task import JobWatch
-from tests.unit.core_transformer import core_inputs, random_weights
+from tests.unit.core_inputs import core_inputs, job_of, random_weights
 from tests.unit.denoise_models import make_model, run
-from tests.unit.test_denoise_core import job_of
 from tests.unit.test_denoise_task import make_job
 
 LAYERS = 6

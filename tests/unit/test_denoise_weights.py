@@ -268,13 +268,3 @@ def test_a_file_of_the_original_layout_that_is_not_whole_is_refused(tmp_path, ch
         open_transformer(tmp_path / "model.safetensors")
     assert words in str(refusal.value)
     assert_harmless(refusal.value)
-
-
-def test_names_are_those_of_cores_model(tmp_path):
-    """Core's own module takes the keys, and gives them back."""
-    from tests.unit.core_transformer import core_shapes
-
-    with torch.device("meta"):
-        model = HunyuanVideo15Transformer3DModel(num_attention_heads=1, num_layers=1)
-    ours = {key: tuple(tensor.shape) for key, tensor in in_original_layout(model.state_dict()).items()}
-    assert ours == {re.sub(r"_norm\.scale$", "_norm.weight", key): shape for key, shape in core_shapes().items()}

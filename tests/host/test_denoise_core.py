@@ -1,15 +1,18 @@
 """Forwards of a rank compared with those of core's own network: conditions, times, dtypes and patches."""
 
+import re
+
 import pytest
 import torch
+from core_transformer import module_shapes, run_core
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distributed.denoise.job import Conditions, DenoiseJob
+from distributed.denoise.job import Conditions
 from distributed.denoise.layout import Architecture
 from distributed.denoise.task import DenoiseTask
-from distributed.denoise.weights import open_transformer
-from tests.unit.core_transformer import core_inputs, random_weights, run_core
+from distributed.denoise.weights import core_shapes, open_transformer
+from tests.unit.core_inputs import core_inputs, error, job_of, random_weights
 from tests.unit.denoise_models import run
 
 SIZES = {"heads": 2, "layers": 2}
@@ -63,13 +66,6 @@ def checkpoints(weights, tmp_path_factory):
     return {name: open_transformer(folder / f"{name}.safetensors") for name in weights}
 
 
-def job_of(checkpoint, inputs: dict[str, Tensor], time: float = 731.0, **options) -> DenoiseJob:
-    inputs = dict(inputs)
-    x = inputs.pop("x")
-    conditions = Conditions.of_core(checkpoint, **inputs, latents=x[:, 32:])
-    return DenoiseJob.make(checkpoint, x[:, :32], time, [conditions], **options)
-
-
 def compute(checkpoints, name: str) -> Tensor:
     """The forward of a case by a rank, with the times that the case has."""
     case = FORWARDS[name]
@@ -78,11 +74,6 @@ def compute(checkpoints, name: str) -> Tensor:
         options |= {"time": float(SIGMAS[1] * 1000), "timestep_r": float(SIGMAS[2] * 1000)}
         options |= {"averaged_times": case["model"].get("averaged", False)}
     return run(DenoiseTask(torch.device("cpu")), job_of(checkpoints[case["weights"]], case["inputs"], **options))
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    assert result.shape == expected.shape and result.isfinite().all()
-    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 EXACT = sorted(FORWARDS.keys() - {"float16", "bfloat16", "text beyond float16", "a second time", "averaged times"})
@@ -142,3 +133,8 @@ def test_other_dtypes_and_a_second_time_for_other_models_are_refused(checkpoints
     for options, words in (({"dtype": "int8"}, "dtype is int8"), ({"timestep_r": 402.0}, "Meanflow")):
         with pytest.raises(ValueError, match=words):
             job_of(checkpoints["plain"], PLAIN["text"], **options)
+
+
+def test_names_and_shapes_are_those_of_cores_module():
+    named = {re.sub(r"_norm\.scale$", "_norm.weight", key): shape for key, shape in module_shapes().items()}
+    assert named == core_shapes(Architecture(heads=1, layers=1))

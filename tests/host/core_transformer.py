@@ -1,7 +1,6 @@
 """Core's HunyuanVideo-1.5 transformer, in a process of its own: `comfy` wants to be set up before it is imported."""
 
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,9 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distributed.denoise.layout import Architecture
 from distributed.denoise.patches import Patch
-from distributed.denoise.weights import core_shapes as shapes_of
 from set_up import comfyui_path
 
 START = """
@@ -93,7 +90,7 @@ def _run(code: str, *arguments: object) -> str:
     return done.stdout
 
 
-def core_shapes() -> dict[str, tuple[int, ...]]:
+def module_shapes() -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of core's module, one block and one head wide, by its own names."""
     return {key: tuple(shape) for key, shape in json.loads(_run(SHAPES).splitlines()[-1]).items()}
 
@@ -121,34 +118,3 @@ def run_core(
     torch.save({"weights": dict(weights), "forwards": forwards, "merges": merges}, folder / "request.pt")
     _run(RUN, folder / "request.pt", folder / "results.pt")
     return torch.load(folder / "results.pt")
-
-
-def random_weights(architecture: Architecture, seed: int = 0) -> dict[str, Tensor]:
-    """Return weights by core's keys that preserve the variance of activations."""
-    generator, found = torch.Generator().manual_seed(seed), {}
-    for key, shape in shapes_of(architecture).items():
-        draw = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            found[key] = draw if "cond_type" in key else draw / math.sqrt(draw[0].numel())
-        else:
-            found[key] = 0.1 * draw + (0.0 if key.endswith("bias") else 1.0)
-    return found
-
-
-def core_inputs(
-    channels: int = 65,
-    videos: int = 1,
-    latent: tuple[int, int, int] = (2, 3, 5),
-    text: int = 7,
-    glyphs: int = 0,
-    image: int = 0,
-    seed: int = 1,
-) -> dict[str, Tensor]:
-    """Return inputs of core's forward. text, glyphs, image: numbers of tokens; 0: the input is absent."""
-    generator = torch.Generator().manual_seed(seed)
-    widths = {"context": (text, 3584), "txt_byt5": (glyphs, 1472), "clip_fea": (image, 1152)}
-    found = {"x": torch.randn(videos, channels, *latent, generator=generator)}
-    for name, size in widths.items():
-        if size[0]:
-            found[name] = torch.randn(videos, *size, generator=generator)
-    return found

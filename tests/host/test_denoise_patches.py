@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from core_transformer import run_core
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,9 +15,8 @@ from distributed.denoise.task import KEPT_PATCHES, DenoiseTask
 from distributed.denoise.weights import open_transformer
 from distributed.errors import Cancelled, NotLoaded
 from distributed.ranks.task import JobWatch
-from tests.unit.core_transformer import core_inputs, random_weights, run_core
+from tests.unit.core_inputs import core_inputs, error, job_of, random_weights
 from tests.unit.denoise_models import make_model, run
-from tests.unit.test_denoise_core import error, job_of
 
 SIZES = {"heads": 2, "layers": 2}
 BLOCK = "double_blocks.1"

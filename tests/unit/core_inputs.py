@@ -1,0 +1,55 @@
+"""Weights and inputs of core's HunyuanVideo-1.5 transformer, and steps of a rank with them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from distributed.denoise.job import Conditions, DenoiseJob
+from distributed.denoise.layout import Architecture
+from distributed.denoise.weights import core_shapes
+
+
+def random_weights(architecture: Architecture, seed: int = 0) -> dict[str, Tensor]:
+    """Return weights by core's keys that preserve the variance of activations."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for key, shape in core_shapes(architecture).items():
+        draw = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            found[key] = draw if "cond_type" in key else draw / math.sqrt(draw[0].numel())
+        else:
+            found[key] = 0.1 * draw + (0.0 if key.endswith("bias") else 1.0)
+    return found
+
+
+def core_inputs(
+    channels: int = 65,
+    videos: int = 1,
+    latent: tuple[int, int, int] = (2, 3, 5),
+    text: int = 7,
+    glyphs: int = 0,
+    image: int = 0,
+    seed: int = 1,
+) -> dict[str, Tensor]:
+    """Return inputs of core's forward. text, glyphs, image: numbers of tokens; 0: the input is absent."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = {"context": (text, 3584), "txt_byt5": (glyphs, 1472), "clip_fea": (image, 1152)}
+    found = {"x": torch.randn(videos, channels, *latent, generator=generator)}
+    for name, size in widths.items():
+        if size[0]:
+            found[name] = torch.randn(videos, *size, generator=generator)
+    return found
+
+
+def job_of(checkpoint, inputs: dict[str, Tensor], time: float = 731.0, **options) -> DenoiseJob:
+    """Return a step of one branch for inputs of core's forward."""
+    inputs = dict(inputs)
+    x = inputs.pop("x")
+    conditions = Conditions.of_core(checkpoint, **inputs, latents=x[:, 32:])
+    return DenoiseJob.make(checkpoint, x[:, :32], time, [conditions], **options)
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """Return the relative L2 difference of a finite result."""
+    assert result.shape == expected.shape and result.isfinite().all()
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
