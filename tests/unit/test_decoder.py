@@ -136,7 +136,6 @@ def test_a_region_decoded_alone_equals_its_part_of_the_whole_picture(weights, re
 
 GRIDS = [
     (Region(0, 22, 0, 25), (1, 2), (22, 25)),
-    (Region(0, 22, 0, 25), (2, 2), (22, 25)),
     (Region(0, 21, 2, 25), (2, 1), (22, 25)),
     (Region(9, 10, 3, 31), (1, 3), (10, 40)),
     (Region(0, 28, 0, 27), (3, 3), (28, 27)),
