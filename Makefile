@@ -26,7 +26,7 @@ check: setup
 # A test of `ranks` connects to every port of the machine, so that folder runs alone.
 test: check browser
 	$(BIN)/python -m pytest tests/ranks
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/host tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/host tests/browser
 
 bench: setup
 	$(BIN)/python -m benchmarks.decode
