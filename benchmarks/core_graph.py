@@ -10,6 +10,7 @@ and the run is only a functional test. Writes JSON and a Markdown table.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -112,30 +114,62 @@ def free(host: Host) -> list[float]:
     return memory_in_use()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", default=None, help="comma-separated, of: " + ", ".join(SIZES))
+@contextlib.contextmanager
+def running_host(folder: Path, options: str) -> Iterator[Host]:
+    """Yield a ComfyUI with these further options, in one string. Print the end of its log if the measurement fails."""
+    host = Host(folder, options=options.split())
+    try:
+        yield host.wait()
+    except BaseException:
+        print(host.log.read_text(errors="replace")[-6000:], flush=True)
+        raise
+    finally:
+        host.close()
+
+
+def parser_for(doc: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that the benchmarks of graphs share. doc: the module's docstring."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--sizes", default=None, help="comma-separated, such as 480x848x33,720x1280x121")
     parser.add_argument("--host-options", default="", help="more options for ComfyUI's main.py, as one string")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
-    device, _, _ = target(0)
-    count = torch.cuda.device_count()
-    one, every = ("cuda:0", ",".join(f"cuda:{i}" for i in range(count))) if count else ("cpu", "cpu,cpu")
-    series = [None, one, one, every, every, None, every] if every != one else [None, one, one, None, one]
-    sizes = (options.sizes or ("480x848x33,720x1280x121" if count else "64x96x9")).split(",")
-    report = {
-        "machine": f"{max(1, count)} x {machine(device)}",
+    return parser
+
+
+def new_report(command: str, device: torch.device) -> dict:
+    """Return a report without rows. command: of the benchmark, to run it again."""
+    return {
+        "machine": f"{max(1, torch.cuda.device_count())} x {machine(device)}",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "command": f"python -m benchmarks.core_graph --sizes {','.join(sizes)}",
+        "command": command,
         "prompts": [],
     }
+
+
+def version_of(host: Host) -> str:
+    return host.get("/system_stats")["system"]["comfyui_version"]
+
+
+def device_lists() -> tuple[str, str]:
+    """Return the `devices` of a group of one rank, and of a group of all GPUs, or of two CPU ranks."""
+    count = torch.cuda.device_count()
+    return ("cuda:0", ",".join(f"cuda:{i}" for i in range(count))) if count else ("cpu", "cpu,cpu")
+
+
+def main() -> None:
+    options = parser_for(__doc__).parse_args()
+    device, _, _ = target(0)
+    one, every = device_lists()
+    series = [None, one, one, every, every, None, every] if every != one else [None, one, one, None, one]
+    default = "480x848x33,720x1280x121" if torch.cuda.is_available() else "64x96x9"
+    sizes = (options.sizes or default).split(",")
+    report = new_report(f"python -m benchmarks.core_graph --sizes {','.join(sizes)}", device)
     with tempfile.TemporaryDirectory(prefix="hv15-core-graph-") as folder:
         save_vae(Path(folder) / "models" / "vae" / "full.safetensors", device)
         torch.cuda.empty_cache()
-        host = Host(Path(folder), options=options.host_options.split())
-        try:
-            report["comfyui"] = host.wait().get("/system_stats")["system"]["comfyui_version"]
+        with running_host(Path(folder), options.host_options) as host:
+            report["comfyui"] = version_of(host)
             for size in sizes:
                 for index, devices in enumerate(series):
                     name = f"{size}-{index}.latent"  # a new name and seed, so that ComfyUI's cache is not used
@@ -144,28 +178,23 @@ def main() -> None:
                     print(report["prompts"][-1], flush=True)
                 report["prompts"].append({"size": size, "devices": "after /free", "after_gib": free(host)})
                 print(report["prompts"][-1], flush=True)
-                write(report, options.out)
-        except BaseException:
-            print(host.log.read_text(errors="replace")[-6000:], flush=True)
-            raise
-        finally:
-            host.close()
+                write(report, options.out, "core-graph", "VAE Decode")
 
 
-def write(report: dict, folder: Path) -> None:
-    """Write the report as JSON and as a Markdown table."""
+def write(report: dict, folder: Path, name: str, node: str) -> None:
+    """Write the report as JSON and as a Markdown table. node: the name of the node whose seconds it has."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = "core-graph-" + ("cpu" if not torch.cuda.is_available() else f"gpu-x{torch.cuda.device_count()}")
+    name += "-cpu" if not torch.cuda.is_available() else f"-gpu-x{torch.cuda.device_count()}"
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    columns = ("size", "devices", "seconds", "before_gib", "highest_gib", "after_gib")
+    columns = dict.fromkeys(column for row in report["prompts"] for column in row)
     lines = [
         f"### {report['machine']}, ComfyUI {report['comfyui']}, torch {report['torch']}, {report['date']}",
         "",
-        f"`{report['command']}`; seconds of the VAE Decode node, GiB in use on each GPU.",
+        f"`{report['command']}`; seconds of the {node} node, GiB in use on each GPU.",
         "",
         "| " + " | ".join(columns) + " |",
         "| --- " * len(columns) + "|",
-        *("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |" for row in report["prompts"]),
+        *("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in report["prompts"]),
     ]
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 

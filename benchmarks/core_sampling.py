@@ -13,9 +13,6 @@ Without a GPU the model and the latent are small, and the run is only a function
 table.
 """
 
-import argparse
-import datetime
-import json
 import re
 import sys
 import tempfile
@@ -26,8 +23,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.core_graph import Highest, free, memory_in_use
-from benchmarks.decode import ROOT, machine, target
+from benchmarks.core_graph import (
+    Highest,
+    device_lists,
+    free,
+    memory_in_use,
+    new_report,
+    parser_for,
+    running_host,
+    version_of,
+    write,
+)
+from benchmarks.decode import ROOT, target
 from distributed.denoise.layout import Architecture
 from distributed.denoise.weights import core_shapes
 
@@ -154,23 +161,13 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", default=None, help="comma-separated, of: " + ", ".join(SIZES))
+    parser = parser_for(__doc__)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--host-options", default="", help="more options for ComfyUI's main.py, as one string")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     device, _, _ = target(0)
-    count = torch.cuda.device_count()
-    one, every = ("cuda:0", ",".join(f"cuda:{i}" for i in range(count))) if count else ("cpu", "cpu,cpu")
+    count, (one, every) = torch.cuda.device_count(), device_lists()
     sizes = (options.sizes or ("480x848x33,480x848x121" if count else "64x96x9")).split(",")
-    report = {
-        "machine": f"{max(1, count)} x {machine(device)}",
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "command": f"python -m benchmarks.core_sampling --sizes {','.join(sizes)} --steps {options.steps}",
-        "prompts": [],
-    }
+    report = new_report(f"python -m benchmarks.core_sampling --sizes {','.join(sizes)} --steps {options.steps}", device)
     with tempfile.TemporaryDirectory(prefix="hv15-core-sampling-") as folder:
         base = Path(folder)
         weights = random_transformer(Architecture() if count else SMALL, device)
@@ -181,9 +178,8 @@ def main() -> None:
         torch.cuda.empty_cache()
         (base / "custom_nodes").mkdir()
         (base / "custom_nodes" / "random_conditioning.py").write_text(CONDITIONING)
-        host = Host(base, options=options.host_options.split())
-        try:
-            report["comfyui"] = host.wait().get("/system_stats")["system"]["comfyui_version"]
+        with running_host(base, options.host_options) as host:
+            report["comfyui"] = version_of(host)
             variants = [("core", one), ("Distribute Model", one), ("Distribute Model", every)]
             if count > 1 and "MultiGPU_WorkUnits" in host.get("/object_info"):
                 variants.insert(1, ("MultiGPU CFG Split", "2 GPUs"))
@@ -193,32 +189,9 @@ def main() -> None:
                     for row in measure(host, expected, variant, devices, size, options.steps, lora=size == sizes[0]):
                         print(row, flush=True)
                         report["prompts"].append(row)
-                    write(report, options.out)
+                    write(report, options.out, "core-sampling", "sampler")
                     free(host)
                     host.stop_groups()
-        except BaseException:
-            print(host.log.read_text(errors="replace")[-6000:], flush=True)
-            raise
-        finally:
-            host.close()
-
-
-def write(report: dict, folder: Path) -> None:
-    """Write the report as JSON and as a Markdown table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "core-sampling-" + ("cpu" if not torch.cuda.is_available() else f"gpu-x{torch.cuda.device_count()}")
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    columns = [*report["prompts"][0]]
-    lines = [
-        f"### {report['machine']}, ComfyUI {report['comfyui']}, torch {report['torch']}, {report['date']}",
-        "",
-        f"`{report['command']}`; seconds of the sampler node, GiB in use on each GPU.",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "| --- " * len(columns) + "|",
-        *("| " + " | ".join(str(row[name]) for name in columns) + " |" for row in report["prompts"]),
-    ]
-    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

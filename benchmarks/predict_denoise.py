@@ -95,9 +95,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
-    device, dtype, config = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32, FULL
-    if not cuda:
-        config = SMALL
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype, config = (torch.bfloat16, FULL) if cuda else (torch.float32, SMALL)
     sizes = (options.sizes or ("480x848x33,480x848x121,720x1280x121" if cuda else "64x96x9")).split(",")
     report = {
         "machine": machine(device),
