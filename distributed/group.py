@@ -214,8 +214,7 @@ class RankGroup:
         if timeout is not None:
             check_seconds("timeout", timeout)
         limit = None if timeout is None else time.monotonic() + timeout
-        with self._turn(Caller(job.noun, progress, cancelled, notice, limit)) as caller:
-            self._step = step
+        with self._turn(Caller(job.noun, progress, cancelled, notice, limit, step)) as caller:
             inputs, _held = self._share(job.inputs)
             outputs, filled = self._lend(job.outputs)
             if started:
@@ -386,7 +385,7 @@ class RankGroup:
 
     def _send(self, message: protocol.Load | protocol.Run, state: RankState, caller: Caller) -> None:
         """Send a job to the ranks and wait for its end. Raises what `exchange` raises."""
-        self._job_in_hand = message.kind
+        self._job_in_hand, self._step = message.kind, caller.step
         exchange(self._supervisor, message, state, caller)
 
     def _preload(self, vae: str | Path | Mapping[str, Tensor], shared: Collection[str]) -> None:

@@ -70,14 +70,14 @@ def checkpoint_of(patcher: comfy.model_patcher.ModelPatcher) -> TransformerCheck
     model = patcher.model
     if model not in _shared:
         tensors = network_of(patcher).state_dict()
-        tensors = {key: _unpatched(patcher, key, tensor) for key, tensor in tensors.items()}
+        tensors = {key: _unpatched(patcher, NETWORK + key, tensor) for key, tensor in tensors.items()}
         _shared[model] = share_transformer(tensors, mark=uuid.uuid4().hex)
     return _shared[model].checkpoint
 
 
 def _unpatched(patcher: comfy.model_patcher.ModelPatcher, key: str, tensor: Tensor) -> Tensor:
-    """Return a tensor of the network as it was before a loaded clone of the MODEL patched it in place."""
-    backup = patcher.backup.get(NETWORK + key)
+    """Return a tensor of the MODEL as it was before a loaded clone patched it in place."""
+    backup = patcher.backup.get(key)
     return tensor if backup is None else backup.weight
 
 
@@ -120,10 +120,10 @@ def _converted(patches: Iterable[tuple]) -> list[Patch] | None:
 
 
 def _patch(value: object, strength: float, strength_model: float) -> Patch | None:
-    if isinstance(value, LoRAAdapter) and type(value) is LoRAAdapter and value.weights[5] is None:
+    if type(value) is LoRAAdapter and value.weights[5] is None:
         names, alpha = ("up", "down", None, "mid", "dora_scale"), value.weights[2]
         kind = "lora"
-    elif isinstance(value, LoKrAdapter) and type(value) is LoKrAdapter:
+    elif type(value) is LoKrAdapter:
         names, alpha = ("w1", "w2", None, "w1_a", "w1_b", "w2_a", "w2_b", "t2", "dora_scale"), value.weights[2]
         kind = "lokr"
     elif isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], Tensor):
@@ -143,9 +143,7 @@ def _patch(value: object, strength: float, strength_model: float) -> Patch | Non
 def _merged(patcher: comfy.model_patcher.ModelPatcher, key: str) -> Patch:
     """Return a whole tensor with its patches, merged by core on the CPU."""
     weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
-    if key in patcher.backup:
-        weight = patcher.backup[key].weight
-    dense = weight.to("cpu", torch.float32, copy=True)
+    dense = _unpatched(patcher, key, weight).to("cpu", torch.float32, copy=True)
     if convert is not None:
         dense = convert(dense, inplace=True)
     merged = comfy.lora.calculate_weight(patcher.patches[key], dense, key)

@@ -37,19 +37,18 @@ def transformer_on_ranks(
     with group_in_use(description) as group:
         group.start()
         denoiser = Denoiser(checkpoint, group.run)
-        has_room, number = False, 0
+        number = 0
 
         def progress(done: int, total: int) -> None:
             if total:
                 on_block(done, total)
 
         def predict(*step: object, **options: object) -> Tensor:
-            nonlocal has_room, number
+            nonlocal number
             number += 1
-            if not has_room:
+            if number == 1:
                 end_neighbours(group)
                 make_room(group)
-                has_room = True
             return denoiser(
                 *step,
                 **options,

@@ -32,7 +32,8 @@ class MemoryShortage(Exception):
 class Caller:
     """One call that is queued or running: its callbacks, its time limit, and whether `cancel` or `stop` ended it.
 
-    noun: name of the work in messages. limit: time limit, on the clock of `time.monotonic`.
+    noun: name of the work in messages. limit: time limit, on the clock of `time.monotonic`. step: number of the job in
+    a series, from 1, and the number of jobs in the series.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class Caller:
         cancelled: Callable[[], bool] | None = None,
         notice: Callable[[str], None] | None = None,
         limit: float | None = None,
+        step: tuple[int, int] | None = None,
     ) -> None:
-        self.noun, self.limit = noun, limit
+        self.noun, self.limit, self.step = noun, limit, step
         self.progress = progress or (lambda done, total: None)
         self.cancelled = cancelled or (lambda: False)
         self.notice = notice or (lambda message: None)

@@ -56,7 +56,7 @@ def distribute(pack, groups):
 
 @pytest.fixture(autouse=True)
 def jobs(groups, monkeypatch):
-    """The numbers of branches of the jobs that ran on ranks. The model's own forward fails in the meantime."""
+    """Return the list of the numbers of branches of the jobs that ran on ranks."""
     seen = []
     from hv15_pack.distributed import RankGroup
 

@@ -14,6 +14,7 @@ import torch
 from benchmarks.random_weights import random_latent
 from distributed import Cancelled, GroupError, JobError, RankGroup
 from distributed.ranks import processes
+from distributed.vae.job import DecodeJob, WeightSource
 from tests.ranks.conftest import ECHO
 from tests.ranks.misbehaving import GIB, Echo, keep
 from tests.ranks.moments import during, pids, until
@@ -210,6 +211,19 @@ def test_progress_is_reported_as_a_change_and_starts_at_zero_for_each_job(echoes
     busy = [rank for s in changes if s["state"] == "busy" for rank in s["ranks"] if rank["state"] == "busy"]
     assert busy[0]["done"] == busy[0]["total"] == 0
     assert any(0 < rank["done"] < rank["total"] for rank in busy)
+
+
+def test_a_preload_after_a_series_shows_no_step(vae):
+    with RankGroup(["cpu"]) as group:
+        group.run(DecodeJob.make(random_latent(1, 32, 1, 2, 2), WeightSource.find(vae), "seamless"), step=(2, 2))
+        changes = []
+        group.on_change = lambda: changes.append(group.status())
+        group.release()
+        group.preload(vae)
+        assert until(lambda: any(status["job"] for status in changes), 30)
+        assert until(lambda: group.status()["state"] == "ready", 30)
+        group.on_change = lambda: None
+    assert [status["step"] for status in changes if status["job"] and status["step"]] == []
 
 
 def test_an_exception_in_on_change_does_not_fail_the_job(echoes, caplog):
