@@ -147,8 +147,9 @@ class DistributeModel(io.ComfyNode):
                 node_id="HV15DistributeModel",
                 display_name="Distribute Model",
                 category=CATEGORY,
-                description="Makes every sampler that uses this model compute on a group of ranks. Connect it after "
-                "the loader and LoRA nodes. Samplers, guiders, previews and other model nodes work as before.",
+                description="Makes every sampler that uses this model compute on a group of ranks. Connect it "
+                "anywhere between the model loader and the sampler. Samplers, guiders, previews and other model nodes "
+                "work as before.",
                 inputs=[
                     io.Model.Input("model", tooltip="HunyuanVideo-1.5 transformer, from any of ComfyUI's loaders."),
                     rank_group_input(),
