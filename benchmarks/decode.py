@@ -13,11 +13,14 @@ or .comfyui) and, on several devices, DistVAE's tiled decode. Rank 0 writes JSON
 """
 
 import argparse
+import contextlib
 import datetime
 import gc
+import importlib.metadata
 import json
 import os
 import platform
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -38,6 +41,7 @@ from distributed.vae.hunyuanvideo15.layout import to_core
 from distributed.vae.job import MODES, DecodeRequest
 
 ROOT = Path(__file__).resolve().parent.parent
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
 SIZES = {
     "480x848x33": (9, 30, 53),
     "480x848x121": (31, 30, 53),
@@ -131,10 +135,9 @@ def diffusers_vae(tensors: dict, widths: tuple[int, ...], device: torch.device, 
 
 def core_decoder(tensors: dict, widths: tuple[int, ...], device: torch.device, dtype: torch.dtype):
     """Return ComfyUI's decoder with these weights, or None if there is no ComfyUI."""
-    home = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
-    if not (home / "comfy").is_dir():
+    if not (COMFYUI / "comfy").is_dir():
         return None
-    sys.path.append(str(home))
+    sys.path.append(str(COMFYUI))
     from comfy.cli_args import args
 
     args.cpu = device.type == "cpu"
@@ -305,7 +308,7 @@ def main() -> None:
         "machine": machine(device),
         "ranks": world_size,
         "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
+        "versions": versions(),
         "dtype": str(dtype).removeprefix("torch."),
         "command": f"python -m benchmarks.decode --repeat {options.repeat} --sizes {','.join(sizes)}",
         "matmul_tflops": round(matmul_rate(device, dtype, 0.05) / 1e12, 2),
@@ -375,6 +378,16 @@ def largest(value: float) -> float:
     return tensor.item()
 
 
+def versions() -> str:
+    """Return the versions of torch, diffusers and the ComfyUI whose models are measured, as far as they are there."""
+    found = {"torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["diffusers"] = importlib.metadata.version("diffusers")
+    with contextlib.suppress(FileNotFoundError):
+        found["ComfyUI"] = runpy.run_path(str(COMFYUI / "comfyui_version.py"))["__version__"]
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
 def write(report: dict, folder: Path) -> None:
     """Write the report as JSON and as a Markdown table."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -384,7 +397,7 @@ def write(report: dict, folder: Path) -> None:
     lines = [
         f"### {report['machine']}, {report['ranks']} rank(s), {report['dtype']}, {report['date']}",
         "",
-        f"torch {report['torch']}; matrix product {report['matmul_tflops']} TFLOP/s, "
+        f"{report['versions']}; matrix product {report['matmul_tflops']} TFLOP/s, "
         f"{report['matmul_sustained_tflops']} sustained. `{report['command']}`",
         "",
         "| size | variant | seconds | over floor | peak GiB | first call | weights | after last kernel | in exchange |",

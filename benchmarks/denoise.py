@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.decode import ROOT, SIZES, largest, machine, matmul_rate, measure
+from benchmarks.decode import COMFYUI, ROOT, SIZES, largest, machine, matmul_rate, measure, versions
 from benchmarks.denoise_memory import SMALL as SMALL_TASK
 from benchmarks.denoise_memory import TaskSteps, random_transformer
 from distributed.denoise import fused
@@ -154,11 +154,10 @@ def plain(model: torch.nn.Module, inputs: Inputs) -> Forward:
 
 def core_model(config: object, device: torch.device, dtype: torch.dtype) -> torch.nn.Module | None:
     """Return ComfyUI's transformer with random weights of the same sizes, or None if there is no ComfyUI."""
-    home = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
-    if not (home / "comfy").is_dir():
-        print(f"No ComfyUI at {home}: its model is not measured. Set COMFYUI_PATH.")
+    if not (COMFYUI / "comfy").is_dir():
+        print(f"No ComfyUI at {COMFYUI}: its model is not measured. Set COMFYUI_PATH.")
         return None
-    sys.path.append(str(home))
+    sys.path.append(str(COMFYUI))
     from comfy.cli_args import args
 
     args.cpu = device.type == "cpu"
@@ -269,7 +268,7 @@ def main() -> None:
         "machine": machine(device),
         "ranks": world,
         "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
+        "versions": versions(),
         "dtype": str(dtype).removeprefix("torch."),
         "command": f"python -m benchmarks.denoise --repeat {options.repeat} --sizes {','.join(sizes)}",
         "matmul_sustained_tflops": round(matmul_rate(device, dtype, 2) / 1e12, 2),
@@ -374,7 +373,7 @@ def write(report: dict, folder: Path) -> None:
     lines = [
         f"### {report['machine']}, {report['ranks']} rank(s), {report['dtype']}, {report['date']}",
         "",
-        f"torch {report['torch']}; sustained matrix product {report['matmul_sustained_tflops']} TFLOP/s. "
+        f"{report['versions']}; sustained matrix product {report['matmul_sustained_tflops']} TFLOP/s. "
         f"`{report['command']}`",
         "",
         "| size | variant | seconds | over floor | " + " | ".join(columns.values()) + " |",
