@@ -82,16 +82,17 @@ def _unpatched(patcher: comfy.model_patcher.ModelPatcher, key: str, tensor: Tens
 
 
 def patches_of(patcher: comfy.model_patcher.ModelPatcher, checkpoint: TransformerCheckpoint) -> Patches | None:
-    """Return a MODEL's weight patches, or None. Kinds that ranks do not know are merged here by core.
+    """Return a MODEL's weight patches, or None.
 
-    Raises ValueError for patches that do not fit the weights.
+    Core merges here what ranks cannot: kinds that they do not know, and patches that do not fit, which core skips.
     """
     if not any(key.startswith(NETWORK) for key in patcher.patches):
         return None
     kept = _patches.setdefault(patcher.model, {})
     if patcher.patches_uuid not in kept:
+        shapes = {NETWORK + key: tuple(tensor.shape) for key, tensor in network_of(patcher).state_dict().items()}
         named = {
-            key.removeprefix(NETWORK): _converted(patches) or [_merged(patcher, key)]
+            key.removeprefix(NETWORK): _converted(patches, shapes[key]) or [_merged(patcher, key)]
             for key, patches in patcher.patches.items()
             if key.startswith(NETWORK) and patches
         }
@@ -108,12 +109,16 @@ def _merge_dtype(patcher: comfy.model_patcher.ModelPatcher) -> torch.dtype:
     return torch.float32 if chosen is None else chosen(patcher.load_device)
 
 
-def _converted(patches: Iterable[tuple]) -> list[Patch] | None:
-    """Return a key's patches as ranks merge them, or None if one is of a kind that ranks do not know."""
+def _converted(patches: Iterable[tuple], shape: tuple[int, ...]) -> list[Patch] | None:
+    """Return the patches of a weight of this shape as ranks merge them, or None if they cannot merge one of them."""
     found = []
     for strength, value, strength_model, offset, function in patches:
         converted = None if offset is not None or function is not None else _patch(value, strength, strength_model)
         if converted is None:
+            return None
+        try:
+            converted.check(shape)
+        except ValueError:
             return None
         found.append(converted)
     return found

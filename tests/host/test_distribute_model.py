@@ -320,6 +320,9 @@ def adapters(kind: str) -> dict[str, torch.Tensor]:
             found[f"{layer}.alpha"] = torch.tensor(2.0)
         elif kind == "lokr":
             found |= {f"{layer}.lokr_w1": draw(8, 8), f"{layer}.lokr_w2": draw(rows // 8, columns // 8)}
+        elif kind == "lora of other sizes":  # core skips one layer of it
+            rows += 8 * layer.endswith("txt_mlp.0")
+            found |= {f"{layer}.lora_up.weight": draw(rows, 4), f"{layer}.lora_down.weight": draw(4, columns)}
         elif kind == "diff":
             found |= {f"{layer}.diff": draw(rows, columns), f"{layer}.diff_b": draw(rows)}
         else:  # only core merges this kind
@@ -336,7 +339,7 @@ def patched(model, kind, strength=0.7):
     return load_lora_for_models(model, None, adapters(kind), strength, 0)[0]
 
 
-@pytest.mark.parametrize("kind", ["lora", "lokr", "diff", "glora"])
+@pytest.mark.parametrize("kind", ["lora", "lora of other sizes", "lokr", "diff", "glora"])
 def test_adapters_apply_before_and_after(model, distribute, kind):
     plain = ksample(distribute(model), POSITIVE, SHORT)
     for strength in (0.7, -0.2):
