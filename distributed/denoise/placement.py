@@ -9,13 +9,15 @@ In order of speed, the choices are:
 4. All blocks are streamed.
 """
 
+import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from .block import MLP_TOKENS
+from .layout import Architecture, block_of, modulates
 from .parallel import Layout
-from .weights import TransformerCheckpoint
 
 KEPT_STEPS = 64
 """Timesteps whose modulation is kept: 2.7 MB each at full size in 16 bits."""
@@ -49,6 +51,10 @@ class Placement(NamedTuple):
         """The number of places for streamed blocks on the device."""
         return min(SLOTS, self.blocks - self.resident)
 
+    def keeps(self, name: str) -> bool:
+        """Return whether a weight, by its name in diffusers' layout, stays on the device."""
+        return self.modulated if modulates(name) else block_of(name)[0] not in self.streamed
+
 
 class Sizes(NamedTuple):
     """Bytes that a step uses on a device.
@@ -77,23 +83,39 @@ class Sizes(NamedTuple):
         """The placement of all weights on the device."""
         return Placement(True, self.blocks, self.blocks)
 
+    @property
+    def smallest(self) -> Placement:
+        """The placement of all modulation and blocks in host memory."""
+        return Placement(False, 0, self.blocks)
+
     def choose(self, free: int) -> Placement:
         """Return the fastest placement whose step fits in `free` bytes, or the smallest one if no step fits."""
         choices = [self.fastest, Placement(False, self.blocks, self.blocks)]
         choices += [Placement(False, resident, self.blocks) for resident in reversed(range(self.blocks))]
-        return next((choice for choice in choices if self.needed(choice) <= free), choices[-1])
+        return next((choice for choice in choices if self.needed(choice) <= free), self.smallest)
 
 
-def sizes_of(checkpoint: TransformerCheckpoint, dtype: torch.dtype, layout: Layout | None) -> Sizes:
+def sizes_of(architecture: Architecture, dtype: torch.dtype, layout: Layout | None) -> Sizes:
     """Return the bytes that a step uses on the busiest rank of a layout. No layout: those of the weights alone."""
-    sizes = checkpoint.architecture
-    modulation, block = checkpoint.modulation_parameters, checkpoint.block_parameters
-    fixed = checkpoint.parameters - modulation - block * sizes.layers
     computation = 0
     if layout is not None:
         tokens, ranks = max((max(split.tokens), len(split.ranks)) for split in layout.branches)
-        rows = tokens * (ROWS_ALONE if ranks == 1 else ROWS_SHARED) * sizes.width
-        mlp = min(tokens, MLP_TOKENS) * int((1 + sizes.mlp_ratio) * sizes.width)
-        kept = KEPT_STEPS * 12 * sizes.layers * sizes.width
+        rows = tokens * (ROWS_ALONE if ranks == 1 else ROWS_SHARED) * architecture.width
+        mlp = min(tokens, MLP_TOKENS) * int((1 + architecture.mlp_ratio) * architecture.width)
+        kept = KEPT_STEPS * 12 * architecture.layers * architecture.width
         computation = (rows + mlp + kept) * dtype.itemsize + WORKSPACE
-    return Sizes(computation, *(dtype.itemsize * numbers for numbers in (fixed, modulation, block)), sizes.layers)
+    return Sizes(computation, *(dtype.itemsize * numbers for numbers in _parameters(architecture)), architecture.layers)
+
+
+@cache
+def _parameters(architecture: Architecture) -> tuple[int, int, int]:
+    """Return the number of parameters outside of blocks and modulation, in the modulation, and in one block."""
+    fixed = modulation = block = 0
+    for name, shape in architecture.shapes().items():
+        if modulates(name):
+            modulation += math.prod(shape)
+        elif block_of(name)[0] is None:
+            fixed += math.prod(shape)
+        elif block_of(name)[0] == 0:
+            block += math.prod(shape)
+    return fixed, modulation, block

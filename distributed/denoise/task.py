@@ -22,7 +22,6 @@ from ..ranks.devices import Device
 from ..ranks.shared_memory import shared_file
 from .conditions import Condition, Context
 from .job import NOUN, PARTS, DenoiseRequest
-from .layout import block_of, modulates
 from .loading import build, patch, put
 from .parallel import Layout, plan
 from .patches import Patch, read_patches
@@ -219,7 +218,7 @@ class DenoiseTask:
                 self.merged[key] = None  # some of its parts may have changed if this ends early
                 if key in changed:
                     stored = patch(self.uploads.unconverted(stored), changed[key], merge_dtype)
-                for_device = any(map(self._on_device, names[key]))
+                for_device = any(map(self.placement.keeps, names[key]))
                 whole = Stored(self.uploads.moved(stored)) if for_device else stored.to_host()
                 for name in names[key]:
                     part = part_of(whole.tensor, name, self.checkpoint.layout)
@@ -274,17 +273,13 @@ class DenoiseTask:
         fits = self.transformer is not None and sizes.needed(self.placement) <= limit
         return self.placement if fits and (asked == before or self.short) else sizes.choose(limit)
 
-    def _on_device(self, name: str) -> bool:
-        """Return whether a weight, by its name in diffusers' layout, stays on the device."""
-        return self.placement.modulated if modulates(name) else block_of(name)[0] not in self.placement.streamed
-
     def _free(self) -> int:
         """Bytes that a step may use on this device, the weights that are there already included."""
         return Device(self.device).free_bytes(self.world_size) + self.held
 
     def _sizes(self, request: DenoiseRequest | None = None) -> Sizes:
         """Bytes that a step takes on the busiest rank. No request: those of the weights alone."""
-        return sizes_of(self.checkpoint, self.dtype, None if request is None else self._layout(request))
+        return sizes_of(self.checkpoint.architecture, self.dtype, None if request is None else self._layout(request))
 
     def _reserve(self, request: DenoiseRequest) -> None:
         """Take what the step will need from the device, so that memory runs out here, on all ranks, or not at all."""

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +36,6 @@ from .layout import (
     Architecture,
     architecture_of_config,
     architecture_of_shapes,
-    block_of,
-    modulates,
     original_names,
     recognise,
     source_of,
@@ -60,22 +57,6 @@ class TransformerCheckpoint:
     def at(self, path: Path) -> "TransformerCheckpoint":
         """Return the same checkpoint, whose path in this process is `path`."""
         return self if path == self.path else replace(self, path=path, files=(path,))
-
-    @cached_property
-    def parameters(self) -> int:
-        """How many numbers its weights are."""
-        return sum(map(math.prod, self.architecture.shapes().values()))
-
-    @cached_property
-    def modulation_parameters(self) -> int:
-        """How many of these serve the modulation and nothing else."""
-        return sum(math.prod(shape) for name, shape in self.architecture.shapes().items() if modulates(name))
-
-    @cached_property
-    def block_parameters(self) -> int:
-        """How many numbers the weights of one block are, without its modulation."""
-        shapes = self.architecture.shapes().items()
-        return sum(math.prod(shape) for name, shape in shapes if block_of(name)[0] == 0 and not modulates(name))
 
 
 def open_transformer(path: str | os.PathLike) -> TransformerCheckpoint:

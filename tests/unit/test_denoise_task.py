@@ -5,6 +5,7 @@ import torch
 
 from distributed.denoise.job import Conditions, DenoiseJob
 from distributed.denoise.loading import OnHost
+from distributed.denoise.placement import sizes_of
 from distributed.denoise.task import KEPT, DenoiseTask
 from distributed.denoise.weights import open_transformer
 from distributed.errors import Cancelled, NotLoaded
@@ -50,15 +51,17 @@ def test_a_limit_leaves_the_modulation_on_the_host_and_the_result_as_it_is(model
     all_of_it = sizes.needed(sizes.fastest)
     torch.testing.assert_close(run(task, job.limited(all_of_it - 1)), expected, atol=1e-5, rtol=1e-5)
     assert len(on_host(task)) == 2 * model.config.num_layers + 1
-    least = all_of_it - 4 * checkpoint.modulation_parameters
+    least = all_of_it - sizes.modulation
     torch.testing.assert_close(run(task, job.limited(least)), expected, atol=1e-5, rtol=1e-5)
     assert task.placement.streamed == ()
 
 
-def test_what_serves_the_modulation_is_counted(model, checkpoint):
+def test_the_weights_are_counted_by_what_they_serve(model, checkpoint):
     layers = [part for block in model.transformer_blocks for part in (block.norm1.linear, block.norm1_context.linear)]
     weights = [weight for layer in (*layers, model.norm_out.linear) for weight in layer.parameters()]
-    assert checkpoint.modulation_parameters == sum(weight.numel() for weight in weights)
+    sizes = sizes_of(checkpoint.architecture, torch.float32, None)
+    assert sizes.modulation == sum(weight.nbytes for weight in weights)
+    assert sizes.weights(sizes.fastest) == sum(weight.nbytes for weight in model.parameters())
 
 
 def test_the_modulation_of_a_timestep_is_computed_once(model, checkpoint, task, monkeypatch):

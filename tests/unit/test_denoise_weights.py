@@ -90,7 +90,6 @@ def test_a_folder_in_parts_gives_all_tensors(folder):
     checkpoint = open_transformer(folder)
     assert len(checkpoint.files) > 1 and checkpoint.layout == "diffusers"
     assert_same(tensors_of(checkpoint), make_model().state_dict())
-    assert checkpoint.parameters == sum(tensor.numel() for tensor in make_model().state_dict().values())
     assert open_transformer(folder / "transformer").identity == checkpoint.identity
 
 
