@@ -45,14 +45,12 @@ class LoadedPipeline:
     """What travels on HV15_PIPELINE: a diffusers pipeline whose parts ComfyUI moves.
 
     offload: "model" puts a part on the device while it works; "none" puts all parts there at once and leaves them;
-    "group" does as "model", but streams the transformer through the device layer by layer (diffusers' group
-    offloading). With any of them ComfyUI may take parts away when something else needs the room, and other models make
-    room for them. Without an accelerator nothing moves. `folder` is where ranks find the same weights.
+    "group" does as "model", but the transformer stays in host memory, from which its blocks are streamed. With any of
+    them ComfyUI may take parts away when something else needs the room, and other models make room for them. Without an
+    accelerator nothing moves. `folder` is where ranks find the same weights.
     """
 
     def __init__(self, pipeline: object, offload: str, folder: Path) -> None:
-        if offload == "group" and importlib.util.find_spec("accelerate") is None:
-            raise ValueError("Offload group needs the package accelerate: install it, or choose model.")
         self.pipeline, self.offload, self.folder = pipeline, offload, folder
         self.device = comfy.model_management.get_torch_device()
         self.patchers = {
@@ -61,8 +59,16 @@ class LoadedPipeline:
             if isinstance(part, torch.nn.Module) and not any(p.is_meta for p in part.parameters())
         }
         if offload == "group" and self.device.type != "cpu":
-            stream_layers(pipeline.transformer, self.device)
+            from .pipeline_parts import changes_transformer  # diffusers, which other nodes do without
+
             del self.patchers["transformer"]
+            if changes_transformer(pipeline.guider):
+                stream_layers(pipeline.transformer, self.device)
+
+    @property
+    def streams_transformer(self) -> bool:
+        """Whether the transformer's weights stay in host memory while it computes on the device."""
+        return "transformer" not in self.patchers
 
     @property
     def takes_image(self) -> bool:
@@ -116,7 +122,14 @@ class _Holder(torch.nn.Module):
 
 
 def stream_layers(model: torch.nn.Module, device: torch.device) -> None:
-    """Have each layer come to the device when it runs and leave afterwards; on CUDA the next one comes meanwhile."""
+    """Have diffusers' own forward fetch each layer to the device when it runs; on CUDA the next one comes meanwhile.
+
+    For guiders that need this forward (see `pipeline_parts.changes_transformer`). Raises ValueError without accelerate.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError(
+            "Offload group with this checkpoint's guider needs the package accelerate: install it, or choose model."
+        )
     model.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
 
 
@@ -183,7 +196,7 @@ class LoadPipeline(io.ComfyNode):
                             "offload",
                             options=list(OFFLOADS),
                             tooltip="model: each component is on the GPU only while it runs. none: everything stays on "
-                            "the GPU. group: the transformer is streamed layer by layer (least memory). No effect on "
+                            "the GPU. group: the transformer is streamed block by block (least memory). No effect on "
                             "the CPU.",
                         )
                     ),

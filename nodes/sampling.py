@@ -72,6 +72,7 @@ def sample(
     ranks, of a step; what it raises ends the sampling. notice gets sentences for the user. Raises ValueError for sizes
     and images that the model cannot take, and for a guider that ranks do not support.
     """
+    from ..distributed.denoise.loading import streamed_bytes
     from ..distributed.denoise.module import fast_module  # diffusers, which other nodes do without
     from .pipeline_parts import FixedSizeProcessor, ReportingScheduler, changes_transformer
 
@@ -115,11 +116,15 @@ def sample(
             if encoders:
                 stack.enter_context(loaded.on_device(*encoders, elsewhere="transformer"))
         else:
-            # With offload "group", diffusers' own forward fetches the layers to the device.
-            if "transformer" in loaded.patchers and not own_forward:
-                pipeline.transformer = fast_module(original.transformer, on_block)
             memory = working_memory(original.transformer, width, height, frames)
+            if loaded.streams_transformer:
+                memory += streamed_bytes(original.transformer)
             stack.enter_context(loaded.on_device("transformer", *encoders, working_memory=memory))
+            if not own_forward:
+                stream_to = loaded.device if loaded.streams_transformer else None
+                pipeline.transformer = shell = fast_module(original.transformer, on_block, stream_to)
+                # diffusers' hooks make a reference cycle with the shell, so what it has on the device is freed here.
+                stack.callback(delattr, shell, "forward")
         latents = pipeline(
             **texts,
             **arguments,

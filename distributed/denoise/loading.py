@@ -1,4 +1,4 @@
-"""From the tensors of a mapped checkpoint to the weights of a module on a device: patched, moved and cut."""
+"""From tensors in host memory, of a mapped checkpoint or of a module, to the weights of a transformer on a device."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layout import Architecture, block_of, modulates
+from .layout import Architecture, architecture_of_config, block_of, modulates
 from .merge import merge
 from .patches import Patch
+from .placement import Sizes, sizes_of
 from .stream import BlockStream
 from .transformer import Transformer
 from .upload import Uploads
@@ -61,6 +62,32 @@ def build(architecture: Architecture, weights: Mapping[str, Tensor | Stored], up
     meta = {name: part for name, part in model.state_dict().items() if name in of_blocks}
     model.load_state_dict(values | meta, assign=True)
     return Transformer(model.eval().requires_grad_(False), blocks)
+
+
+def streamed(model: nn.Module, device: torch.device) -> Transformer:
+    """Return a transformer on a device that streams the blocks of a HunyuanVideo15Transformer3DModel in host memory.
+
+    The modulation's weights stay in host memory, too. The model is not changed. Raises CheckpointError for sizes
+    that are not those of a HunyuanVideo-1.5, torch.OutOfMemoryError.
+    """
+    architecture, sizes = _sizes(model)
+    uploads = Uploads(device, model.dtype)
+    weights: dict[str, Tensor | Stored] = {}
+    for name, part in model.state_dict().items():
+        stored = Stored(part)
+        weights[name] = uploads.moved(stored) if sizes.smallest.keeps(name) else stored
+    return build(architecture, weights, uploads)
+
+
+def streamed_bytes(model: nn.Module) -> int:
+    """Return the size in bytes of the weights that `streamed` puts on the device."""
+    _, sizes = _sizes(model)
+    return sizes.weights(sizes.smallest)
+
+
+def _sizes(model: nn.Module) -> tuple[Architecture, Sizes]:
+    architecture = architecture_of_config(model.config, "The transformer")
+    return architecture, sizes_of(architecture, model.dtype, None)
 
 
 def put(transformer: Transformer, name: str, part: Tensor | Stored) -> None:

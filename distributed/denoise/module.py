@@ -7,17 +7,22 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from .conditions import Context, trim
+from .loading import streamed
 from .transformer import Modulation, OnBlock, Transformer
 
 
-def fast_module(model: nn.Module, on_block: OnBlock | None = None) -> nn.Module:
+def fast_module(model: nn.Module, on_block: OnBlock | None = None, stream_to: torch.device | None = None) -> nn.Module:
     """Return a shallow copy of a HunyuanVideo15Transformer3DModel with the same weights and hooks but the fast forward.
 
     The model itself is not changed. The copy caches results for conditions and timesteps for its lifetime, so each
-    sampling run needs its own. on_block: see `transformer.OnBlock`.
+    sampling run needs its own. on_block: see `transformer.OnBlock`. stream_to: the device of the computation if the
+    weights stay in host memory (see `loading.streamed`); None: the device of the weights.
     """
     shell = copy.copy(model)
-    shell.forward = _Forward(Transformer(model), on_block)
+    transformer = Transformer(model)  # refuses adapters
+    if stream_to is not None:
+        transformer = streamed(model, stream_to)
+    shell.forward = _Forward(transformer, on_block)
     return shell
 
 

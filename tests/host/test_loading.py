@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ClassifierFreeGuidance
 
 
 @pytest.fixture
@@ -266,6 +267,13 @@ def test_a_deleted_pipeline_is_removed_from_comfyuis_loaded_models(pack, tiny_fo
     assert not patchers & {id(entry.model) for entry in management.current_loaded_models}
 
 
+class Changing(ClassifierFreeGuidance):
+    """Changes layers of diffusers' own forward, as far as the pack can tell."""
+
+    def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        pass
+
+
 def test_a_transformer_that_streams_its_layers_gives_the_same_latents(pack, tiny_folders):
     pytest.importorskip("accelerate")  # which diffusers needs to stream layers
     size = {"width": 48, "height": 32, "frames": 5, "steps": 2, "guidance": 3.0, "shift": 5.0, "seed": 5}
@@ -273,6 +281,7 @@ def test_a_transformer_that_streams_its_layers_gives_the_same_latents(pack, tiny
     for streams in (False, True):
         loaded = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "model")
         if streams:
+            loaded.pipeline.guider = Changing()
             pack.loading.stream_layers(loaded.pipeline.transformer, torch.device("cpu"))
             del loaded.patchers["transformer"]
         results.append(pack.sampling.sample(loaded, pack.text.encode(loaded, "a fox", ""), **size))
@@ -280,7 +289,20 @@ def test_a_transformer_that_streams_its_layers_gives_the_same_latents(pack, tiny
     assert (results[1] - results[0]).norm() / results[0].norm() < 1e-5
 
 
-def test_group_offload_without_accelerate_is_refused_with_the_name_of_the_package(pack, tiny_folders, monkeypatch):
+def test_group_offload_keeps_the_transformer_in_host_memory(pack, tiny_folders, monkeypatch):
+    """On an accelerator, which this does not use. diffusers streams layers only for guiders that change them."""
+    import comfy.model_management as management
+
+    pipeline = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "group").pipeline
+    monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(pack.loading.importlib.util, "find_spec", lambda name: None)
+    loaded = pack.loading.LoadedPipeline(pipeline, "group", Path())
+    assert loaded.streams_transformer and loaded.patchers.keys() == {"text_encoder", "text_encoder_2"}
+    pipeline.guider = Changing()
     with pytest.raises(ValueError, match="needs the package accelerate"):
-        pack.loading.LoadedPipeline(object(), "group", Path())
+        pack.loading.LoadedPipeline(pipeline, "group", Path())
+    assert not pack.loading.LoadedPipeline(pipeline, "model", Path()).streams_transformer
+
+
+def test_group_offload_has_no_effect_on_the_cpu(pack, tiny_folders):
+    assert not pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "group").streams_transformer

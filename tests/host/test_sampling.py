@@ -1,5 +1,6 @@
 """Sampling: the latents are those of diffusers' pipeline; progress, interrupts, and checks of sizes."""
 
+import threading
 from typing import ClassVar
 
 import pytest
@@ -27,6 +28,14 @@ def texts(pack, loaded):
     return {kind: pack.text.encode(pipeline, POSITIVE, NEGATIVE) for kind, pipeline in loaded.items()}
 
 
+@pytest.fixture(params=["resident", "streamed"])
+def weights(request, loaded, monkeypatch) -> str:
+    """Where a sampling has the transformer's weights. Streamed: as with offload "group" on an accelerator."""
+    if request.param == "streamed":
+        monkeypatch.delitem(loaded["t2v"].patchers, "transformer")
+    return request.param
+
+
 def reference(pipeline, **arguments) -> torch.Tensor:
     """Return the latents of diffusers' own pipeline, in VAE space."""
     pipeline.guider = ClassifierFreeGuidance(guidance_scale=SIZE["guidance"])
@@ -48,6 +57,7 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return ((result - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.usefixtures("weights")
 def test_text_to_video_gives_the_pipelines_latents(pack, loaded, texts, tiny_folders):
     pipeline = HunyuanVideo15Pipeline.from_pretrained(tiny_folders["t2v"], local_files_only=True)
     expected = reference(pipeline, width=SIZE["width"], height=SIZE["height"])
@@ -73,12 +83,24 @@ def test_a_guider_that_changes_layers_gets_diffusers_forward_and_is_rejected_on_
         pack.sampling.sample(loaded, texts["t2v"], **SIZE, rank_group=object())
 
 
-def test_a_transformer_that_streams_itself_keeps_diffusers_forward(pack, loaded, texts, tiny_folders, monkeypatch):
-    """As with offload "group" on an accelerator: its layers are fetched when that forward calls them."""
-    pipeline = HunyuanVideo15Pipeline.from_pretrained(tiny_folders["t2v"], local_files_only=True)
-    monkeypatch.delitem(loaded["t2v"].patchers, "transformer")
-    expected = reference(pipeline, width=SIZE["width"], height=SIZE["height"])
-    assert torch.equal(pack.sampling.sample(loaded["t2v"], texts["t2v"], **SIZE), expected)
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_a_streamed_transformer_gives_the_latents_of_a_resident_one(pack, loaded, texts, monkeypatch, kind):
+    pipeline, transformer = loaded[kind], loaded[kind].pipeline.transformer
+    options = SIZE | ({"start_image": torch.rand(1, 48, 64, 3)} if kind == "i2v" else {})
+    expected = pack.sampling.sample(pipeline, texts[kind], **options)
+    threads, places = set(threading.enumerate()), [part.data_ptr() for part in transformer.parameters()]
+    streaming: set[threading.Thread] = set()
+    monkeypatch.delitem(pipeline.patchers, "transformer")
+    monkeypatch.setattr(type(transformer), "forward", None)  # diffusers' own
+
+    def on_step(_: torch.Tensor) -> None:
+        streaming.update(thread for thread in threading.enumerate() if thread.name.startswith("weights"))
+
+    assert torch.equal(pack.sampling.sample(pipeline, texts[kind], **options, on_step=on_step), expected)
+    assert [part.data_ptr() for part in transformer.parameters()] == places
+    (own,) = streaming - threads
+    own.join(60)
+    assert not own.is_alive()  # nor is what the device held
 
 
 def test_image_to_video_gives_the_pipelines_latents(pack, loaded, texts, tiny_folders):
@@ -121,12 +143,14 @@ def test_each_step_reports_the_expected_end_and_the_last_one_the_end_itself(pack
     torch.testing.assert_close(seen[-1].float() / 1.03682, result, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("weights")
 def test_each_block_of_each_forward_is_reported(pack, loaded, texts):
     seen = []
     pack.sampling.sample(loaded["t2v"], texts["t2v"], **SIZE, on_block=lambda *progress: seen.append(progress))
     assert seen == [(1, 2), (2, 2)] * 2 * SIZE["steps"]
 
 
+@pytest.mark.usefixtures("weights")
 def test_an_interrupt_ends_the_sampling_within_a_step(pack, loaded, texts):
     import comfy.model_management as management
 

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from diffusers import HunyuanVideo15Transformer3DModel
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -12,8 +13,11 @@ from distributed import JobError, RankGroup
 from distributed.denoise.denoiser import Denoiser
 from distributed.denoise.job import DenoiseRequest
 from distributed.denoise.layout import Architecture
+from distributed.denoise.loading import streamed_bytes
+from distributed.denoise.module import fast_module
 from distributed.denoise.placement import Placement
 from tests.ranks.test_memory_gpu import Hog
+from tests.unit.denoise_models import make_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -75,6 +79,35 @@ def test_copies_run_while_the_device_computes(transformer):
     total = sum(end - start for start, end in copies)
     overlapped = sum(max(0, min(end, until) - max(start, since)) for start, end in copies for since, until in kernels)
     assert total > 0 and overlapped > total / 2
+
+
+def test_a_pipelines_transformer_streams_from_host_memory_with_the_bits_of_resident_weights():
+    """As with offload "group" in ComfyUI's process."""
+    with GPU:
+        model = HunyuanVideo15Transformer3DModel(**Architecture(layers=LAYERS).config)
+    model.to(torch.bfloat16).eval().requires_grad_(False)
+    inputs = {name: part.to(GPU) for name, part in make_inputs(model, SHORT).items()}
+    expected = fast_module(model)(**inputs).sample
+    model.to("cpu")
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+
+    def cancel(done: int, _: int) -> None:
+        if done == LAYERS // 2:
+            raise InterruptedError
+
+    shell = fast_module(model, cancel, GPU)
+    assert torch.cuda.memory_allocated() - before == pytest.approx(streamed_bytes(model), rel=0.02)
+    with pytest.raises(InterruptedError):
+        shell(**inputs)
+    shell = fast_module(model, stream_to=GPU)
+    for _ in range(3):
+        assert torch.equal(shell(**inputs).sample, expected)
+    assert expected.isfinite().all() and model.device.type == "cpu"
+    del shell
+    gc.collect()
+    assert torch.cuda.memory_allocated() == pytest.approx(before, abs=2**20)
 
 
 def test_ranks_adapt_to_the_gpu_memory_that_another_process_leaves(transformer):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from distributed.denoise.loading import streamed_bytes
 from distributed.denoise.module import fast_module
 from distributed.denoise.transformer import Transformer
 from tests.unit.denoise_models import make_inputs, make_model
@@ -36,6 +37,24 @@ def test_the_model_keeps_its_forward_and_shares_its_weights(model):
     model.proj_out.weight.mul_(2)  # weights may change while the fast module exists
     model.proj_out.bias.mul_(2)
     assert close(fast_module(model)(**inputs).sample, 2 * before) and close(shell(**inputs).sample, 2 * before)
+
+
+def test_a_module_with_streamed_blocks_has_the_bits_of_one_with_resident_weights(model):
+    inputs, weights = make_inputs(model, text=(4, 9), glyphs=(0, 6)), list(map(id, model.parameters()))
+    blocks = []
+    shell = fast_module(model, lambda *progress: blocks.append(progress), torch.device("cpu"))
+    assert torch.equal(shell(**inputs).sample, fast_module(model)(**inputs).sample)
+    assert blocks == [(1, 3), (2, 3), (3, 3)] * 2
+    assert list(map(id, model.parameters())) == weights and shell.dtype == model.dtype
+
+
+def test_a_module_with_streamed_blocks_takes_two_blocks_and_the_rest_of_the_device(model):
+    transformer = fast_module(model, stream_to=torch.device("cpu")).forward.transformer
+    modules = [transformer.model, *transformer.blocks.slots]
+    found = sum(part.nbytes for module in modules for part in module.parameters() if not part.is_meta)
+    assert len(transformer.blocks.slots) == 2 and found == streamed_bytes(model) < sum(
+        part.nbytes for part in model.parameters()
+    )
 
 
 def test_hooks_of_the_model_run_for_the_fast_module(model):
