@@ -12,6 +12,7 @@ and the run is only a functional test. Writes JSON and a Markdown table.
 import argparse
 import contextlib
 import datetime
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from benchmarks.random_weights import random_latent
 from distributed.vae.hunyuanvideo15.layout import to_core
 
 sys.path.append(str(ROOT / "scripts"))
-from comfyui_host import Host, node
+from comfyui_host import Host, Run, node
 
 POLL_SECONDS = 0.1
 
@@ -94,9 +95,7 @@ def measure(host: Host, name: str, devices: str | None) -> dict:
     """Run one prompt and return its row. Raises RuntimeError if the prompt fails."""
     before = memory_in_use()
     with Highest() as highest:
-        run = host.run(graph(name, devices))
-    if run.error:
-        raise RuntimeError(f"{run.error['node_type']} failed: {run.error['exception_message']}")
+        run = run_prompt(host, graph(name, devices))
     after = memory_in_use()
     return {
         "devices": devices or "core",
@@ -105,6 +104,14 @@ def measure(host: Host, name: str, devices: str | None) -> dict:
         "highest_gib": highest.gib,
         "after_gib": after,
     }
+
+
+def run_prompt(host: Host, prompt: dict) -> Run:
+    """Run a prompt to its end. Raises RuntimeError if a node fails."""
+    run = host.run(prompt, seconds=1200)
+    if run.error:
+        raise RuntimeError(f"{run.error['node_type']} failed: {run.error['exception_message']}")
+    return run
 
 
 def free(host: Host) -> list[float]:
@@ -142,6 +149,8 @@ def new_report(command: str, device: torch.device) -> dict:
         "machine": f"{max(1, torch.cuda.device_count())} x {machine(device)}",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
+        "diffusers": importlib.metadata.version("diffusers"),
+        "transformers": importlib.metadata.version("transformers"),
         "command": command,
         "prompts": [],
     }
@@ -178,19 +187,21 @@ def main() -> None:
                     print(report["prompts"][-1], flush=True)
                 report["prompts"].append({"size": size, "devices": "after /free", "after_gib": free(host)})
                 print(report["prompts"][-1], flush=True)
-                write(report, options.out, "core-graph", "VAE Decode")
+                write(report, options.out, "core-graph", "seconds of the VAE Decode node, GiB in use on each GPU")
 
 
-def write(report: dict, folder: Path, name: str, node: str) -> None:
-    """Write the report as JSON and as a Markdown table. node: the name of the node whose seconds it has."""
+def write(report: dict, folder: Path, name: str, units: str) -> None:
+    """Write the report as JSON and as a Markdown table. units: what the columns of the table are."""
     folder.mkdir(parents=True, exist_ok=True)
     name += "-cpu" if not torch.cuda.is_available() else f"-gpu-x{torch.cuda.device_count()}"
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    names = {"comfyui": "ComfyUI", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"}
+    versions = [f"{name} {report[key]}" for key, name in names.items()]
     columns = dict.fromkeys(column for row in report["prompts"] for column in row)
     lines = [
-        f"### {report['machine']}, ComfyUI {report['comfyui']}, torch {report['torch']}, {report['date']}",
+        f"### {report['machine']}, {', '.join(versions)}, {report['date']}",
         "",
-        f"`{report['command']}`; seconds of the {node} node, GiB in use on each GPU.",
+        f"`{report['command']}`; {units}.",
         "",
         "| " + " | ".join(columns) + " |",
         "| --- " * len(columns) + "|",

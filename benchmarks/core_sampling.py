@@ -30,11 +30,13 @@ from benchmarks.core_graph import (
     memory_in_use,
     new_report,
     parser_for,
+    run_prompt,
     running_host,
     version_of,
     write,
 )
 from benchmarks.decode import ROOT, target
+from benchmarks.random_weights import random_tensors
 from distributed.denoise.layout import Architecture
 from distributed.denoise.weights import core_shapes
 
@@ -66,19 +68,10 @@ NODE_CLASS_MAPPINGS = {"RandomConditioning": RandomConditioning}
 
 
 def random_transformer(architecture: Architecture, device: torch.device) -> dict[str, Tensor]:
-    """Return random float16 weights in core's layout that keep the variance of activations."""
-    generator, state = torch.Generator(device).manual_seed(0), {}
-    for key, shape in core_shapes(architecture).items():
-        draw = torch.randn(shape, generator=generator, device=device)
-        if len(shape) > 1:
-            draw /= torch.Size(shape[1:]).numel() ** 0.5
-        elif key.endswith("weight"):
-            draw = 1 + 0.1 * draw
-        else:
-            draw *= 0.02
-        # ComfyUI 0.3.75 knows these norms as "scale" only; newer versions accept both.
-        state[re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", key)] = draw.half().cpu()
-    return state
+    """Return random float16 weights in core's layout that preserve the variance of activations, on the device."""
+    weights = random_tensors(core_shapes(architecture), device, torch.float16)
+    # ComfyUI 0.3.75 knows these norms as "scale" only; newer versions accept both.
+    return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", key): value for key, value in weights.items()}
 
 
 def random_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,9 +134,7 @@ def measure(
     for name, cfg, seed, strength in series:
         before = memory_in_use()
         with Highest() as highest:
-            run = host.run(graph(variant, devices, size, steps, cfg, seed, strength), seconds=1200)
-        if run.error:
-            raise RuntimeError(f"{run.error['node_type']} failed: {run.error['exception_message']}")
+            run = run_prompt(host, graph(variant, devices, size, steps, cfg, seed, strength))
         latent = load_file(host.saved(run.outputs["save"]["latents"][0]))["latent_tensor"]
         reference = expected.setdefault((size, name), latent)
         seconds = run.seconds["sample"]
@@ -189,7 +180,7 @@ def main() -> None:
                     for row in measure(host, expected, variant, devices, size, options.steps, lora=size == sizes[0]):
                         print(row, flush=True)
                         report["prompts"].append(row)
-                    write(report, options.out, "core-sampling", "sampler")
+                    write(report, options.out, "core-sampling", "seconds of the sampler node, GiB in use on each GPU")
                     free(host)
                     host.stop_groups()
 

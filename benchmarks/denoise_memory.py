@@ -6,14 +6,15 @@ the return of the weights after a release.
 """
 
 import gc
-import math
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.decode import synchronize
+from benchmarks.random_weights import random_tensor
 from distributed.denoise.handover import SharedTransformer, share_transformer
 from distributed.denoise.job import Conditions, DenoiseJob
 from distributed.denoise.layout import Architecture
@@ -33,15 +34,10 @@ def random_transformer(architecture: Architecture, device: torch.device, dtype: 
     device: where the weights are drawn, one by one.
     """
     generator = torch.Generator(device).manual_seed(0)
-
-    def draw(key: str, shape: tuple[int, ...]) -> Tensor:
-        value = torch.randn(shape, generator=generator, device=device)
-        if len(shape) > 1:
-            return (value / math.prod(shape[1:]) ** 0.5).to(dtype)
-        return (0.02 * value + (0 if key.endswith("bias") else 1)).to(dtype)
-
-    shapes = core_shapes(architecture).items()
-    tensors = {key: LazyTensor(shape, dtype, lambda key=key, shape=shape: draw(key, shape)) for key, shape in shapes}
+    tensors = {
+        key: LazyTensor(shape, dtype, partial(random_tensor, key, shape, generator, dtype))
+        for key, shape in core_shapes(architecture).items()
+    }
     return share_transformer(tensors, "random")
 
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from distributed.safetensors_files import Shapes
 from distributed.vae.hunyuanvideo15.layout import Architecture
 
 FULL = (1024, 1024, 512, 256, 128)
@@ -27,6 +28,20 @@ def decoder_tensors(widths: tuple[int, ...], device: torch.device, seed: int = 0
 
     shapes = Architecture(widths).decoder_shapes()
     return {name.removeprefix("decoder."): draw(name, shape) for name, shape in shapes.items()}
+
+
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of a transformer that preserves the variance of activations, on the generator's device."""
+    value = torch.randn(shape, generator=generator, device=generator.device)
+    if len(shape) > 1:
+        return (value / math.prod(shape[1:]) ** 0.5).to(dtype)
+    return (1 + 0.1 * value if name.endswith("weight") else 0.02 * value).to(dtype)
+
+
+def random_tensors(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return seeded tensors of these shapes, by name, on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    return {name: random_tensor(name, tuple(shape), generator, dtype) for name, shape in shapes.items()}
 
 
 def random_latent(*shape: int, seed: int = 0) -> Tensor:
