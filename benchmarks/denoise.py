@@ -40,8 +40,9 @@ from distributed.denoise import fused
 from distributed.denoise.conditions import Condition
 from distributed.denoise.layout import Architecture
 from distributed.denoise.parallel import Layout, plan
-from distributed.denoise.share import Share
+from distributed.denoise.share import Share, window_elements
 from distributed.denoise.transformer import Transformer
+from distributed.denoise.window import Windows
 from distributed.errors import OutOfMemory
 from distributed.ranks.devices import COPIERS
 
@@ -121,12 +122,15 @@ def ours(
     t, h, w = transformer.grid(inputs.latent)
     layout = plan(world, branches, t * h * w, transformer.heads, transformer.head_dim)
     groups, context = group(layout), transformer.encode(Condition(inputs.text, inputs.glyphs, inputs.image))
+    split = layout.branches[layout.of(rank)[0]]
+    elements = window_elements(split, context.tokens, transformer.head_dim)
+    window = Windows(inputs.latent.device).of_group(split.ranks, groups.get(split.ranks), elements, inputs.latent.dtype)
 
     def forward() -> Tensor:
         (modulation,) = transformer.modulation(inputs.timestep)
         for branch in layout.of(rank):
             split = layout.branches[branch]
-            share = Share(split, split.ranks.index(rank), groups.get(split.ranks))
+            share = Share(split, split.ranks.index(rank), groups.get(split.ranks), window)
             rows = transformer.forward(inputs.latent, inputs.timestep, context, modulation, share).cpu()
         return rows if world > 1 else transformer.unpatchify(rows, inputs.latent)
 

@@ -11,7 +11,7 @@ of it. `--branches 2` is a step with guidance. Weights are random; without a GPU
 import argparse
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.decode import ROOT, SIZES, machine, measure
 from benchmarks.denoise import FULL, SMALL, Inputs, random_weights
 from distributed.denoise.conditions import Condition
-from distributed.denoise.parallel import Split, plan
+from distributed.denoise.parallel import Exchange, Split, plan
 from distributed.denoise.share import Share
 from distributed.denoise.transformer import Transformer
 
@@ -33,15 +33,8 @@ class CountedShare(Share):
         super().__init__(split, index, object() if len(split.ranks) > 1 else None)
         self.received = self.exchanges = 0
 
-    def gather_text(self, x: Tensor) -> Callable[[], Tensor]:
-        if self.group is None:
-            return super().gather_text(x)
-        tokens, _, dim = x.shape
-        self.exchanges += 1
-        self.received += (self.ranks - 1) * tokens * max(self.split.heads) * dim * x.element_size()
-        return lambda: x.new_zeros(tokens, sum(self.split.heads) * dim)
-
-    def _exchange(self, x: Tensor, out: Tensor, send: tuple[int, ...], receive: tuple[int, ...]) -> Callable:
+    def _exchange(self, x: Tensor, out: Tensor, exchanges: Sequence[Exchange]) -> Callable:
+        receive = exchanges[self._index].receive
         self.exchanges += 1
         self.received += (sum(receive) - receive[self._index]) * x.element_size()
         return lambda: None

@@ -70,7 +70,10 @@ def run_block(
         (attn.to_k, attn.norm_k, attn.add_k_proj, attn.norm_added_k),
         (attn.to_q, attn.norm_q, attn.add_q_proj, attn.norm_added_q),
     )
-    joint = [_project_video(video.normed, *layer[:2], attn.heads, len(text.x), rotation, share) for layer in layers]
+    joint = [
+        _project_video(video.normed, *layer[:2], attn.heads, share, number, len(text.x), rotation)
+        for number, layer in enumerate(layers)
+    ]
     for (out, _), layer in zip(joint, layers, strict=True):
         _project_text(text.normed, *layer[2:], out[share.total_tokens :], share)
     for _, wait in joint:
@@ -93,20 +96,27 @@ def run_block(
 
 
 def _project_video(
-    x: Tensor, layer: nn.Linear, norm: nn.Module | None, heads: int, text: int, rotation: Rotation, share: Share
+    x: Tensor,
+    layer: nn.Linear,
+    norm: nn.Module | None,
+    heads: int,
+    share: Share,
+    number: int,
+    text: int,
+    rotation: Rotation,
 ) -> tuple[Tensor, Wait]:
-    """Return queries, keys or values of this rank's heads, [all tokens + text, own heads, dim], and a `Wait` for them.
+    """Return an input of attention of this rank's heads, [all tokens + text, own heads, dim], and a `Wait` for it.
 
-    x: [own tokens, D]. The rows of the text are not written.
+    x: [own tokens, D]. number: of the input. The rows of the text are not written.
     """
-    own, dim = share.heads.stop - share.heads.start, layer.out_features // heads
-    out = x.new_empty(share.total_tokens + text, own, dim)
-    place = out[: share.total_tokens]
     if share.ranks > 1:
-        projected = layer(x).view(len(x), heads, dim)
+        projected = layer(x).view(len(x), heads, layer.out_features // heads)
         placed = torch.empty_like(projected)
         _place(projected, placed, norm, None if norm is None else rotation, share.ranks)
-        return out, share.scatter_heads(placed, place)
+        out = share.input(number, text, projected)
+        return out, share.scatter_heads(placed, out[: share.total_tokens])
+    out = x.new_empty(share.total_tokens + text, heads, layer.out_features // heads)
+    place = out[: share.total_tokens]
     torch.addmm(layer.bias, x, layer.weight.t(), out=place.view(len(x), -1))
     if norm is not None:
         _place(place, place, norm, rotation, 1)

@@ -26,10 +26,11 @@ from .loading import build, patch, put
 from .parallel import Layout, plan
 from .patches import Patch, read_patches
 from .placement import KEPT_STEPS, WORKSPACE, Placement, Sizes, sizes_of
-from .share import Share
+from .share import Share, window_elements
 from .transformer import Modulation, Transformer
 from .upload import Uploads
 from .weights import Stored, TransformerCheckpoint, open_transformer, part_of, sources, stored_tensors
+from .window import Window, Windows
 
 KEPT = 4
 """Conditions that are kept: those of two prompts."""
@@ -72,6 +73,7 @@ class DenoiseTask:
         """By timestep, the second time if there is one, and whether they are averaged."""
         self.contexts: dict[str, list[Context]] = {}
         """For each of these, and each video, what the transformer's embedders make of it."""
+        self.windows = Windows(device)
 
     def load(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
         """Keep the conditions or patches that the fields name, or load the weights for a run.
@@ -118,15 +120,16 @@ class DenoiseTask:
         request = DenoiseRequest.from_json(fields["request"])
         layout = self._layout(request)
         groups = {ranks: group_of(ranks) for ranks in layout.groups}
-        self._reserve(request)
         try:
+            window = self._window(layout, request, groups)
+            self._reserve(request)
             modulations = self._modulations_of(request)
             times = torch.tensor(request.timesteps, device=self.device)
             own = layout.of(self.rank)
             pace = _Pace(watch, len(own) * request.shape[0], self.world_size)
             for branch in own:
                 split, key = layout.branches[branch], request.conditions[branch]
-                share = Share(split, split.ranks.index(self.rank), groups[split.ranks])
+                share = Share(split, split.ranks.index(self.rank), groups[split.ranks], window)
                 contexts, fixed = self._contexts_of(key), self.conditions[key].get("latents")
                 for video, latent in enumerate(tensors["latents"]):
                     latent = torch.cat([self._moved(latent), *([] if fixed is None else [self._moved(fixed[video])])])
@@ -148,11 +151,12 @@ class DenoiseTask:
         request = DenoiseRequest.from_json(fields["request"])
         sizes = self._sizes(request)
         needed = sizes.needed(sizes.fastest)
-        return min(needed, request.memory or needed) <= free + self.held
+        return min(needed, request.memory or needed) <= free + self.held + self.windows.nbytes
 
     def release(self) -> None:
         """Give the device memory back, and the memory that the controller shares. Conditions stay on the host."""
         self._unload()
+        self.windows.close()
         self.patches.clear()
         self.short = False
 
@@ -232,6 +236,17 @@ class DenoiseTask:
         sizes = self.checkpoint.architecture
         return plan(self.world_size, len(request.conditions), request.tokens, sizes.heads, sizes.head_dim)
 
+    def _window(self, layout: Layout, request: DenoiseRequest, groups: Mapping) -> Window | None:
+        """Return the window through which this rank exchanges, if there is one. A collective of the world."""
+        own = [(layout.branches[branch], request.conditions[branch]) for branch in layout.of(self.rank)]
+        elements = max(
+            window_elements(split, context.tokens, self.checkpoint.architecture.head_dim)
+            for split, key in own
+            for context in self._contexts_of(key)
+        )
+        ranks = own[0][0].ranks  # those of all branches of this rank
+        return self.windows.of_group(ranks, groups[ranks], elements, self.dtype)
+
     def _modulations_of(self, request: DenoiseRequest) -> list[Modulation]:
         """The modulation of each video's timestep."""
         second = [request.timesteps_r] if request.timesteps_r else []
@@ -274,8 +289,8 @@ class DenoiseTask:
         return self.placement if fits and (asked == before or self.short) else sizes.choose(limit)
 
     def _free(self) -> int:
-        """Bytes that a step may use on this device, the weights that are there already included."""
-        return Device(self.device).free_bytes(self.world_size) + self.held
+        """Bytes that a step may use on this device, those that this task holds already included."""
+        return Device(self.device).free_bytes(self.world_size) + self.held + self.windows.nbytes
 
     def _sizes(self, request: DenoiseRequest | None = None) -> Sizes:
         """Bytes that a step takes on the busiest rank. No request: those of the weights alone."""
@@ -286,7 +301,7 @@ class DenoiseTask:
         needed = self._sizes(request).needed(self.placement)
         if request.memory is not None and needed > request.memory:
             raise self._out_of_memory(needed, request.memory, on_all_ranks=True)
-        if not reserve(Device(self.device), needed):
+        if not reserve(Device(self.device), needed - self.windows.nbytes):
             self.short = True
             raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
 

@@ -85,6 +85,21 @@ class Device:
         return self.kind == "cuda"
 
     @property
+    def has_symmetric_memory(self) -> bool:
+        """Whether this PyTorch lets ranks write into each other's memory on such devices."""
+        if self.kind != "cuda" or torch.version.hip:
+            return False
+        try:
+            from torch.distributed import _symmetric_memory
+        except ImportError:
+            return False
+        return hasattr(_symmetric_memory, "empty") and hasattr(_symmetric_memory, "rendezvous")
+
+    def reaches(self, index: int) -> bool:
+        """Return whether this device can write into the memory of a device of its type."""
+        return index == self.torch.index or self.module.can_device_access_peer(self.torch.index, index)
+
+    @property
     def compute_capability(self) -> tuple[int, int] | None:
         """The compute capability of an NVIDIA GPU; None for all other devices."""
         if self.kind != "cuda" or torch.version.hip:
