@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from distributed.vae.hunyuanvideo15.layout import to_core
 sys.path.append(str(ROOT / "scripts"))
 from comfyui_host import Host, Run, node
 
-POLL_SECONDS = 0.1
+POLL_MS = 200
 
 
 def save_vae(path: Path, device: torch.device) -> None:
@@ -67,28 +68,47 @@ def memory_in_use() -> list[float]:
     """Return the memory in use on each GPU by all processes, in GiB."""
     if not torch.cuda.is_available():
         return []
+    found = subprocess.run(memory_query(), capture_output=True, text=True, check=True).stdout.split()
+    return list(map(_gib, found))
+
+
+def memory_query() -> list[str]:
+    """Return a command that prints the memory in use on each visible GPU, in MiB, one per line."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return [round(int(mib) / 1024, 2) for mib in found]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*command, f"--id={visible}"] if visible else command
 
 
 class Highest:
-    """Records the peak memory in use on each GPU while the context is open, in GiB."""
+    """Records the peak memory in use on each GPU while the context is open, in GiB.
+
+    One nvidia-smi runs all the while: starting it again and again slows down the work that is measured.
+    """
 
     def __enter__(self) -> "Highest":
-        self.gib = memory_in_use()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
+        self.gib, self._process = memory_in_use(), None
+        if self.gib:
+            command = [*memory_query(), f"--loop-ms={POLL_MS}"]
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            self._thread = threading.Thread(target=self._watch)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._thread.join()
+            self._process.stdout.close()
 
     def _watch(self) -> None:
-        while not self._end.wait(POLL_SECONDS):
-            self.gib = [max(pair) for pair in zip(self.gib, memory_in_use(), strict=True)]
+        for number, line in enumerate(self._process.stdout):
+            gpu = number % len(self.gib)
+            self.gib[gpu] = max(self.gib[gpu], _gib(line))
+
+
+def _gib(mib: str) -> float:
+    return round(int(mib) / 1024, 2)
 
 
 def measure(host: Host, name: str, devices: str | None) -> dict:

@@ -44,7 +44,9 @@ def work(rank: int, store: str) -> None:
     timestep = torch.full((1,), 731.0, device=device)
     (modulation,) = transformer.modulation(timestep)
     contexts = [
-        transformer.encode(Condition(draw(n, config.text_embed_dim), draw(0, config.text_embed_2_dim), draw(0, 1152)))
+        transformer.encode(
+            Condition(draw(n, config.text_embed_dim), draw(0, config.text_embed_2_dim), draw(0, config.image_embed_dim))
+        )
         for n in TEXTS
     ]
     for size in LATENTS:
