@@ -154,6 +154,7 @@ def measure(
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--variants", default="", help="only the variants whose name contains one of these words")
     options = parser.parse_args()
     device, _, _ = target(0)
     count, (one, every) = torch.cuda.device_count(), device_lists()
@@ -174,6 +175,8 @@ def main() -> None:
             variants = [("core", one), ("Distribute Model", one), ("Distribute Model", every)]
             if count > 1 and "MultiGPU_WorkUnits" in host.get("/object_info"):
                 variants.insert(1, ("MultiGPU CFG Split", "2 GPUs"))
+            wanted = [word for word in options.variants.split(",") if word]
+            variants = [variant for variant in variants if not wanted or any(word in variant[0] for word in wanted)]
             expected: dict = {}
             for size in sizes:
                 for variant, devices in variants:

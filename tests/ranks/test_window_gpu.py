@@ -43,12 +43,9 @@ def work(rank: int, store: str) -> None:
 
     timestep = torch.full((1,), 731.0, device=device)
     (modulation,) = transformer.modulation(timestep)
-    contexts = [
-        transformer.encode(
-            Condition(draw(n, config.text_embed_dim), draw(0, config.text_embed_2_dim), draw(0, config.image_embed_dim))
-        )
-        for n in TEXTS
-    ]
+    widths = config.text_embed_dim, config.text_embed_2_dim, config.image_embed_dim
+    conditions = [Condition(*(draw(n, width) for n, width in zip((text, 0, 0), widths, strict=True))) for text in TEXTS]
+    contexts = [transformer.encode(condition) for condition in conditions]
     for size in LATENTS:
         latent, group = draw(config.in_channels, *size), dist.group.WORLD
         (split,) = plan(2, 1, size[0] * size[1] * size[2], transformer.heads, transformer.head_dim).branches
