@@ -198,11 +198,15 @@ def core_model(config: object, device: torch.device, dtype: torch.dtype) -> torc
 
 def core(model: torch.nn.Module, inputs: Inputs, first: SDPBackend) -> Forward:
     """Return ComfyUI's forward with the attention kernel `first` preferred."""
+    import comfy.ops
+
     kernels = [first, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    kernels += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    kernels = list(dict.fromkeys([*kernels, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]))
+    own_order = getattr(comfy.ops, "SDPA_BACKEND_PRIORITY", [])  # ComfyUI 0.33 applies it around each call
 
     def forward() -> Tensor:
-        with sdpa_kernel(list(dict.fromkeys(kernels)), set_priority=True):
+        own_order[:] = kernels
+        with sdpa_kernel(kernels, set_priority=True):
             return model(inputs.latent[None], inputs.timestep, inputs.text[None])[0].cpu()
 
     return forward
