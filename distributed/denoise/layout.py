@@ -11,6 +11,7 @@ This module imports no compute.
 
 import re
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from ..errors import CheckpointError
@@ -236,6 +237,7 @@ class Source(NamedTuple):
     """Whether its halves stand the other way round."""
 
 
+@cache
 def source_of(name: str, layout: str = "core") -> Source:
     """Return where "core" or "tencent" stores what diffusers calls `name`."""
     if name.startswith("norm_out.linear"):

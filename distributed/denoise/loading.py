@@ -1,6 +1,7 @@
 """From tensors in host memory, of a mapped checkpoint or of a module, to the weights of a transformer on a device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from .patches import Patch
 from .placement import Sizes, sizes_of
 from .stream import BlockStream
 from .transformer import Transformer
-from .upload import Uploads
+from .upload import Transfer, Uploads
 from .weights import Stored
 
 
@@ -38,15 +39,32 @@ def patch(stored: Stored, patches: Sequence[Patch], merge_dtype: torch.dtype) ->
     return Stored(merged if stored.in_8_bits else merged.to(stored.tensor.dtype))
 
 
+def fetch_patched(
+    stored: Stored, patches: Sequence[Patch], merge_dtype: torch.dtype, transfer: Transfer
+) -> Callable[[], Stored]:
+    """Start to copy a tensor and its patches to the device. The result waits for them and returns `patch` of them."""
+    fetched = transfer.fetch([stored.tensor, *(tensor for part in patches for tensor in part.tensors.values())])
+
+    def patched() -> Stored:
+        whole, *tensors = fetched()
+        rest = iter(tensors)
+        on_device = [replace(part, tensors={name: next(rest) for name in part.tensors}) for part in patches]
+        return patch(stored._replace(tensor=whole), on_device, merge_dtype)
+
+    return patched
+
+
 def build(architecture: Architecture, weights: Mapping[str, Tensor | Stored], uploads: Uploads) -> Transformer:
-    """Return the transformer with these weights, by their names in diffusers' layout.
+    """Return the transformer with these weights, by their names in diffusers' layout. Their values may come later.
 
     A layer of the modulation whose weights are `Stored` is an `OnHost`. A block with others that are is streamed.
     Raises torch.OutOfMemoryError.
     """
-    from diffusers import HunyuanVideo15Transformer3DModel  # takes seconds, which ranks that only decode do not need
+    # These imports take seconds, which ranks that only decode do not need.
+    from diffusers import HunyuanVideo15Transformer3DModel
+    from diffusers.models.modeling_utils import no_init_weights
 
-    with torch.device("meta"):
+    with no_init_weights(), torch.device("meta"):
         model = HunyuanVideo15Transformer3DModel(**architecture.config)
     on_host = {name: part for name, part in weights.items() if isinstance(part, Stored)}
     streamed: dict[int, dict[str, Stored]] = {}
@@ -73,10 +91,11 @@ def streamed(model: nn.Module, device: torch.device) -> Transformer:
     architecture, sizes = _sizes(model)
     uploads = Uploads(device, model.dtype)
     weights: dict[str, Tensor | Stored] = {}
-    for name, part in model.state_dict().items():
-        stored = Stored(part)
-        weights[name] = uploads.moved(stored) if sizes.smallest.keeps(name) else stored
-    return build(architecture, weights, uploads)
+    with uploads.transfer() as transfer:
+        for name, part in model.state_dict().items():
+            stored = Stored(part)
+            weights[name] = transfer.add(stored) if sizes.smallest.keeps(name) else stored
+        return build(architecture, weights, uploads)
 
 
 def streamed_bytes(model: nn.Module) -> int:

@@ -43,8 +43,7 @@ class Placement(NamedTuple):
     @property
     def streamed(self) -> tuple[int, ...]:
         """The blocks that are streamed. They are spread evenly, the last of each stretch, so that copies have time."""
-        count = self.blocks - self.resident
-        return tuple(i for i in range(self.blocks) if (i + 1) * count // self.blocks > i * count // self.blocks)
+        return tuple(filter(self._streams, range(self.blocks)))
 
     @property
     def slots(self) -> int:
@@ -53,7 +52,14 @@ class Placement(NamedTuple):
 
     def keeps(self, name: str) -> bool:
         """Return whether a weight, by its name in diffusers' layout, stays on the device."""
-        return self.modulated if modulates(name) else block_of(name)[0] not in self.streamed
+        if modulates(name):
+            return self.modulated
+        block, _ = block_of(name)
+        return block is None or not self._streams(block)
+
+    def _streams(self, block: int) -> bool:
+        count = self.blocks - self.resident
+        return (block + 1) * count // self.blocks > block * count // self.blocks
 
 
 class Sizes(NamedTuple):

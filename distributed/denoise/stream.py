@@ -8,7 +8,7 @@ computes for 6 ms at 480x848x33, and for 43 ms at 480x848x121.
 import copy
 from collections import deque
 from collections.abc import Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 
 import torch
 from torch import nn
@@ -30,7 +30,6 @@ class BlockStream:
         self.blocks, self.uploads = blocks, uploads
         self.weights = {i: dict(of_block) for i, of_block in weights.items()}
         self.slots = [_slot(blocks[i], weights[i], uploads) for i in sorted(weights)[:SLOTS]]
-        self.thread = ThreadPoolExecutor(1, "weights") if weights else None
 
     def __call__(self) -> Generator[nn.Module, None, None]:
         """Yield the blocks in order, each for work that is launched before the next one is taken.
@@ -46,7 +45,7 @@ class BlockStream:
 
         def fill(slot: nn.Module) -> None:
             if todo:
-                coming.append((slot, self.thread.submit(self._copy, todo.popleft(), slot, device.mark())))
+                coming.append((slot, self._copy(todo.popleft(), slot)))
 
         try:
             for slot in self.slots:
@@ -60,18 +59,15 @@ class BlockStream:
                 yield slot
                 fill(slot)
         finally:
-            for _, copied in coming:
-                copied.cancel()
-            wait([copied for _, copied in coming])
-            device.wait(self.uploads.mark())  # the memory of the slots may be freed, and used for something else
+            self.uploads.settle([copied for _, copied in coming])
 
     def put(self, block: int, name: str, stored: Stored) -> None:
         """Replace one weight of a streamed block, by its name in the block."""
         self.weights[block][name] = stored
 
-    def _copy(self, block: int, slot: nn.Module, after: Event) -> Event:
+    def _copy(self, block: int, slot: nn.Module) -> Future[Event]:
         weights = self.weights[block].items()
-        return self.uploads.copy([(stored, slot.get_parameter(name)) for name, stored in weights], after)
+        return self.uploads.start([(stored, slot.get_parameter(name)) for name, stored in weights])
 
 
 def _slot(block: nn.Module, weights: Mapping[str, Stored], uploads: Uploads) -> nn.Module:

@@ -9,8 +9,10 @@ last ones change are read again.
 """
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,13 +24,13 @@ from ..ranks.devices import Device
 from ..ranks.shared_memory import shared_file
 from .conditions import Condition, Context
 from .job import NOUN, PARTS, DenoiseRequest
-from .loading import build, patch, put
+from .loading import build, fetch_patched, put
 from .parallel import Layout, plan
 from .patches import Patch, read_patches
 from .placement import KEPT_STEPS, WORKSPACE, Placement, Sizes, sizes_of
 from .share import Share, window_elements
 from .transformer import Modulation, Transformer
-from .upload import Uploads
+from .upload import Transfer, Uploads
 from .weights import Stored, TransformerCheckpoint, open_transformer, part_of, sources, stored_tensors
 from .window import Window, Windows
 
@@ -39,6 +41,8 @@ KEPT_PATCHES = 2
 CHECKS = 13
 """How often in a forward ranks agree on a cancel: every fourth of 54 blocks. It takes two ranks 0.3 ms (gloo, on two
 busy cores), and a block at 480x848x33 as little as 1 ms with eight GPUs."""
+AHEAD = 4
+"""Tensors that are on their way to the device while patches are merged into another one."""
 UNLIMITED = 2**62
 
 
@@ -180,57 +184,81 @@ class DenoiseTask:
         self.uploads = Uploads(self.device, self.dtype)
         weights: dict[str, Tensor | Stored] = {}
         try:
-            for name, part in self._read(fields, patches, None, watch):
-                weights[name] = part
-            self.transformer = build(self.checkpoint.architecture, weights, self.uploads)
-            self.held = self._sizes().weights(self.placement)
+            self.transformer = self._built(fields, patches, weights, watch)
         except torch.OutOfMemoryError as error:
             held = sum(part.nbytes for part in weights.values() if isinstance(part, Tensor))
             weights.clear()
             traceback.clear_frames(error.__traceback__)
             raise self._no_room(held) from error
+        self.held = self._sizes().weights(self.placement)
+        _, changed = self._changes(patches)
+        self.merged = dict.fromkeys(changed, patches)
+
+    def _built(
+        self, fields: Mapping, patches: str | None, weights: dict[str, Tensor | Stored], watch: Watch
+    ) -> Transformer:
+        """Read all weights into the dictionary and return the transformer, which is built while they are copied."""
+        with self.uploads.transfer(partial(_check, watch)) as transfer:
+            for name, part in self._read(fields, patches, None, watch, transfer):
+                weights[name] = part
+            return build(self.checkpoint.architecture, weights, self.uploads)
 
     def _outdated(self, patches: str | None) -> set[str]:
         """Return the keys of the weights that have to be read again for a set of patches."""
-        changed = self.patches[patches][1] if patches is not None else {}
+        _, changed = self._changes(patches)
         others = {key for key, merged in self.merged.items() if merged != patches or key not in changed}
         return others | (changed.keys() - self.merged.keys())
+
+    def _changes(self, patches: str | None) -> tuple[torch.dtype | None, dict[str, list[Patch]]]:
+        """Return the merge dtype and the patches of a set, by their keys."""
+        return self.patches[patches] if patches is not None else (None, {})
 
     def _change(self, fields: Mapping, patches: str | None, keys: set[str], watch: Watch) -> None:
         """Read these weights again, merge the patches and replace the old ones, with all that was computed of them."""
         self.contexts.clear()
         self.modulations.clear()
+        self.merged |= dict.fromkeys(keys)  # some have changed if this ends early
         try:
-            for name, part in self._read(fields, patches, keys, watch):
-                put(self.transformer, name, part)
+            with self.uploads.transfer(partial(_check, watch)) as transfer:
+                for name, part in self._read(fields, patches, keys, watch, transfer):
+                    put(self.transformer, name, part)
         except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)
             raise self._no_room(self.held) from error
+        _, changed = self._changes(patches)
+        self.merged = {key: patches for key in self.merged if key in changed}
 
     def _read(
-        self, fields: Mapping, patches: str | None, keys: set[str] | None, watch: Watch
+        self, fields: Mapping, patches: str | None, keys: set[str] | None, watch: Watch, transfer: Transfer
     ) -> Iterator[tuple[str, Tensor | Stored]]:
         """Yield the weights of these keys, or all, patched, by their names in diffusers' layout.
 
-        They are on the device, or `Stored` if they stay on the host. Raises Cancelled.
+        They are on the device when the transfer ends, or `Stored` if they stay on the host. Raises Cancelled.
         """
-        merge_dtype, changed = self.patches[patches] if patches is not None else (None, {})
         names = sources(self.checkpoint)
+        for key, stored in self._patched(fields, patches, keys, watch, transfer):
+            for name in names[key]:
+                part = Stored(part_of(stored.tensor, name, self.checkpoint.layout), stored.scale)
+                yield name, transfer.add(part) if self.placement.keeps(name) else part.to_host()
+
+    def _patched(
+        self, fields: Mapping, patches: str | None, keys: set[str] | None, watch: Watch, transfer: Transfer
+    ) -> Iterator[tuple[str, Stored]]:
+        """Yield the tensors of these keys, or all: those with patches merged on the device, the others mapped."""
+        merge_dtype, changed = self._changes(patches)
+        coming: deque[tuple[str, Callable[[], Stored]]] = deque()
         with shared_file(fields["checkpoint"]) as path:
             for key, stored in stored_tensors(self.checkpoint.at(path), keys):
-                if watch.cancelled():  # and a sign of life
-                    raise Cancelled
-                self.merged[key] = None  # some of its parts may have changed if this ends early
-                if key in changed:
-                    stored = patch(self.uploads.unconverted(stored), changed[key], merge_dtype)
-                for_device = any(map(self.placement.keeps, names[key]))
-                whole = Stored(self.uploads.moved(stored)) if for_device else stored.to_host()
-                for name in names[key]:
-                    part = part_of(whole.tensor, name, self.checkpoint.layout)
-                    yield name, part if for_device else Stored(part, whole.scale)
-                if key in changed:
-                    self.merged[key] = patches
-                else:
-                    del self.merged[key]
+                _check(watch)
+                if key not in changed:
+                    yield key, stored
+                    continue
+                coming.append((key, fetch_patched(stored, changed[key], merge_dtype, transfer)))
+                if len(coming) > AHEAD:
+                    key, patched = coming.popleft()
+                    yield key, patched()
+            for key, patched in coming:
+                yield key, patched()
 
     def _layout(self, request: DenoiseRequest) -> Layout:
         sizes = self.checkpoint.architecture
@@ -317,6 +345,12 @@ class DenoiseTask:
         return OutOfMemory(
             needed, free, self.device, held, noun=NOUN, smallest_plan=smallest, on_all_ranks=on_all_ranks
         )
+
+
+def _check(watch: Watch) -> None:
+    """Give a sign of life. Raises Cancelled."""
+    if watch.cancelled():
+        raise Cancelled
 
 
 class _Pace:

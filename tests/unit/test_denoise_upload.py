@@ -1,5 +1,6 @@
 """Copies of weights through the ring of host memory."""
 
+import threading
 from typing import ClassVar
 
 import pytest
@@ -11,6 +12,8 @@ from distributed.denoise.weights import Stored
 from distributed.ranks.devices import Device
 
 CPU = torch.device("cpu")
+BESIDE = torch.device("cpu:0")
+"""A device to which weights are copied, because tensors on the CPU are on `CPU`."""
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -132,6 +135,85 @@ def test_weights_stay_mapped_on_the_cpu():
     value = draw(5)
     assert Uploads(CPU, torch.float32).moved(Stored(value)) is value
     assert torch.equal(Uploads(CPU, torch.float16).moved(Stored(value)), value.half())
+
+
+@pytest.mark.parametrize("batch", [0, 5000, 2**40])
+def test_weights_of_a_transfer_are_there_at_its_end(small_ring, monkeypatch, batch):
+    monkeypatch.setattr(upload, "BATCH", batch)
+    uploads = Uploads(BESIDE, torch.float32)
+    values = [Stored(draw(n)) for n in (3000, 7, 0, 500)]
+    values += [Stored(draw(70).bfloat16()), Stored(draw(70).to(torch.float8_e4m3fn), torch.tensor(0.37))]
+    with uploads.transfer() as transfer:
+        found = [transfer.add(stored) for stored in values]
+    for place, stored in zip(found, values, strict=True):
+        assert torch.equal(place, stored.to(CPU, torch.float32))
+        assert stored.tensor.numel() == 0 or place.data_ptr() != stored.tensor.data_ptr()
+
+
+def test_the_caller_goes_on_while_weights_are_copied(monkeypatch):
+    monkeypatch.setattr(upload, "BATCH", 0)
+    uploads, value, free = Uploads(BESIDE, torch.float32), draw(100), threading.Event()
+    send = uploads._send
+
+    def wait_and_send(source, place):
+        assert free.wait(60)
+        send(source, place)
+
+    monkeypatch.setattr(uploads, "_send", wait_and_send)
+    with uploads.transfer() as transfer:
+        found = [transfer.add(Stored(value)) for _ in range(3)]
+        free.set()
+    assert all(torch.equal(place, value) for place in found)
+
+
+def test_fetched_tensors_are_copied_as_they_are_before_the_end_of_the_transfer():
+    uploads = Uploads(BESIDE, torch.float32)
+    values = [draw(5, 3).bfloat16(), draw(7), torch.arange(3)]
+    with uploads.transfer() as transfer:
+        transfer.add(Stored(draw(2)))
+        for place, value in zip(transfer.fetch(values)(), values, strict=True):
+            assert place.dtype == value.dtype and torch.equal(place, value) and place.data_ptr() != value.data_ptr()
+
+
+def test_a_check_that_raises_ends_a_transfer_between_tensors(monkeypatch):
+    uploads, checks = Uploads(BESIDE, torch.float32), []
+
+    def check() -> None:
+        checks.append(threading.current_thread())
+        if len(checks) == 3:
+            raise ZeroDivisionError
+
+    sent, send = [], uploads._send
+    monkeypatch.setattr(uploads, "_send", lambda *pair: (sent.append(pair), send(*pair)))
+    with pytest.raises(ZeroDivisionError), uploads.transfer(check) as transfer:
+        for _ in range(9):
+            transfer.add(Stored(draw(4)))
+    assert len(sent) == 2 and threading.current_thread() not in checks
+    assert torch.equal(uploads.moved(Stored(draw(4))), draw(4))
+
+
+def test_after_an_exception_in_a_transfer_no_copy_is_in_flight(monkeypatch):
+    monkeypatch.setattr(upload, "BATCH", 0)
+    uploads, begun, free, sent = Uploads(BESIDE, torch.float32), threading.Event(), threading.Event(), []
+
+    def slow(source, place):
+        begun.set()
+        assert free.wait(60)
+        sent.append(place)
+
+    monkeypatch.setattr(uploads, "_send", slow)
+
+    def free_and_wait(copies, wait=upload.wait):
+        free.set()
+        wait(copies)
+
+    monkeypatch.setattr(upload, "wait", free_and_wait)
+    with pytest.raises(ZeroDivisionError), uploads.transfer() as transfer:
+        for _ in range(3):
+            transfer.add(Stored(draw(4)))
+        assert begun.wait(60)
+        raise ZeroDivisionError
+    assert len(sent) == 1, "the copy in hand did not end, or others began"
 
 
 @pytest.mark.gpu
