@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
 from distributed.errors import OutOfMemory
-from distributed.ranks.devices import COPIERS
+from distributed.ranks.devices import copiers
 from distributed.vae import engine
 from distributed.vae.engine import Engine
 from distributed.vae.halo import Exchange, Halo
@@ -292,7 +292,7 @@ def main() -> None:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-        torch.set_num_threads(COPIERS)  # as in rank processes
+        torch.set_num_threads(copiers(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # as in rank processes
     if "RANK" in os.environ:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",

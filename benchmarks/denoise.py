@@ -44,7 +44,7 @@ from distributed.denoise.share import Share, window_elements
 from distributed.denoise.transformer import Transformer
 from distributed.denoise.window import Windows
 from distributed.errors import OutOfMemory
-from distributed.ranks.devices import COPIERS
+from distributed.ranks.devices import copiers
 
 FULL: dict = {}
 """diffusers' defaults are the full sizes."""
@@ -264,7 +264,7 @@ def main() -> None:
     dtype, config = (torch.bfloat16, FULL) if cuda else (torch.float32, SMALL)
     if cuda:
         torch.cuda.set_device(device)
-        torch.set_num_threads(COPIERS)  # as in rank processes
+        torch.set_num_threads(copiers(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # as in rank processes
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

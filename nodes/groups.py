@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import logging
 import math
-import os
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ import folder_paths
 import psutil
 
 from ..distributed import RankGroup
-from ..distributed.ranks.devices import check_devices, parse_devices
+from ..distributed.ranks.devices import check_devices, cores, parse_devices
 from . import memory
 
 log = logging.getLogger(__name__)
@@ -133,11 +132,10 @@ def check_cpu_ranks(devices: tuple[str, ...]) -> None:
     """Raise ValueError for more CPU ranks than cores, or than fit into free memory. Two are always allowed."""
     if devices[0] != "cpu" or len(devices) <= 2:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fitting = int(psutil.virtual_memory().available // CPU_RANK_BYTES)
-    if len(devices) > min(cores, fitting):
+    if len(devices) > min(cores(), fitting):
         raise ValueError(
-            f"devices lists {len(devices)} CPU ranks; this machine has {cores} cores "
+            f"devices lists {len(devices)} CPU ranks; this machine has {cores()} cores "
             f"and free memory for {fitting} ranks."
         )
 

@@ -83,7 +83,7 @@ class Rank:
         self.channel.send(Hello(self.started.rank, os.getpid(), self.started.device))
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
-        self.device = devices.activate(self.started.device)
+        self.device = devices.activate(self.started.device, self.world_size)
         self._join()
         self.channel.send(Ready())
         while True:

@@ -162,7 +162,7 @@ def groups(pack, memory, little_memory, monkeypatch):
     groups = importlib.import_module("hv15_pack.nodes.groups")
     monkeypatch.setattr(groups, "_groups", {})
     monkeypatch.setattr(groups, "check_devices", lambda devices, backend: None)
-    monkeypatch.setattr(groups.os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(groups, "cores", lambda: 16)
     monkeypatch.setattr(groups, "RankGroup", GroupWithoutProcesses)
     yield groups
     for group in groups.all_groups():

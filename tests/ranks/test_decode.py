@@ -89,7 +89,7 @@ class Quiet:
 def tiled_bits(weights) -> dict:
     """The frames of each tiled case, decoded in this process on one rank."""
     threads = torch.get_num_threads()
-    device = activate("cpu")
+    device = activate("cpu", 1)
     engine = Engine({key.removeprefix("decoder."): value for key, value in weights.items()}, device, torch.float32)
     found = {}
     for shape, tile_size, overlap in TILED:

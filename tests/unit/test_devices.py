@@ -85,3 +85,9 @@ def test_ranks_communicate_over_loopback_even_if_another_interface_is_set(monkey
     for kind in ("cpu", "cuda"):
         variables = environment(kind, None)
         assert variables["GLOO_SOCKET_IFNAME"] == variables["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(32, 2, 8), (32, 4, 8), (24, 4, 6), (8, 4, 4), (2, 1, 4)])
+def test_ranks_share_the_cores_for_their_copies(monkeypatch, cores, ranks, threads):
+    monkeypatch.setattr(devices, "cores", lambda: cores)
+    assert devices.copiers(ranks) == threads
