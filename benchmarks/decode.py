@@ -81,7 +81,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(device: torch.device, decode: Callable[[], object], repeat: int) -> dict:
-    """Return the first and the best time of `decode` in seconds, and the peak memory of the last run in GiB."""
+    """Return the first and the best time of `decode` in seconds, and the peak memory of the last run in GiB.
+
+    All ranks start together. Otherwise a rank that collects more garbage would keep the others waiting in the time that
+    is measured. A collective.
+    """
     times = []
     for attempt in range(repeat + 1):
         gc.collect()
@@ -90,6 +94,8 @@ def measure(device: torch.device, decode: Callable[[], object], repeat: int) -> 
             if attempt == 0:
                 accelerator.empty_cache()
             accelerator.reset_peak_memory_stats(device)
+        if dist.is_initialized():
+            dist.barrier()
         synchronize(device)
         start = time.perf_counter()
         decode()
