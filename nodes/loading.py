@@ -11,6 +11,8 @@ import comfy.model_patcher
 import torch
 from comfy_api.latest import io
 
+from ..distributed.denoise.upload import Uploads
+from ..distributed.ranks.devices import Device
 from ..distributed.vae.checkpoint import open_checkpoint
 from . import libraries, sockets
 from .model_lists import diffusers_folders, model_folder
@@ -34,6 +36,11 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, *args: object, **options: object) -> int:
         return 0  # nothing freed, upon which ComfyUI unloads it as a whole
+
+    def load(self, device_to: torch.device, *args: object, **options: object) -> None:
+        if Device(device_to).has_streams:
+            self.model.arrive(device_to)
+        super().load(device_to, *args, **options)
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
@@ -113,6 +120,14 @@ class _Holder(torch.nn.Module):
             for module in part.modules()
             for name, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
         ]
+
+    def arrive(self, device: torch.device) -> None:
+        """Have the weights be copies on the device. They are made as ranks make them, faster than by `Module.to`."""
+        tensors = {id(tensor): (tensor, data) for _, _, tensor, data in self.host}.values()
+        with Uploads(device, self.part.dtype).transfer() as transfer:
+            copies = transfer.fetch([data for _, data in tensors])()
+        for (tensor, _), copied in zip(tensors, copies, strict=True):
+            tensor.data = copied
 
     def leave(self) -> None:
         """Have the weights be those on the host again."""

@@ -43,7 +43,7 @@ class Event(Protocol):
 
 
 class _Past:
-    """The `Event` of the CPU, where work is done when the call that launches it returns."""
+    """The `Event` of devices without streams: their work is done, or precedes all that is launched later."""
 
     def synchronize(self) -> None:
         pass
@@ -67,8 +67,8 @@ class Device:
 
     @property
     def has_streams(self) -> bool:
-        """Whether copies can overlap with computation, on streams of `module`."""
-        return not self.is_host
+        """Whether copies can overlap with computation, on streams of `module`. MPS and DirectML have none."""
+        return self.kind in ("cuda", "npu", "xpu")
 
     @property
     def has_fused_kernels(self) -> bool:

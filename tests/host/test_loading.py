@@ -196,6 +196,24 @@ def test_unloading_weights_from_the_device_copies_nothing(pack, tiny_folders):
         assert weight.data_ptr() == before[name][0] and torch.equal(weight, before[name][1])
 
 
+def test_copies_on_the_device_have_the_values_and_the_ties_of_the_host(pack, tiny_folders):
+    """The CPU with an index stands for the device: PyTorch compares it as another device."""
+    pipeline = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "model")
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        holder, part = pipeline.patchers[name].model, getattr(pipeline.pipeline, name)
+        tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
+        before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in tensors.items()}
+        with torch.inference_mode():  # as in the nodes
+            holder.arrive(torch.device("cpu:0"))
+        for key, (place, value) in before.items():
+            assert tensors[key].data_ptr() != place and torch.equal(tensors[key], value)
+        every = {id(tensor): tensor for tensor in part.state_dict(keep_vars=True).values()}
+        assert len({tensor.data_ptr() for tensor in every.values()}) == len(every)
+        holder.leave()
+        assert all(tensors[key].data_ptr() == place for key, (place, _) in before.items())
+    assert len(list(part.named_parameters(remove_duplicate=False))) > len(list(part.named_parameters()))  # tied
+
+
 def test_text_to_video_holds_no_second_copy_of_the_vae(pack, tiny_folders):
     text, image = (pack.loading.load_pipeline(tiny_folders[kind], torch.float32, "none") for kind in ("t2v", "i2v"))
     assert "vae" not in text.patchers and all(p.is_meta for p in text.pipeline.vae.parameters())

@@ -44,6 +44,15 @@ def test_each_device_type_has_its_own_capabilities(name, backend, streams, fused
     assert (device.process_group_device is None) == device.is_host
 
 
+def test_a_device_without_streams_needs_no_events():
+    device = Device(torch.device("mps"))
+    assert not device.has_streams and device.new_stream() is None
+    with device.on(None):
+        event = device.mark()
+        device.wait(event)
+    event.synchronize()
+
+
 def test_a_chosen_backend_is_used_for_device_tensors_only():
     assert Device(torch.device("cuda:0")).collective_backend("gloo") == "cpu:gloo,cuda:gloo"
 
