@@ -12,6 +12,8 @@ import psutil
 import pytest
 import torch
 
+os.environ.setdefault("MKL_CBWR", "AUTO")  # as in ranks; MKL reads it at its first call
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
         "1"  # read when Triton is first imported: its interpreter then runs the kernels with NumPy

@@ -89,7 +89,8 @@ class RankProcesses:
                 backend=backend,
                 search_path=search_path(),
             )
-            environment = inherited_environment(os.environ)
+            # Without a mode of reproducibility, MKL's sums depend on the alignment of memory on some AMD processors.
+            environment = {"MKL_CBWR": "AUTO"} | inherited_environment(os.environ)
             environment |= device_module.environment(kind, self._ports)
             environment |= compiler_cache(os.environ, self.folder)
             environment |= start.to_env() | {"TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1"}
