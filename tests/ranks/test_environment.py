@@ -130,3 +130,11 @@ def test_settings_for_other_launchers_reach_no_rank_and_open_no_port(vae, tmp_pa
         processes += [psutil.Process(rank["pid"]) for rank in group.status()["ranks"]]
         for process in processes:
             assert {c.laddr.ip for c in process.net_connections("inet") if c.status == "LISTEN"} <= {"127.0.0.1"}
+
+
+def test_ranks_sum_in_an_order_that_does_not_depend_on_the_alignment_of_memory(monkeypatch):
+    monkeypatch.delenv("MKL_CBWR")
+    with RankGroup("cpu") as group:
+        group.start(wait=True)
+        (rank,) = group.status()["ranks"]
+        assert psutil.Process(rank["pid"]).environ()["MKL_CBWR"] == "AUTO"
