@@ -1,7 +1,8 @@
 """The training loop that both stages share: schedule by time, averaged weights, checkpoints, log lines.
 
 The learning rate rises over the first steps and falls to zero along a cosine of the time spent, so that a stage ends in
-time on any GPU. A checkpoint holds everything that the loop needs to go on in another process.
+time on any GPU. A checkpoint holds everything that the loop needs to go on in another process. A GPU computes a step as
+one CUDA graph, because the starts of its several thousand kernels would take longer than the kernels (see `graphs.py`).
 """
 
 import copy
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .graphs import prepared
 
 WARM_UP = 200
 """Steps in which the learning rate rises."""
@@ -36,7 +39,8 @@ class Schedule:
 def fit(
     name: str,
     model: nn.Module,
-    measure: Callable[[int], dict[str, Tensor]],
+    draw: Callable[[int], tuple[Tensor, ...]],
+    losses: Callable[..., dict[str, Tensor]],
     schedule: Schedule,
     folder: Path,
     log: Callable[[str], None],
@@ -44,20 +48,45 @@ def fit(
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train a model and return it with averaged weights, and what was measured.
 
-    measure: returns the tensors of one step, of which "loss" is minimised. It receives the number of the step.
+    draw: returns the tensors of the step with the given number, on the model's device.
+    losses: receives these tensors, and returns those of which "loss" is minimised. It must fit `Graphs`.
     evaluate: says how good the averaged model is, whenever a checkpoint is written. If the loss is not finite, the last
     checkpoint is loaded and the learning rate halved. Raises RuntimeError if that happens five times.
     """
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(schedule.decay))
-    fused = next(model.parameters()).device.type == "cuda"
+    device = next(model.parameters()).device
+    averaged = copy.deepcopy(model).requires_grad_(False)
+    average = get_ema_multi_avg_fn(schedule.decay)
+    weights, means = list(model.parameters()), list(averaged.parameters())
+    rate = torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=fused
+        weights, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True, capturable=device.type == "cuda"
     )
+
+    def step(*inputs: Tensor) -> dict[str, Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        figures = losses(*inputs)
+        figures["loss"].backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        average(means, weights, None)
+        return {key: value.detach() for key, value in figures.items()}
+
+    run = prepared(step, device, log)
     parts = {"model": model, "averaged": averaged, "optimizer": optimizer}
     path = folder / f"{name}.pt"
     state = {"step": 0, "seconds": 0.0, "failures": 0}
+
+    def load() -> None:
+        nonlocal run
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        for key, part in parts.items():
+            part.load_state_dict(held[key])
+        state.update(held["state"])
+        optimizer.param_groups[0]["lr"] = rate
+        run = prepared(step, device, log)  # the optimizer's tensors are new ones
+
     if path.is_file():
-        _load(path, parts, state)
+        load()
         log(f"{name}: continues after {state['step']} steps and {state['seconds']:.0f} s")
     else:
         _save(path, parts, state)
@@ -77,7 +106,7 @@ def fit(
                 failures = state["failures"] + 1
                 if failures == 5:
                     raise RuntimeError(f"{name}: the loss is not finite after five attempts")
-                _load(path, parts, state)
+                load()
                 state["failures"] = failures
                 log(f"{name}: the loss is not finite; back to step {state['step']} with half the learning rate")
                 continue
@@ -86,21 +115,17 @@ def fit(
         if not sums and (ended or now - saved > CHECKPOINT_SECONDS):  # all losses until now are known to be finite
             state["seconds"], saved = now - begin, now
             _save(path, parts, state)
-            log(f"{name}: checkpoint. {evaluate(averaged.module)}")
+            log(f"{name}: checkpoint. {evaluate(averaged)}")
         if ended:
-            return averaged.module, last | {"steps": state["step"], "seconds": round(now - begin, 1)}
-        rate = schedule.rate * 0.5 ** state["failures"] * min(1, (state["step"] + 1) / WARM_UP)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * min(spent, 1)))
-        figures = measure(state["step"])
-        optimizer.zero_grad(set_to_none=True)
-        figures["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        averaged.update_parameters(model)
+            return averaged, last | {"steps": state["step"], "seconds": round(now - begin, 1)}
+        highest = schedule.rate * 0.5 ** state["failures"] * min(1, (state["step"] + 1) / WARM_UP)
+        rate.fill_(highest * 0.5 * (1 + math.cos(math.pi * min(spent, 1))))
+        figures = run(*draw(state["step"]))
+        if state["step"] == 0:
+            averaged.load_state_dict(model.state_dict())
         state["step"] += 1
         for key, value in figures.items():
-            sums[key] = sums.get(key, 0) + value.detach()
+            sums[key] = sums.get(key, 0) + value
         sums["count"] = sums.get("count", 0) + 1
 
 
@@ -108,10 +133,3 @@ def _save(path: Path, parts: dict, state: dict) -> None:
     draft = path.with_suffix(".draft")
     torch.save({name: part.state_dict() for name, part in parts.items()} | {"state": copy.copy(state)}, draft)
     draft.replace(path)
-
-
-def _load(path: Path, parts: dict, state: dict) -> None:
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(held[name])
-    state.update(held["state"])

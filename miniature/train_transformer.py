@@ -37,16 +37,16 @@ def train(recipe: Recipe, seconds: float, original: Tensor, folder: Path, device
     model = parts.new_transformer(**recipe.transformer).to(device)
     set_key_masks(model)
 
-    def step(number: int) -> dict[str, Tensor]:
+    def draw(number: int) -> tuple[Tensor, ...]:
         source = random.Random(f"{recipe.seed} transformer {number}")
         (chosen,) = source.choices(shelved, [one.shelf.share for one in shelved])
         generator = torch.Generator(device).manual_seed(source.getrandbits(62))
-        return losses(model, library, chosen, recipe, generator)
+        return sample(library, chosen, recipe, generator)
 
     made = time.monotonic() - begin
     log(f"transformer: the latents took {made:.0f} s")
     schedule = Schedule(max(LEAST_SECONDS, seconds - made), recipe.transformer_rate, recipe.most_steps)
-    averaged, figures = fit("transformer", model, step, schedule, folder, log)
+    averaged, figures = fit("transformer", model, draw, lambda *inputs: losses(model, *inputs), schedule, folder, log)
     parts.save_weights(averaged, folder / parts.TRANSFORMER_FILE)
     parts.save_settings(folder, transformer=recipe.transformer)
     return figures | {"seconds for latents": round(made, 1)}
@@ -73,10 +73,10 @@ def data_set(
     return library, shelved
 
 
-def losses(
-    model: nn.Module, library: latents.Library, shelved: latents.Shelved, recipe: Recipe, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Return the loss of a random batch of clips of one shelf."""
+def sample(
+    library: latents.Library, shelved: latents.Shelved, recipe: Recipe, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """Return a random batch of clips of one shelf: what `losses` receives after the model."""
     shelf, device = shelved.shelf, shelved.latents.device
 
     def uniform() -> Tensor:
@@ -90,21 +90,50 @@ def losses(
     noise = torch.randn(clean.shape, generator=generator, device=device)
     level = uniform()
     level = recipe.shift * level / (1 + (recipe.shift - 1) * level)
-    spread = level[:, None, None, None, None]
     given, silent = uniform() < recipe.images, uniform() < recipe.no_caption
-    known = torch.zeros_like(clean[:, :1])
-    known[:, :, 0] = given[:, None, None, None].float()
     captions = shelved.captions[chosen].masked_fill(silent, 0)
     letters = shelved.letters[chosen].masked_fill(silent, 0)
-    images = shelved.images[chosen]
-    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(MASKED_ATTENTION):
+    return (
+        clean,
+        noise,
+        level,
+        given,
+        library.texts[captions].float(),
+        library.text_masks[captions],
+        library.glyphs[letters].float(),
+        library.glyph_masks[letters],
+        shelved.images[chosen].float(),
+    )
+
+
+def losses(
+    model: nn.Module,
+    clean: Tensor,
+    noise: Tensor,
+    level: Tensor,
+    given: Tensor,
+    captions: Tensor,
+    caption_masks: Tensor,
+    glyphs: Tensor,
+    glyph_masks: Tensor,
+    images: Tensor,
+) -> dict[str, Tensor]:
+    """Return the loss of a batch of clips.
+
+    clean: latents [batch, 32, t, h, w]. noise: of the same size. level: noise levels [batch], 0 to 1. given: whether
+    the first picture is given, [batch]. captions, glyphs, images: embeddings [batch, n, width]. Masks: [batch, n].
+    """
+    spread = level[:, None, None, None, None]
+    known = torch.zeros_like(clean[:, :1])
+    known[:, :, 0] = given[:, None, None, None].float()
+    with torch.autocast(clean.device.type, torch.bfloat16), sdpa_kernel(MASKED_ATTENTION):
         predicted = velocity(
             model,
             torch.cat([(1 - spread) * clean + spread * noise, clean * known, known], dim=1),
             level * 1000,
-            (library.texts[captions].float(), library.text_masks[captions]),
-            (library.glyphs[letters].float(), library.glyph_masks[letters]),
-            (images.float(), given[:, None].expand(-1, images.shape[1])),
+            (captions, caption_masks),
+            (glyphs, glyph_masks),
+            (images, given[:, None].expand(-1, images.shape[1])),
         )
     error = (predicted.float() - (noise - clean)).square().mean((1, 2, 3, 4))
     return {"loss": error.mean(), "loss with image": (error * given).sum() / given.sum().clamp(min=1)}

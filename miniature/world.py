@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -161,8 +162,7 @@ def render(clip: Clip, frames: int, height: int, width: int, device: torch.devic
         ink = letter_mask(clip.letter, height, width, device)
         picture = picture + (LETTER_GREY - picture) * ink
     ink = coverage(clip, frames, height, width, device)
-    colour = torch.tensor(COLOURS[clip.colour], device=device)[:, None, None, None]
-    return picture + (colour - picture) * ink
+    return picture + (_tone(COLOURS[clip.colour], device) - picture) * ink
 
 
 def coverage(clip: Clip, frames: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
@@ -180,10 +180,15 @@ def coverage(clip: Clip, frames: int, height: int, width: int, device: torch.dev
 
 def letter_mask(letter: str, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Return the part of each pixel that the letter in the upper left corner covers, [height, width]."""
-    rows = torch.tensor([[float(cell) for cell in row] for row in GLYPH_ROWS[letter].split()], device=device)
     side, margin = round(0.3 * min(height, width)), round(0.04 * min(height, width))
-    drawn = F.interpolate(rows[None, None], size=(side, side), mode="nearest")[0, 0]
+    drawn = F.interpolate(_rows(letter, device), size=(side, side), mode="nearest")[0, 0]
     return F.pad(drawn, (margin, width - side - margin, margin, height - side - margin))
+
+
+@cache
+def _rows(letter: str, device: torch.device | str) -> Tensor:
+    """Return the letter's pixels, [1, 1, 5, 5]. They are kept for the same reason as `_tone`."""
+    return torch.tensor([[[[float(cell) for cell in row] for row in GLYPH_ROWS[letter].split()]]], device=device)
 
 
 def _grid(height: int, width: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -211,7 +216,13 @@ def _background(clip: Clip, y: Tensor, x: Tensor, time: Tensor, height: int) -> 
             tone, light = (0.07, 0.19, 0.27), 0.06 * waves
         case _:
             tone, light = (0.24, 0.24, 0.25), (0.05 * (y - 0.5) + 0 * x)[None]
-    return torch.tensor(tone, device=x.device)[:, None, None, None] + light.expand(-1, y.shape[0], x.shape[1])
+    return _tone(tone, x.device) + light.expand(-1, y.shape[0], x.shape[1])
+
+
+@cache
+def _tone(tone: tuple[float, float, float], device: torch.device | str) -> Tensor:
+    """Return a colour as [3, 1, 1, 1]. It is kept, because a copy to a GPU waits until the GPU has ended its work."""
+    return torch.tensor(tone, device=device)[:, None, None, None]
 
 
 def _edge(value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The miniature's training: its loop, and all stages with minute sizes, from footage to a report."""
+"""The miniature's training: all stages with minute sizes, from footage to a report."""
 
 import dataclasses
 import json
@@ -9,8 +9,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from torch import nn
 
-from miniature import fitting, footage, measure, parts, report, train, train_vae, world
-from miniature.fitting import Schedule, fit
+from miniature import footage, measure, parts, report, train, train_vae, world
 from miniature.recipe import CHECK
 
 CPU = torch.device("cpu")
@@ -105,68 +104,6 @@ def test_the_first_latent_of_a_clip_is_its_first_pictures_latent():
     assert (whole[:, :, :1] - first).abs().max() < 1e-5
 
 
-def quadratic() -> tuple[nn.Module, object]:
-    """Return a model of one weight vector, and its distance to ones."""
-    torch.manual_seed(0)
-    model = nn.Linear(4, 1, bias=False)
-    return model, lambda number: {"loss": (model.weight - 1).square().mean()}
-
-
-def test_a_stage_that_was_interrupted_continues_where_it_was(tmp_path, monkeypatch):
-    def run(folder, most_steps: int, until: int | None = None) -> torch.Tensor:
-        model, loss = quadratic()
-
-        def step(number: int) -> dict:
-            if number == until:
-                raise KeyboardInterrupt
-            return loss(number)
-
-        averaged, figures = fit("x", model, step, Schedule(600, 0.05, most_steps), folder, lambda line: None)
-        assert figures["steps"] == most_steps
-        return averaged.weight
-
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir(), cut.mkdir()
-    expected = run(whole, 30)
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting, "LOG_SECONDS", 0.0)
-        patch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)  # a checkpoint after each step
-        with pytest.raises(KeyboardInterrupt):
-            run(cut, 30, until=12)
-    assert torch.load(cut / "x.pt", weights_only=True)["state"]["step"] > 8
-    assert torch.allclose(run(cut, 30), expected)
-
-
-def test_training_ends_when_its_time_is_over(tmp_path):
-    model, loss = quadratic()
-    _, figures = fit("x", model, loss, Schedule(0.2, 0.05), tmp_path, lambda line: None)
-    assert figures["steps"] >= 1 and figures["seconds"] >= 0.2
-
-
-def test_a_loss_that_is_not_finite_returns_to_the_last_checkpoint(tmp_path):
-    model, loss = quadratic()
-    lines, failed = [], []
-
-    def step(number: int) -> dict:
-        figures = loss(number)
-        if number == 5 and not failed:
-            failed.append(number)
-            figures["loss"] = figures["loss"] * float("nan")
-        return figures
-
-    averaged, figures = fit("x", model, step, Schedule(600, 0.05, 20), tmp_path, lines.append)
-    assert any("not finite; back to step 0" in line for line in lines)
-    assert figures["steps"] == 20 and torch.isfinite(averaged.weight).all()
-
-
-def test_a_loss_that_is_never_finite_ends_the_training(tmp_path):
-    model, loss = quadratic()
-    with pytest.raises(RuntimeError, match="not finite after five attempts"):
-        fit(
-            "x", model, lambda n: {"loss": loss(n)["loss"] * float("nan")}, Schedule(600, 0.1, 3), tmp_path, lambda _: 0
-        )
-
-
 def test_the_loss_falls_when_the_clips_are_reconstructed_better():
     torch.manual_seed(0)
     vae = parts.new_vae(**CHECK.vae)
@@ -175,7 +112,7 @@ def test_the_loss_falls_when_the_clips_are_reconstructed_better():
     values = []
     with train_vae.training_forms():
         for _ in range(12):
-            figures = train_vae.losses(vae, clips)
+            figures = train_vae.losses(vae, clips, torch.ones_like(clips[:, :1]), train_vae.latent_noise(clips))
             optimizer.zero_grad()
             figures["loss"].backward()
             optimizer.step()
