@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     original = footage.read(options.footage or footage.find())
     recipe = CHECK if options.check else Recipe()
     shares = {options.stage: 1.0} if options.stage else STAGES
+    if device.type == "cuda":
+        torch._dynamo.config.suppress_errors = True  # without a compiler, what cannot be compiled runs as it is
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         for stage, share in shares.items():
             run(stage, recipe, options.minutes * 60 * share, original, options.output, device)

@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from torch import nn
 
-from miniature import footage, measure, parts, report, train, train_vae, world
+from miniature import footage, latents, measure, parts, report, text, train, train_vae, world
+from miniature.forms import set_key_masks, velocity
 from miniature.recipe import CHECK
 
 CPU = torch.device("cpu")
@@ -84,14 +85,60 @@ def test_the_pipelines_are_saved_and_loaded_with_every_part(folder, kind, tmp_pa
 
 
 def test_the_image_encoder_sees_in_training_what_the_pipeline_shows_it(folder):
-    from miniature import latents
-
     pipeline = parts.pipeline(folder, "i2v")
     frame = world.render(world.Clip("star", "red", "still", background="brick wall"), 1, 160, 256)[:, 0]
     with torch.no_grad():
         ours = latents.see(frame[None] * 2 - 1, pipeline.image_encoder)
         theirs = pipeline.encode_image(report.picture(frame.permute(1, 2, 0)), 1, CPU, torch.float32)
     assert (ours - theirs).square().mean() < 1e-3 * theirs.square().mean()
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_the_transformer_is_trained_on_what_the_pipeline_gives_it(folder, kind, monkeypatch):
+    """The pipeline's calls of the transformer, of which the second has no caption, are examples of the training's."""
+    studio = report.Studio(folder, kind, CHECK, CPU)
+    pipeline, shelf = studio.pipeline, CHECK.shelves[0]
+    clip = world.Clip("star", "red", "left", letter="K")
+    frame = world.render(clip, 1, *shelf.size)[:, 0]
+    model, calls = pipeline.transformer, []
+    forward = model.forward
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        if weight.abs().max() < 0.01:  # two steps of training leave the gates of all conditions shut
+            weight.normal_(std=0.05)
+
+    def recorded(**given: torch.Tensor) -> tuple:
+        result = forward(**given)
+        calls.append((given, result[0]))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", recorded)
+        studio.video(clip.caption, 0, 6.0, report.picture(frame.permute(1, 2, 0)) if kind == "i2v" else None)
+    library = latents.read([clip.caption], text.encoders(), CPU)
+    letter, image = library.letters.index("K"), kind == "i2v"
+    set_key_masks(model)
+    with torch.no_grad():
+        seen = latents.see(frame[None] * 2 - 1, text.encoders()["image_encoder"])
+        known = (
+            pipeline.vae.encode(frame[None, :, None] * 2 - 1).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        )
+        assert len(calls) == 2 * CHECK.steps
+        for number, (given, theirs) in enumerate(calls):
+            noisy = given["hidden_states"][:, :32]
+            condition = torch.zeros_like(noisy[:, :1]), torch.zeros_like(noisy)
+            if image:
+                condition[0][:, :, 0], condition[1][:, :, :1] = 1, known
+            row, letters = ((1, letter), (0, 0))[number % 2]
+            ours = velocity(
+                model,
+                torch.cat([noisy, condition[1], condition[0]], dim=1),
+                torch.tensor([1000.0 * pipeline.scheduler.sigmas[number // 2]]),
+                (library.texts[row, None].float(), library.text_masks[row, None]),
+                (library.glyphs[letters, None].float(), library.glyph_masks[letters, None]),
+                (seen, torch.full((1, seen.shape[1]), image)),
+            )
+            assert (ours - theirs).square().mean() < 1e-4 * theirs.square().mean()
 
 
 def test_the_first_latent_of_a_clip_is_its_first_pictures_latent():
