@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import av
 import pytest
@@ -9,9 +10,9 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from torch import nn
 
-from miniature import footage, latents, measure, parts, report, text, train, train_vae, world
+from miniature import footage, latents, measure, parts, report, text, train, train_transformer, train_vae, world
 from miniature.forms import set_key_masks, velocity
-from miniature.recipe import CHECK
+from miniature.recipe import CHECK, Crops, Shelf
 
 CPU = torch.device("cpu")
 
@@ -149,6 +150,47 @@ def test_the_first_latent_of_a_clip_is_its_first_pictures_latent():
     with torch.no_grad():
         whole, first = (vae.encode(part).latent_dist.mode() for part in (clip, clip[:, :, :1]))
     assert (whole[:, :, :1] - first).abs().max() < 1e-5
+
+
+def test_errors_count_more_where_the_shape_of_a_clip_is_or_was_within_four_frames():
+    film = train_vae.Film(torch.zeros(3, 20, 60, 96, dtype=torch.uint8), ((60, 96),), CPU)
+    for seed in range(8):
+        pixels, weights = film.clip(Crops(1, 1, 9, (48, 80)), 0.0, random.Random(seed))
+        assert pixels.shape == (3, 9, 48, 80) and weights.shape == (1, 9, 48, 80)
+        shape = pixels.amax(0) > 2 * measure.THRESHOLD - 1
+        assert shape.any() and (weights[0][shape] == train_vae.EMPHASIS).float().mean() > 0.95
+        for frame in range(9):
+            near = shape[max(0, frame - 4) : frame + 5].any(0)
+            assert (weights[0, frame][near] > 1).all()
+        assert (weights == 1).float().mean() > 0.2
+    _, weights = film.clip(Crops(1, 1, 9, (48, 80)), 1.0, random.Random(0))
+    assert (weights == 1).all()
+
+
+def test_a_larger_error_of_the_shape_gives_a_larger_loss():
+    torch.manual_seed(0)
+    vae = parts.new_vae(**CHECK.vae)
+    clip = world.Clip("circle", "red", "still")
+    clips = world.render(clip, 5, 32, 48)[None] * 2 - 1
+    near, noise = world.coverage(clip, 5, 32, 48)[None, None], train_vae.latent_noise(clips)
+    with train_vae.training_forms(), torch.no_grad():
+        plain, weighted = (train_vae.losses(vae, clips, 1 + weight * near, noise) for weight in (0, 3))
+    assert weighted["loss"] > 1.2 * plain["loss"] and weighted["PSNR"] == plain["PSNR"]
+
+
+def test_noise_that_holds_a_part_of_the_clip_looks_like_more_contrast():
+    """It is what guidance leaves: at a level s, a clip of contrast k is noise with the part (k - 1) (1 - s) / s."""
+    shelf = Shelf(1.0, 512, 1, 9, (32, 48))
+    library = latents.Library(
+        {"": 0}, torch.zeros(1, 2, 4), torch.ones(1, 2) > 0, [""], torch.zeros(1, 2, 4), torch.ones(1, 2) > 0
+    )
+    rows = torch.zeros(1, dtype=torch.long)
+    shelved = latents.Shelved(shelf, torch.full((1, 32, 3, 2, 3), 2.0), rows, rows, torch.zeros(1, 2, 4))
+    for share, mean in ((1.0, CHECK.drift / 2), (0.0, 0.0)):
+        recipe = dataclasses.replace(CHECK, drifted=share, footage_in_transformer=0.0)
+        clean, noise, *_ = train_transformer.sample(library, shelved, recipe, torch.Generator().manual_seed(0))
+        parts_of_clip = (noise * clean).mean((1, 2, 3, 4)) / clean.square().mean((1, 2, 3, 4))
+        assert parts_of_clip.mean() == pytest.approx(mean, abs=0.01)
 
 
 def test_the_loss_falls_when_the_clips_are_reconstructed_better():
