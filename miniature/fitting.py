@@ -8,6 +8,7 @@ one CUDA graph, because the starts of its several thousand kernels would take lo
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ def fit(
         figures = losses(*inputs)
         figures["loss"].backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            optimizer.step()  # without a graph in the first steps of each size
         average(means, weights, None)
         return {key: value.detach() for key, value in figures.items()}
 

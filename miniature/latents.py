@@ -64,6 +64,7 @@ def read(captions: list[str], encoders: dict, device: torch.device) -> Library:
     longest = int(masks.sum(1).max())
     if longest == CAPTION_TOKENS:
         raise ValueError(f"A caption has {longest} tokens or more. Increase CAPTION_TOKENS.")
+    longest += -longest % 16  # attention kernels copy masks whose rows are not multiples of 16
     letters = ["", *world.LETTERS]
     glyphs, glyph_masks = HunyuanVideo15Pipeline._get_byt5_prompt_embeds(
         encoders["tokenizer_2"], quoted, [f'"{letter}"' if letter else "" for letter in letters], device, GLYPH_TOKENS

@@ -90,7 +90,7 @@ def test_a_capture_that_fails_is_logged_once_and_the_steps_go_on():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_training_brings_weights_and_averaged_weights_to_the_minimum(device, tmp_path, recwarn):
+def test_training_brings_weights_and_averaged_weights_to_the_minimum(device, tmp_path):
     model, draw, losses = quadratic(device)
     lines = []
     averaged, figures = fit("x", model, draw, losses, Schedule(600, 0.1, 400, decay=0.9), tmp_path, lines.append)
