@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     shares = {options.stage: 1.0} if options.stage else STAGES
     if device.type == "cuda":
         torch._dynamo.config.suppress_errors = True  # without a compiler, what cannot be compiled runs as it is
+        torch._dynamo.config.recompile_limit = 32  # three sizes, with and without gradients, of each memory format
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         for stage, share in shares.items():
             run(stage, recipe, options.minutes * 60 * share, original, options.output, device)

@@ -12,7 +12,7 @@ from torch import nn
 
 from miniature import footage, latents, measure, parts, report, text, train, train_transformer, train_vae, world
 from miniature.forms import set_key_masks, velocity
-from miniature.recipe import CHECK, Crops, Shelf
+from miniature.recipe import CHECK, Crops
 
 CPU = torch.device("cpu")
 
@@ -178,19 +178,30 @@ def test_a_larger_error_of_the_shape_gives_a_larger_loss():
     assert weighted["loss"] > 1.2 * plain["loss"] and weighted["PSNR"] == plain["PSNR"]
 
 
-def test_noise_that_holds_a_part_of_the_clip_looks_like_more_contrast():
-    """It is what guidance leaves: at a level s, a clip of contrast k is noise with the part (k - 1) (1 - s) / s."""
-    shelf = Shelf(1.0, 512, 1, 9, (32, 48))
-    library = latents.Library(
-        {"": 0}, torch.zeros(1, 2, 4), torch.ones(1, 2) > 0, [""], torch.zeros(1, 2, 4), torch.ones(1, 2) > 0
-    )
-    rows = torch.zeros(1, dtype=torch.long)
-    shelved = latents.Shelved(shelf, torch.full((1, 32, 3, 2, 3), 2.0), rows, rows, torch.zeros(1, 2, 4))
-    for share, mean in ((1.0, CHECK.drift / 2), (0.0, 0.0)):
-        recipe = dataclasses.replace(CHECK, drifted=share, footage_in_transformer=0.0)
-        clean, noise, *_ = train_transformer.sample(library, shelved, recipe, torch.Generator().manual_seed(0))
-        parts_of_clip = (noise * clean).mean((1, 2, 3, 4)) / clean.square().mean((1, 2, 3, 4))
-        assert parts_of_clip.mean() == pytest.approx(mean, abs=0.01)
+def test_guided_predictions_are_trained_to_be_the_velocity():
+    """At no loss, guidance gives the velocity; a prediction without a caption is the velocity itself."""
+    torch.manual_seed(0)
+    clean, noise = torch.randn(2, 3, 32, 2, 2, 2).unbind()
+    target, alone, guidance = noise - clean, torch.randn_like(clean), 3.0
+    silent = torch.tensor([False, True, False])
+    predicted = torch.where(silent[:, None, None, None, None], target, alone + (target - alone) / guidance)
+    answers = [alone, predicted]
+
+    def velocity(model: nn.Module, latents: torch.Tensor, *_: object) -> torch.Tensor:
+        return answers.pop(0)
+
+    valid = torch.ones(3, 2, dtype=torch.bool)
+    words = (torch.zeros(3, 2, 4), valid) * 2
+    nothing = (torch.zeros(1, 2, 4), valid[:1]) * 2
+    inputs = (clean, noise, torch.rand(3), ~silent, silent, *words, *nothing, torch.zeros(3, 2, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_transformer, "velocity", velocity)
+        figures = train_transformer.losses(nn.Module(), guidance, *inputs)
+        assert figures["loss"] < 1e-10
+        answers[:] = [target, target]  # where both agree, guidance adds nothing
+        assert train_transformer.losses(nn.Module(), guidance, *inputs)["loss"] < 1e-10
+        answers[:] = [alone, target]
+        assert train_transformer.losses(nn.Module(), guidance, *inputs)["error"] > 1
 
 
 def test_the_loss_falls_when_the_clips_are_reconstructed_better():
