@@ -178,6 +178,23 @@ def test_a_larger_error_of_the_shape_gives_a_larger_loss():
     assert weighted["loss"] > 1.2 * plain["loss"] and weighted["PSNR"] == plain["PSNR"]
 
 
+def test_a_wrong_colour_gives_a_larger_loss_than_a_wrong_brightness():
+    class Wrong(nn.Module):
+        """Decodes grey with an error in each channel."""
+
+        def __init__(self, *error: float) -> None:
+            super().__init__()
+            self.encoder = lambda clips: torch.zeros(1, 64, 2, 2, 3)
+            self.decoder = lambda latents: torch.tensor(error)[:, None, None, None].expand(1, 3, 5, 32, 48)
+
+    clips = torch.zeros(1, 3, 5, 32, 48)
+    weights, noise = torch.ones(1, 1, 5, 32, 48), train_vae.latent_noise(clips)
+    colour, brightness = (
+        train_vae.losses(Wrong(*error), clips, weights, noise)["loss"] for error in ((0.2, -0.2, 0.2), (0.2, 0.2, 0.2))
+    )
+    assert colour > 1.5 * brightness
+
+
 def test_guided_predictions_are_trained_to_be_the_velocity():
     """At no loss, guidance gives the velocity; a prediction without a caption is the velocity itself."""
     torch.manual_seed(0)
