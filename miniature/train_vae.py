@@ -7,8 +7,9 @@ are from -1 to 1. At this weight the noise that the divergence allows in the lat
 of 6e-3 (28 dB). The decoder learns to bear that much noise, which the transformer's errors resemble.
 
 A shape covers an eighth of the picture or less, so errors count more where a shape is or was (`EMPHASIS`). Without that
-weight, shapes that move were blurred. Without the weight of tints, green became yellow and pink became grey in 4,500
-steps, because the colours of the footage and the other shapes lie near a plane, in which green and pink do not.
+weight, shapes that move were blurred. Without the weight of tints and the permuted channels of some of the footage
+(`PERMUTED`), green became yellow and pink became grey in 4,500 steps: the colours of the footage and of the other
+shapes lie near a plane, and those two do not.
 """
 
 import random
@@ -30,6 +31,8 @@ EMPHASIS, REACH = 6.0, (4, 4)
 """Weight of errors near a shape, by that of others, and how far it reaches: in frames and in pixels."""
 TINT = 2.0
 """Weight of the errors' differences between colour channels."""
+PERMUTED = 0.25
+"""Part of the footage's clips whose colour channels change places."""
 LENGTHS = (17, 33)
 """Frames of the clips of the world that crops are cut from, so that shapes move as fast as in the transformer's."""
 
@@ -54,6 +57,8 @@ class Film:
         first = source.randint(0, copy.shape[1] - stride * (crops.frames - 1) - 1)
         top, left = source.randint(0, copy.shape[2] - height), source.randint(0, copy.shape[3] - width)
         pixels = copy[:, first : first + stride * crops.frames : stride, top : top + height, left : left + width]
+        if source.random() < PERMUTED:
+            pixels = torch.stack([pixels[channel] for channel in source.sample(range(3), 3)])
         return pixels.float() / 127.5 - 1, torch.ones_like(pixels[:1], dtype=torch.float32)
 
     def world(self, crops: Crops, source: random.Random) -> tuple[Tensor, Tensor]:
