@@ -18,9 +18,10 @@ def prepared(step: Step, device: torch.device, log: Callable[[str], None]) -> St
 class Graphs:
     """Calls a function of tensors, and replays it as a CUDA graph from the fourth call with the same shapes on.
 
-    The function returns detached tensors, and must not wait for the GPU, nor draw random numbers: after a capture that
-    failed, PyTorch's generator could not be used. The tensors that it changes must stay in place. Results are valid
-    until the next call. If a capture fails, sizes without a graph are computed without one from then on.
+    The function returns detached tensors. It must not wait for the GPU, copy from the CPU, or draw random numbers:
+    after a capture that failed, PyTorch's generator could not be used. The tensors that it changes must stay in place.
+    Results are valid until the next call. If a capture fails, sizes without a graph are computed without one from then
+    on.
     """
 
     def __init__(self, step: Step, log: Callable[[str], None], capture: "Capture") -> None:

@@ -162,7 +162,7 @@ def losses(
         with torch.no_grad():
             alone = predict(for_all(no_caption, no_caption_mask), for_all(no_glyphs, no_glyph_mask))
         predicted = predict((captions, caption_masks), (glyphs, glyph_masks))
-    scale = torch.where(silent, 1.0, guidance)
+    scale = 1 + (guidance - 1) * (~silent).float()
     guided = alone + scale[:, None, None, None, None] * (predicted - alone)
     error = (guided - (noise - clean)).square().mean((1, 2, 3, 4))
     # The gradient of a guided velocity is larger by the guidance.

@@ -1,6 +1,6 @@
 """The first stage: the VAE, on crops of the footage and of the world.
 
-The loss is the sum of the absolute error, 4 times the squared error, twice both once more for the differences of the
+The loss is the sum of the absolute error, 4 times the squared error, both once more for the differences of the
 errors of red, green and blue (`TINT`), a quarter of the absolute error of differences between neighbouring pixels and
 frames, which keeps edges sharp, and 0.004 times the divergence of the latent's distribution from a normal one. Pixels
 are from -1 to 1. At this weight the noise that the divergence allows in the latents adds about 2e-4 to a squared error
@@ -27,9 +27,9 @@ from .recipe import Crops, Recipe
 
 SCALE_CLIPS = 24
 """Number of clips from which the scaling factor is measured."""
-EMPHASIS, REACH = 6.0, (4, 4)
+EMPHASIS, REACH = 4.0, (4, 4)
 """Weight of errors near a shape, by that of others, and how far it reaches: in frames and in pixels."""
-TINT = 2.0
+TINT = 1.0
 """Weight of the errors' differences between colour channels."""
 PERMUTED = 0.25
 """Part of the footage's clips whose colour channels change places."""
