@@ -7,7 +7,7 @@ are from -1 to 1. At this weight the noise that the divergence allows in the lat
 of 6e-3 (28 dB). The decoder learns to bear that much noise, which the transformer's errors resemble.
 
 A shape covers an eighth of the picture or less, so errors count more where a shape is or was (`EMPHASIS`). Without that
-weight, shapes that move were blurred. Without the weight of tints and the permuted channels of some of the footage
+weight, shapes that move were blurred. Without the weight of tints and the permuted channels of some clips
 (`PERMUTED`), green became yellow and pink became grey in 4,500 steps: the colours of the footage and of the other
 shapes lie near a plane, and those two do not.
 """
@@ -31,8 +31,8 @@ EMPHASIS, REACH = 4.0, (4, 4)
 """Weight of errors near a shape, by that of others, and how far it reaches: in frames and in pixels."""
 TINT = 1.0
 """Weight of the errors' differences between colour channels."""
-PERMUTED = 0.25
-"""Part of the footage's clips whose colour channels change places."""
+PERMUTED = 0.3
+"""Part of the clips whose colour channels change places."""
 LENGTHS = (17, 33)
 """Frames of the clips of the world that crops are cut from, so that shapes move as fast as in the transformer's."""
 
@@ -49,16 +49,16 @@ class Film:
 
         share: the probability of the footage. The weights are [1, frames, height, width].
         """
-        if source.random() >= share:
-            return self.world(crops, source)
+        return self.footage(crops, source) if source.random() < share else self.world(crops, source)
+
+    def footage(self, crops: Crops, source: random.Random) -> tuple[Tensor, Tensor]:
+        """Return a random clip of the footage, and the weights of its errors, which are equal."""
         height, width = crops.size
         copy = source.choice([copy for copy in self.copies if copy.shape[2] >= height and copy.shape[3] >= width])
         stride = source.choice((1, 1, 2))
         first = source.randint(0, copy.shape[1] - stride * (crops.frames - 1) - 1)
         top, left = source.randint(0, copy.shape[2] - height), source.randint(0, copy.shape[3] - width)
         pixels = copy[:, first : first + stride * crops.frames : stride, top : top + height, left : left + width]
-        if source.random() < PERMUTED:
-            pixels = torch.stack([pixels[channel] for channel in source.sample(range(3), 3)])
         return pixels.float() / 127.5 - 1, torch.ones_like(pixels[:1], dtype=torch.float32)
 
     def world(self, crops: Crops, source: random.Random) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,8 @@ def train(recipe: Recipe, seconds: float, original: Tensor, folder: Path, device
         source = random.Random(f"{recipe.seed} vae {number}")
         (crops,) = source.choices(recipe.crops, [crops.share for crops in recipe.crops])
         clips = [film.clip(crops, recipe.footage_in_vae, source) for _ in range(crops.batch)]
-        clips, weights = (torch.stack(column) for column in zip(*clips, strict=True))
+        weights = torch.stack([weights for _, weights in clips])
+        clips = torch.stack([permuted(pixels, source) for pixels, _ in clips])
         generator = torch.Generator(device).manual_seed(source.getrandbits(62))
         return clips, weights, latent_noise(clips, generator)
 
@@ -109,6 +110,13 @@ def train(recipe: Recipe, seconds: float, original: Tensor, folder: Path, device
     parts.save_settings(folder, vae=recipe.vae | {"scaling_factor": round(factor, 5)})
     log(f"vae: scaling factor {factor:.5f}")
     return figures | {"scaling_factor": factor}
+
+
+def permuted(pixels: Tensor, source: random.Random) -> Tensor:
+    """Return the clip, sometimes with its colour channels in another order."""
+    if source.random() >= PERMUTED:
+        return pixels
+    return torch.stack([pixels[channel] for channel in source.sample(range(3), 3)])
 
 
 def latent_noise(clips: Tensor, generator: torch.Generator | None = None) -> Tensor:
