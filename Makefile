@@ -23,8 +23,9 @@ check: setup
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit
 
-# A test of `ranks` connects to every port of the machine, so that folder runs alone.
-test: check browser
+# The browser is downloaded while the cores check. A test of `ranks` connects to every port, so that folder runs alone.
+test: setup
+	$(MAKE) -j 2 check browser
 	$(BIN)/python -m pytest tests/ranks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/host tests/browser
 
