@@ -109,13 +109,14 @@ def _project_video(
 
     x: [own tokens, D]. number: of the input. The rows of the text are not written.
     """
+    dim = layer.out_features // heads
     if share.ranks > 1:
-        projected = layer(x).view(len(x), heads, layer.out_features // heads)
+        projected = layer(x).view(len(x), heads, dim)
         placed = torch.empty_like(projected)
         _place(projected, placed, norm, None if norm is None else rotation, share.ranks)
         out = share.input(number, text, projected)
         return out, share.scatter_heads(placed, out[: share.total_tokens])
-    out = x.new_empty(share.total_tokens + text, heads, layer.out_features // heads)
+    out = x.new_empty(share.total_tokens + text, heads, dim)
     place = out[: share.total_tokens]
     torch.addmm(layer.bias, x, layer.weight.t(), out=place.view(len(x), -1))
     if norm is not None:

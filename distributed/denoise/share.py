@@ -10,6 +10,7 @@ the other, which a rank completes only after it has read what the first one brou
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,12 @@ def window_elements(split: Split, text: int, dim: int) -> int:
     """Return the number of elements that a window needs for a forward. text: the number of text tokens."""
     inputs = INPUTS * (sum(split.tokens) + text) * max(split.heads)
     return (inputs + (max(split.tokens) + text) * sum(split.heads)) * dim
+
+
+@lru_cache(maxsize=32)
+def _exchanges(split: Split, dim: int) -> tuple[Exchange, ...]:
+    """Return the exchange of each rank that sends its tokens: the same in all blocks."""
+    return tuple(split.exchange(index, dim) for index in range(len(split.ranks)))
 
 
 class Share:
@@ -79,8 +86,7 @@ class Share:
 
         out: [all tokens, own heads, dim], the start of an `input`.
         """
-        exchanges = [self.split.exchange(index, out.shape[-1]) for index in range(self.ranks)]
-        return self._exchange(x.view(-1), out.view(-1), exchanges)
+        return self._exchange(x.view(-1), out.view(-1), _exchanges(self.split, out.shape[-1]))
 
     def gather_heads(self, x: Tensor) -> Callable[[], Tensor]:
         """Send the results of own heads, [all tokens, own heads, dim], and receive all heads of this rank's tokens.
@@ -89,7 +95,7 @@ class Share:
         """
         if self.group is None:
             return lambda: x.flatten(1)
-        exchanges = [self.split.exchange(index, x.shape[-1]).reverse for index in range(self.ranks)]
+        exchanges = [exchange.reverse for exchange in _exchanges(self.split, x.shape[-1])]
         own, most = self.split.tokens[self._index], max(self.split.tokens)
         return self._gather(x.reshape(-1), exchanges, own, x.shape[-1], most)
 
