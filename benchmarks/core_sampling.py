@@ -35,7 +35,7 @@ from benchmarks.core_graph import (
     version_of,
     write,
 )
-from benchmarks.decode import ROOT, target
+from benchmarks.decode import ROOT, is_wanted, target
 from benchmarks.random_weights import random_tensors
 from distributed.denoise.layout import Architecture
 from distributed.denoise.weights import core_shapes
@@ -175,8 +175,7 @@ def main() -> None:
             variants = [("core", one), ("Distribute Model", one), ("Distribute Model", every)]
             if count > 1 and "MultiGPU_WorkUnits" in host.get("/object_info"):
                 variants.insert(1, ("MultiGPU CFG Split", "2 GPUs"))
-            wanted = [word for word in options.variants.split(",") if word]
-            variants = [variant for variant in variants if not wanted or any(word in variant[0] for word in wanted)]
+            variants = [variant for variant in variants if is_wanted(variant[0], options.variants)]
             expected: dict = {}
             for size in sizes:
                 for variant, devices in variants:

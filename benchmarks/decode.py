@@ -328,8 +328,7 @@ def main() -> None:
         variants |= {"ComfyUI core": core, "diffusers tiled": diffusers_tiled}
     else:
         variants |= {"DistVAE tiled": distvae_tiled}
-    wanted = [word for word in options.variants.split(",") if word]
-    variants = {name: build for name, build in variants.items() if not wanted or any(w in name for w in wanted)}
+    variants = {name: build for name, build in variants.items() if is_wanted(name, options.variants)}
     with torch.inference_mode():
         for name in sizes:
             latent = random_latent(1, 32, *SIZES[name])
@@ -382,6 +381,11 @@ def largest(value: float) -> float:
     tensor = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def is_wanted(name: str, words: str) -> bool:
+    """Return whether a variant's name contains one of the comma-separated words of `--variants`, if there are any."""
+    return not words or any(word in name for word in words.split(",") if word)
 
 
 def versions() -> str:

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.decode import COMFYUI, ROOT, SIZES, largest, machine, matmul_rate, measure, versions
+from benchmarks.decode import COMFYUI, ROOT, SIZES, is_wanted, largest, machine, matmul_rate, measure, versions
 from benchmarks.denoise_memory import SMALL as SMALL_TASK
 from benchmarks.denoise_memory import TaskSteps, random_transformer
 from distributed.denoise import fused
@@ -269,8 +269,7 @@ def main() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     sizes = (options.sizes or ("480x848x33,480x848x121,720x1280x121" if cuda else "64x96x9")).split(",")
-    wanted = [word for word in options.variants.split(",") if word]
-    chosen = {name: build for name, build in variants(world).items() if not wanted or any(w in name for w in wanted)}
+    chosen = {name: build for name, build in variants(world).items() if is_wanted(name, options.variants)}
 
     report = {
         "machine": machine(device),
