@@ -108,7 +108,7 @@ class Windows:
             buffer = all_or_none(lambda: _allocate(elements, dtype, self.device) if wanted else None)
             window = _open(buffer, group) if wanted else None
             if agree(wanted and window is None):
-                log.warning("The ranks cannot write into each other's memory; they exchange by collectives.")
+                log.warning("The ranks cannot write into each other's memory. They use collectives.")
                 self._reachable[ranks] = wanted = False
             self._window = (ranks, window) if wanted else None
         return self._window[1] if wanted else None
