@@ -4,6 +4,7 @@ Exception
   RuntimeError
     JobError          The job failed because of invalid input or insufficient memory. The ranks keep running.
     GroupError        The group broke: a rank died, hung or never started. The next call restarts the group.
+                      A rank that raises it exits.
   ValueError
     CheckpointError   A file or state dict is not a checkpoint that this package supports.
   Cancelled           The caller cancelled the job. This is not a failure.

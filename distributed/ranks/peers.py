@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..errors import GroupError
 from .devices import Device
 from .environment import RankEnvironment
 
@@ -52,12 +53,18 @@ def connect_world(started: RankEnvironment, device: Device) -> None:
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """Create a process group of some ranks. A collective of all ranks. Raises what `connect_world` raises."""
+    """Create a process group of some ranks. A collective of all ranks.
+
+    Raises GroupError if it fails, because the ranks cannot know which of them have connected.
+    """
     dist.all_reduce(torch.zeros(1))  # so that all ranks connect at the same time
-    group = dist.new_group(ranks)
-    close_listeners()
-    if dist.get_rank() in ranks:
-        _prove(RankEnvironment.from_env(), ranks, group)
+    try:
+        group = dist.new_group(ranks)
+        close_listeners()
+        if dist.get_rank() in ranks:
+            _prove(RankEnvironment.from_env(), ranks, group)
+    except (RuntimeError, ConnectionError) as error:
+        raise GroupError(f"The ranks {list(ranks)} could not connect to each other: {error}") from error
     return group
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import Cancelled, NotLoaded, OutOfMemory
+from ..errors import Cancelled, GroupError, NotLoaded, OutOfMemory
 from . import devices
 from .buffers import open_tensor
 from .collective import agree, all_or_none
@@ -126,6 +126,8 @@ class Rank:
             self._fail(message, "memory", str(error), **numbers)
         except NotLoaded as error:
             self._fail(message, "not loaded", str(error))
+        except GroupError:
+            raise  # ends this process, by which the controller detects that the group is broken
         except Exception as error:
             log.error("The job failed:\n%s", traceback.format_exc())
             self._fail(message, "error", f"{type(error).__name__}: {error}")

@@ -91,12 +91,23 @@ def listening(group: RankGroup) -> list[str]:
 def test_connected_ranks_do_not_listen_and_can_create_process_groups(vae):
     with RankGroup("cpu,cpu,cpu") as group:
         assert listening(group) == []
-        expected = group.decode(random_latent(1, 32, 2, 2, 4), vae)
-        few = group.decode(
-            random_latent(1, 32, 2, 1, 2), vae
-        )  # on two of the three ranks, in a process group of their own
-        assert few.isfinite().all() and listening(group) == []
-        assert torch.equal(group.decode(random_latent(1, 32, 2, 2, 4), vae), expected)
+        whole, small = random_latent(1, 32, 2, 3, 6), random_latent(1, 32, 2, 2, 4)
+        expected = group.decode(whole, vae)
+        assert group.decode(small, vae).isfinite().all()  # on two ranks, in a process group of their own
+        assert listening(group) == []
+        assert torch.equal(group.decode(whole, vae), expected)
+
+
+def test_the_group_restarts_if_ranks_cannot_connect_for_a_further_process_group(vae):
+    notices = []
+    with RankGroup("cpu,cpu,cpu", worker="tests.ranks.unconnectable") as group:
+        whole = random_latent(1, 32, 2, 3, 6)  # on all ranks, in the process group that exists
+        expected, before = group.decode(whole, vae), group.status()["ranks"]
+        with pytest.raises(GroupError):
+            group.decode(random_latent(1, 32, 2, 2, 4), vae, notice=notices.append)
+        assert len(notices) == 1 and "Restarting the rank group and retrying the decode." in notices[0]
+        assert torch.equal(group.decode(whole, vae), expected)
+        assert {rank["pid"] for rank in before}.isdisjoint(rank["pid"] for rank in group.status()["ranks"])
 
 
 @pytest.mark.parametrize("stranger", ["calls", "garbage"], indirect=True)
