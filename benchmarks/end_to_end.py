@@ -18,7 +18,6 @@ knows text encoders of full size. Writes JSON and a Markdown table.
 
 import itertools
 import json
-import runpy
 import shutil
 import sys
 import tempfile
@@ -127,8 +126,10 @@ def save_pipeline(models: Path, device: torch.device) -> None:
     from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
     from transformers import Qwen2Tokenizer
 
+    from miniature import parts
+
     folder, architecture = models / "diffusers" / NAME, Architecture()
-    pipeline = runpy.run_path(str(ROOT / "nodes" / "tiny.py"))["build"]("t2v")
+    pipeline = parts.pipeline("t2v")
     vocabulary = comfyui_path() / "comfy" / "text_encoders" / "qwen25_tokenizer"
     pipeline.register_modules(tokenizer=Qwen2Tokenizer.from_pretrained(vocabulary))
     pipeline.save_pretrained(folder)  # all parts with weights are replaced below

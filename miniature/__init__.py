@@ -1,1 +1,1 @@
-"""Training of the built-in miniature of HunyuanVideo-1.5. `python -m miniature.train --help` says how."""
+"""The built-in miniature of HunyuanVideo-1.5: its files, its encoders, its world, and its training."""

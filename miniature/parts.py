@@ -45,6 +45,8 @@ SHIFT, GUIDANCE = 5.0, 6.0
 """Defaults of the sampler."""
 GLYPH_WIDTH = 64
 """Inner channels of the glyph embedder that are used."""
+WEIGHTS = Path(__file__).parent / "weights"
+"""Folder of the trained files."""
 VAE_FILE, TRANSFORMER_FILE, SETTINGS_FILE = "vae.safetensors", "transformer.safetensors", "settings.json"
 
 
@@ -103,7 +105,7 @@ def save_settings(folder: Path, **settings: object) -> None:
     path.write_text(json.dumps(known | settings, indent=2) + "\n")
 
 
-def load_vae(folder: Path) -> AutoencoderKLHunyuanVideo15:
+def load_vae(folder: Path = WEIGHTS) -> AutoencoderKLHunyuanVideo15:
     """Return the trained VAE, in float32 on the CPU."""
     settings = json.loads((folder / SETTINGS_FILE).read_text())
     model = new_vae(**settings["vae"]).eval().requires_grad_(False)
@@ -111,7 +113,7 @@ def load_vae(folder: Path) -> AutoencoderKLHunyuanVideo15:
     return model
 
 
-def pipeline(folder: Path, kind: str) -> HunyuanVideo15Pipeline | HunyuanVideo15ImageToVideoPipeline:
+def pipeline(kind: str, folder: Path = WEIGHTS) -> HunyuanVideo15Pipeline | HunyuanVideo15ImageToVideoPipeline:
     """Return the trained pipeline, "t2v" or "i2v", in float32 on the CPU."""
     settings = json.loads((folder / SETTINGS_FILE).read_text())
     transformer = new_transformer(**settings["transformer"], task_type=kind).eval().requires_grad_(False)

@@ -10,7 +10,6 @@ so that the encoders are the same on every machine.
 import hashlib
 import inspect
 import json
-import re
 import tempfile
 import zlib
 from pathlib import Path
@@ -31,27 +30,25 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from . import footage, world
-
+WORDS = """
+and big blue brick burrow circle comes cross dark does down floor front goes green grey in its left letter meadow move
+moves moving night not of out pink rabbit red right road sea sky square standing stands star still the triangle up wall
+white with wooden yellow
+""".split()
+"""Words that are one token each: those of all captions, in lower case."""
 WIDTH = 64
 """Width of all encoders."""
 IMAGE_SIDE, IMAGE_PATCH = 128, 16
 """Pixels of the image encoder's picture and of its patches: 64 tokens."""
 DIGEST = "21550c6bf9774e3b"
 """`digest` of the encoders. A transformer works only with the encoders that it was trained with."""
+PREFIX = "vision_model."
+"""Start of the image encoder's names in transformers 4, but not in 5."""
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def words() -> list[str]:
-    """Return the words of all captions, in lower case, sorted."""
-    phrases = [*world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *footage.CAPTIONS, *world.TEMPLATES]
-    phrases += [verb for verbs in world.VERBS.values() for verb in verbs] + [world.LETTER_TEMPLATE]
-    texts = [re.sub(r"\{\w+\}", " ", phrase).lower() for phrase in phrases]
-    return sorted({word for text in texts for word in re.findall(r"[a-z]{2,}", text)})
 
 
 def spellings(word: str) -> tuple[str, ...]:
@@ -66,7 +63,7 @@ def tokenizer() -> Qwen2Tokenizer:
     make it begin there with this vocabulary too, the end of the system message is one token.
     """
     merges, tokens = [], list(bytes_to_unicode().values())
-    for spelling in (spelling for group in zip(*map(spellings, words()), strict=True) for spelling in group):
+    for spelling in (spelling for group in zip(*map(spellings, WORDS), strict=True) for spelling in group):
         for end in range(1, len(spelling)):
             if spelling[: end + 1] not in tokens:
                 merges.append(f"{spelling[:end]} {spelling[end]}")
@@ -98,7 +95,8 @@ def encoders() -> dict[str, object]:
                 num_key_value_heads=2,
                 bos_token_id=None,
                 eos_token_id=None,
-                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+                rope_theta=10000.0,
+                rope_scaling={"rope_type": "default", "mrope_section": [2, 3, 3]},
             )
         ),
         "tokenizer_2": ByT5Tokenizer(),
@@ -121,7 +119,7 @@ def encoders() -> dict[str, object]:
         if isinstance(part, torch.nn.Module):
             _draw(name, part.eval().requires_grad_(False))
     vectors = parts["text_encoder"].embed_tokens.weight
-    for word in words():
+    for word in WORDS:
         first, *others = (reader.convert_tokens_to_ids(spelling) for spelling in spellings(word))
         vectors[others] = vectors[first].clone()
     if digest(parts) != DIGEST:
@@ -133,7 +131,8 @@ def digest(parts: dict[str, object]) -> str:
     """Return a hash of the encoders' weights and vocabulary."""
     hashed = hashlib.sha256(json.dumps(sorted(parts["tokenizer"].get_vocab().items())).encode())
     for name in ("text_encoder", "text_encoder_2", "image_encoder"):
-        for key, weight in sorted(parts[name].state_dict().items()):
+        weights = {key.removeprefix(PREFIX): weight for key, weight in parts[name].state_dict().items()}
+        for key, weight in sorted(weights.items()):
             hashed.update(f"{name}.{key}".encode() + weight.cpu().float().numpy().tobytes())
     return hashed.hexdigest()[:16]
 
@@ -147,7 +146,7 @@ def _draw(prefix: str, model: torch.nn.Module) -> None:
             continue
         inputs = 1 if id(weight) in tables else weight[0].numel()
         bound = 0.02 if weight.ndim == 1 else (3 / inputs) ** 0.5
-        random = np.random.Generator(np.random.PCG64(zlib.crc32(f"{prefix}.{name}".encode())))
+        random = np.random.Generator(np.random.PCG64(zlib.crc32(f"{prefix}.{name.removeprefix(PREFIX)}".encode())))
         weight.copy_(torch.from_numpy(((random.random(weight.shape) * 2 - 1) * bound).astype(np.float32)))
 
 
@@ -156,7 +155,7 @@ def _tokenizer(tokens: list[str], merges: list[str], special: tuple[str, ...]) -
         vocabulary, rules = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocabulary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
         rules.write_text("\n".join(["#version: 0.2", *merges, ""]))
-        made = Qwen2Tokenizer(vocab=str(vocabulary), merges=str(rules), additional_special_tokens=[*special])
+        made = Qwen2Tokenizer.from_pretrained(folder, additional_special_tokens=[*special])
     made.pad_token = MARKS[0]
     made.chat_template = CHAT
     return made

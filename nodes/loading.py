@@ -15,10 +15,9 @@ from ..distributed.denoise.upload import Uploads
 from ..distributed.ranks.devices import Device
 from ..distributed.vae.checkpoint import open_checkpoint
 from . import libraries, sockets
-from .model_lists import diffusers_folders, model_folder
+from .model_lists import TINY, diffusers_folders, model_folder
 from .pipeline_folder import PIPELINES, check_folder
 from .sockets import CATEGORY, advanced, searchable
-from .tiny import TINY
 from .vae import DTYPES, load_vae
 
 OFFLOADS = ("model", "none", "group")
@@ -194,7 +193,7 @@ class LoadPipeline(io.ComfyNode):
                 display_name="Load HunyuanVideo-1.5",
                 category=CATEGORY,
                 description="Loads a HunyuanVideo-1.5 pipeline in diffusers format from models/diffusers, or the "
-                "built-in tiny model (random weights, no download).",
+                "built-in miniature, which needs no download.",
                 inputs=[
                     io.Combo.Input(
                         "model",

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import folder_paths
 
+from ..miniature.folder import ensure_folder
 from .libraries import explained
-from .tiny import TINY, ensure_tiny
 
 log = logging.getLogger(__name__)
+
+TINY = {"tiny (built in)": "t2v", "tiny i2v (built in)": "i2v"}
+"""Kind of each built-in model, by its name in the lists."""
 
 
 def tiny_folder(name: str) -> Path:
@@ -18,11 +21,11 @@ def tiny_folder(name: str) -> Path:
     """
     with explained():
         try:
-            return ensure_tiny(TINY[name], Path(folder_paths.get_user_directory()) / "hv15_tiny")
+            return ensure_folder(TINY[name], Path(folder_paths.get_user_directory()) / "hv15_tiny")
         except OSError as error:
             folder = Path(folder_paths.get_temp_directory()) / "hv15_tiny"
             log.warning("The user folder is not writable (%s). The built-in model is stored in %s.", error, folder)
-            return ensure_tiny(TINY[name], folder)
+            return ensure_folder(TINY[name], folder)
 
 
 def vae_choices() -> list[str]:

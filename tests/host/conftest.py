@@ -36,7 +36,7 @@ def pack(tmp_path_factory) -> SimpleNamespace:
         )
         sys.modules["hv15_pack"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        names = ("tiny", "vae", "loading", "text", "sampling", "sources", "model_lists")
+        names = ("vae", "loading", "text", "sampling", "sources", "model_lists")
         modules = {name: importlib.import_module(f"hv15_pack.nodes.{name}") for name in names}
     finally:
         sys.path.remove(path)
@@ -56,7 +56,7 @@ def pack(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def tiny_folders(pack) -> dict[str, Path]:
     """The folders of the built-in models, by kind."""
-    return {kind: pack.model_lists.tiny_folder(name) for name, kind in pack.tiny.TINY.items()}
+    return {kind: pack.model_lists.tiny_folder(name) for name, kind in pack.model_lists.TINY.items()}
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_the_nodes_sample_the_pipelines_latents(pack, trained, tmp_path, kind):
-    pipeline = parts.pipeline(trained, kind)
+    pipeline = parts.pipeline(kind, trained)
     pipeline.save_pretrained(tmp_path / "model")
     loaded = pack.loading.load_pipeline(tmp_path / "model", torch.float32, "model")
     prompt = 'a red circle moves left with the letter "K"'

@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo15
 from torch import nn
 
-from miniature import footage, latents, measure, parts, report, text, train, train_transformer, train_vae, world
-from miniature.forms import set_key_masks, velocity
-from miniature.recipe import CHECK, Crops
+from miniature import footage, measure, parts, text, world
+from miniature.training import latents, report, train, train_transformer, train_vae
+from miniature.training.forms import set_key_masks, velocity
+from miniature.training.recipe import CHECK, Crops
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,7 @@ def test_training_changed_the_weights_and_the_factor_gives_latents_a_spread_of_o
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_the_pipelines_are_saved_and_loaded_with_every_part(folder, kind, tmp_path):
-    pipeline = parts.pipeline(folder, kind)
+    pipeline = parts.pipeline(kind, folder)
     pipeline.save_pretrained(tmp_path)
     loaded = type(pipeline).from_pretrained(tmp_path, local_files_only=True)
     assert loaded.transformer.config.task_type == kind
@@ -86,7 +87,7 @@ def test_the_pipelines_are_saved_and_loaded_with_every_part(folder, kind, tmp_pa
 
 
 def test_the_image_encoder_sees_in_training_what_the_pipeline_shows_it(folder):
-    pipeline = parts.pipeline(folder, "i2v")
+    pipeline = parts.pipeline("i2v", folder)
     frame = world.render(world.Clip("star", "red", "still", background="brick wall"), 1, 160, 256)[:, 0]
     with torch.no_grad():
         ours = latents.see(frame[None] * 2 - 1, pipeline.image_encoder)

@@ -1,4 +1,4 @@
-"""The built-in tiny model: complete, the same on every machine, with visible and moving pictures."""
+"""The built-in miniature: complete, the same on every machine, and its videos show what it has learnt."""
 
 import hashlib
 import subprocess
@@ -10,8 +10,12 @@ import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
 from safetensors.torch import load_file
 
-TINY = Path(__file__).resolve().parent.parent.parent / "nodes" / "tiny.py"
+from miniature import footage, measure, parts, world
+
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {"t2v": HunyuanVideo15Pipeline, "i2v": HunyuanVideo15ImageToVideoPipeline}
+SIZE = (160, 256)
+"""Height and width of the example prompts, which have 17 frames and 8 steps."""
 
 
 def digest(folder: Path) -> str:
@@ -24,7 +28,32 @@ def digest(folder: Path) -> str:
     return hashed.hexdigest()[:16]
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("t2v", "f3bfbda6f9649152"), ("i2v", "1cd887bf1b93c4f0")])
+@pytest.fixture(scope="module")
+def film() -> torch.Tensor:
+    """The footage at the size of the example prompts, [frames, height, width, 3], from 0 to 1."""
+    return footage.resized(footage.read(footage.find()), *SIZE).permute(1, 2, 3, 0).float() / 255
+
+
+@pytest.fixture(scope="module")
+def sampled(pack, tiny_folders):
+    """A function that samples and decodes a video as the nodes do."""
+    vae = parts.load_vae()
+    loaded = {kind: pack.loading.load_pipeline(folder, torch.float32, "model") for kind, folder in tiny_folders.items()}
+
+    def sample(prompt: str, seed: int, image: torch.Tensor | None = None, guidance: float = 6.0) -> torch.Tensor:
+        """Return frames [frames, height, width, 3], from 0 to 1."""
+        pipeline = loaded["t2v" if image is None else "i2v"]
+        options = {"height": SIZE[0], "width": SIZE[1], "frames": 17, "steps": 8, "guidance": guidance, "shift": 5.0}
+        latent = pack.sampling.sample(
+            pipeline, pack.text.encode(pipeline, prompt, ""), **options, seed=seed, start_image=image
+        )
+        with torch.no_grad():
+            return parts.frames_of(vae.decode(latent).sample)
+
+    return sample
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("t2v", "6ed2e21354f987a0"), ("i2v", "3358257c0158ea3e")])
 def test_the_weights_are_the_same_on_every_machine(tiny_folders, kind, expected):
     assert digest(tiny_folders[kind]) == expected
 
@@ -37,14 +66,6 @@ def test_diffusers_loads_it_with_every_component(tiny_folders, kind):
     assert (vae.config.latent_channels, vae.spatial_compression_ratio, vae.temporal_compression_ratio) == (32, 16, 4)
 
 
-def test_the_pipeline_removes_the_tokens_before_the_prompt_and_no_others(tiny_folders):
-    pipeline = HunyuanVideo15Pipeline.from_pretrained(tiny_folders["t2v"], local_files_only=True)
-    chat = [{"role": "system", "content": pipeline.system_message}, {"role": "user", "content": "a red fox"}]
-    ids = pipeline.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-    kept = pipeline.tokenizer.decode(ids[pipeline.prompt_template_encode_start_idx :])
-    assert kept.startswith("a red fox<|im_end|>")
-
-
 def test_the_prompt_changes_the_embeddings_and_quoted_text_is_encoded_by_byt5(tiny_folders):
     pipeline = HunyuanVideo15Pipeline.from_pretrained(tiny_folders["t2v"], local_files_only=True)
 
@@ -55,26 +76,36 @@ def test_the_prompt_changes_the_embeddings_and_quoted_text_is_encoded_by_byt5(ti
     (fox, mask, _, glyph_mask), (cat, *_), (_, _, glyphs, sign_mask) = map(
         encode, ("a red fox", "a red cat", 'a sign "stop"')
     )
-    assert mask.sum() > 9 and (fox - cat)[:, :9].abs().max() > 0.1
+    assert mask.sum() > 5 and (fox - cat)[:, :5].abs().max() > 0.1
     assert glyph_mask.sum() == 0 and sign_mask.sum() > 4 and glyphs.std() > 0
 
 
-def test_its_videos_have_contrast_and_motion(tiny_folders):
-    pipeline = HunyuanVideo15Pipeline.from_pretrained(tiny_folders["t2v"], local_files_only=True)
+def test_the_files_have_at_most_12_megabytes():
+    assert sum(file.stat().st_size for file in parts.WEIGHTS.iterdir()) < 12e6
+
+
+def test_whole_frames_of_the_footage_are_encoded_and_decoded_with_26_decibels():
+    vae = parts.load_vae()
+    pixels = footage.resized(footage.read(footage.find())[:, 60:65], 480, 848)[None].float() / 127.5 - 1
     with torch.no_grad():
-        latent = torch.randn(1, 32, 2, 6, 8, generator=torch.Generator().manual_seed(1))
-        frames = (pipeline.vae.decode(latent).sample / 2 + 0.5).clamp(0, 1)
-    assert 0.15 < frames.std() < 0.4 and 0.3 < frames.mean() < 0.7
-    assert (frames[:, :, 1:] - frames[:, :, :-1]).abs().mean() > 0.01
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+    assert measure.psnr(parts.frames_of(decoded), parts.frames_of(pixels)) > 26
+
+
+def test_the_rabbits_prompt_gives_its_scene_and_another_prompt_does_not(sampled, film):
+    assert measure.likeness(sampled(footage.CAPTIONS[0], 1), film) > 0.8
+    assert measure.likeness(sampled("a red circle moves left in front of a brick wall", 1), film) < 0.4
 
 
 def test_processes_that_create_it_at_the_same_time_leave_one_complete_folder(tmp_path, tiny_folders):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import tiny;"
-        "print(tiny.ensure_tiny('t2v', Path(sys.argv[2])))"
+        "import sys; from pathlib import Path; from miniature.folder import ensure_folder;"
+        "print(ensure_folder('t2v', Path(sys.argv[1])))"
     )
-    command = [sys.executable, "-c", code, str(TINY.parent), str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
+    ]
     results = [(*process.communicate(timeout=240), process.returncode) for process in processes]
     assert all(code == 0 for *_, code in results), results
     (folder,) = tmp_path.iterdir()
@@ -82,11 +113,13 @@ def test_processes_that_create_it_at_the_same_time_leave_one_complete_folder(tmp
     assert digest(folder) == digest(tiny_folders["t2v"])
 
 
-def test_a_failed_build_leaves_nothing_behind(pack, tmp_path, monkeypatch):
+def test_a_failure_leaves_nothing_behind(monkeypatch, tmp_path):
     def fail(kind: str):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(pack.tiny, "build", fail)
+    monkeypatch.setattr(parts, "pipeline", fail)
+    from miniature.folder import ensure_folder
+
     with pytest.raises(RuntimeError):
-        pack.tiny.ensure_tiny("t2v", tmp_path)
+        ensure_folder("t2v", tmp_path)
     assert list(tmp_path.iterdir()) == []

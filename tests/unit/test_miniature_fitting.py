@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from miniature import fitting, graphs
-from miniature.fitting import Schedule, fit
-from miniature.graphs import Graphs
+from miniature.training import fitting, graphs
+from miniature.training.fitting import Schedule, fit
+from miniature.training.graphs import Graphs
 
 DEVICES = [
     "cpu",

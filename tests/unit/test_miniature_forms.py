@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline
 
-from miniature import footage, forms, parts, text, world
+from miniature import footage, parts, text, world
+from miniature.training import forms
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +169,8 @@ def test_the_pipelines_crop_leaves_the_prompt_and_nothing_before_it(encoders):
 
 def test_spellings_of_a_word_have_the_same_vector_and_words_have_different_ones(encoders):
     reader, vectors = encoders["tokenizer"], encoders["text_encoder"].embed_tokens.weight
-    first = [vectors[reader.convert_tokens_to_ids(text.spellings(word)[0])] for word in text.words()]
-    for word, vector in zip(text.words(), first, strict=True):
+    first = [vectors[reader.convert_tokens_to_ids(text.spellings(word)[0])] for word in text.WORDS]
+    for word, vector in zip(text.WORDS, first, strict=True):
         for spelling in text.spellings(word):
             assert torch.equal(vectors[reader.convert_tokens_to_ids(spelling)], vector)
     angles = F.normalize(torch.stack(first), dim=1) @ F.normalize(torch.stack(first), dim=1).T

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import HunyuanVideo15Pipeline
 from torch import Tensor, nn
 
-from . import footage, text, world
+from .. import footage, text, world
 from .forms import training_forms
 from .recipe import Shelf
 

@@ -24,7 +24,7 @@ elementwise work, which is compiled now. A transformer trained at half of that r
 
 from dataclasses import dataclass, field
 
-from . import parts
+from .. import parts
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import footage, latents, parts, text
+from .. import footage, parts, text
+from . import latents
 from .fitting import Schedule, fit
 from .forms import channels_last, set_key_masks, velocity
 from .recipe import Recipe

