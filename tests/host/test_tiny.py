@@ -10,7 +10,7 @@ import torch
 from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
 from safetensors.torch import load_file
 
-from miniature import footage, measure, parts, world
+from miniature import footage, measure, parts
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {"t2v": HunyuanVideo15Pipeline, "i2v": HunyuanVideo15ImageToVideoPipeline}
