@@ -13,9 +13,9 @@ setup: .venv/.ready
 browser: setup
 	$(BIN)/python scripts/set_up.py chromium
 
-# MODEL: a folder in ComfyUI's models/diffusers, instead of the built-in tiny model.
+# PROMPT: a prompt, instead of the example's. MODEL: a folder in ComfyUI's models/diffusers, instead of the built-in model.
 demo: setup
-	$(BIN)/python scripts/demo.py $(if $(MODEL),--model "$(MODEL)")
+	$(BIN)/python scripts/demo.py $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(MODEL),--model "$(MODEL)")
 
 # Format, lint and unit tests, which start no process and so can share the cores. Their tensors are too small for threads.
 check: setup

@@ -30,7 +30,12 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-WORDS = ["and", "big", "blue", "brick", "burrow", "circle", "comes", "cross", "dark", "does", "down", "floor", "front", "goes", "green", "grey", "in", "its", "left", "letter", "meadow", "move", "moves", "moving", "night", "not", "of", "out", "pink", "rabbit", "red", "right", "road", "sea", "sky", "square", "standing", "stands", "star", "still", "the", "triangle", "up", "wall", "white", "with", "wooden", "yellow"]
+LIST = """
+and big blue brick burrow circle comes cross dark does down floor front goes green grey in its left letter meadow move
+moves moving night not of out pink rabbit red right road sea sky square standing stands star still the triangle up wall
+white with wooden yellow
+"""
+WORDS = tuple(LIST.split())
 """Words that are one token each: those of all captions, in lower case."""
 WIDTH = 64
 """Width of all encoders."""

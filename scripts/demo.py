@@ -2,7 +2,7 @@
 
 Queues api_prompts/text_to_video.json over HTTP and follows it on the websocket, for both modes and for one and two
 ranks. Writes a video and a contact sheet for each mode, prints their paths and the time of each stage, and compares the
-frames of one and two ranks. Exits with status 1 if they differ.
+frames of one and two ranks, and of both modes. Exits with status 1 if the number of ranks changes the frames.
 """
 
 import argparse
@@ -15,10 +15,14 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from PIL import Image
 
 from comfyui_host import Host, Run
 from set_up import ROOT, comfyui_path
+
+sys.path.insert(0, str(ROOT))
+from miniature.measure import psnr, ssim
 
 STAGES = {"text encoding": ("pipeline", "text"), "denoising": ("sampler",), "decoding": ("decode",)}
 SEAMLESS_LEVELS = 1
@@ -39,7 +43,7 @@ def main() -> int:
         graph["pipeline"]["inputs"]["model"] = options.model
     graph["frames"] = {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "frames/f"}}
 
-    rows, files, verdicts, same = [], [], [], True
+    rows, files, verdicts, decoded, same = [], [], [], {}, True
     with tempfile.TemporaryDirectory(prefix="hv15-demo-") as folder:
         print("Starting ComfyUI ...", flush=True)
         host = Host(Path(folder), comfyui_path() / "models")
@@ -54,14 +58,15 @@ def main() -> int:
                 video = host.saved(run.outputs["save"]["images"][0])
                 files.append(Path(shutil.copy(video, options.output / f"text_to_video_{mode}{video.suffix}")))
                 files.append(contact_sheet(files[-1], options.output / f"text_to_video_{mode}.jpg"))
-                difference = int(np.abs(results[0].astype(int) - results[1].astype(int)).max())
-                same &= difference <= (SEAMLESS_LEVELS if mode == "seamless" else 0)
-                verdicts.append(f"{mode}: {describe(difference)}")
+                decoded[mode] = results[0]
+                same &= largest_difference(*results) <= (SEAMLESS_LEVELS if mode == "seamless" else 0)
+                verdicts.append((f"{mode}, one rank and two ranks", describe(*results)))
         finally:
             host.close()
     print_table(rows)
-    print("\nFrames of one rank compared with those of two")
-    print("\n".join(f"  {verdict}" for verdict in verdicts))
+    verdicts.append(("tiled and seamless", describe(*decoded.values())))
+    print("\nFrames compared")
+    print("\n".join(f"  {names:34} {verdict}" for names, verdict in verdicts))
     print("\nFiles")
     print("\n".join(f"  {file}" for file in files))
     if not same:
@@ -71,8 +76,6 @@ def main() -> int:
 
 def two_choices() -> tuple[str, str]:
     """Return the devices for one rank and for two ranks: GPUs if there are two, otherwise CPUs."""
-    import torch
-
     return ("cuda:0", "cuda:0,cuda:1") if torch.cuda.device_count() > 1 else ("cpu", "cpu,cpu")
 
 
@@ -136,8 +139,16 @@ def rank_count(devices: str) -> str:
     return f"{count} rank" + "s" * (count > 1)
 
 
-def describe(difference: int) -> str:
-    return "identical" if difference == 0 else f"differ by up to {difference} of 255 levels"
+def largest_difference(one: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def describe(one: np.ndarray, other: np.ndarray) -> str:
+    """Return how much frames [frames, height, width, 3] of 0 to 255 differ, with PSNR and SSIM."""
+    if (levels := largest_difference(one, other)) == 0:
+        return "identical (SSIM 1)"
+    a, b = (torch.from_numpy(frames) / 255 for frames in (one, other))
+    return f"differ by up to {levels} of 255 levels (PSNR {psnr(a, b):.1f} dB, SSIM {ssim(a, b):.4f})"
 
 
 def print_table(rows: list[tuple[str, str, Run]]) -> None:

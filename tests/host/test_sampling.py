@@ -140,14 +140,16 @@ def test_each_step_reports_the_expected_end_and_the_last_one_the_end_itself(pack
     seen = []
     result = pack.sampling.sample(loaded["t2v"], texts["t2v"], **SIZE, on_step=seen.append)
     assert len(seen) == SIZE["steps"] and not torch.allclose(seen[0], seen[-1])
-    torch.testing.assert_close(seen[-1].float() / 1.03682, result, atol=1e-5, rtol=1e-5)
+    expected = seen[-1].float() / loaded["t2v"].pipeline.vae.config.scaling_factor
+    torch.testing.assert_close(expected, result, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("weights")
 def test_each_block_of_each_forward_is_reported(pack, loaded, texts):
     seen = []
     pack.sampling.sample(loaded["t2v"], texts["t2v"], **SIZE, on_block=lambda *progress: seen.append(progress))
-    assert seen == [(1, 2), (2, 2)] * 2 * SIZE["steps"]
+    blocks = len(loaded["t2v"].pipeline.transformer.transformer_blocks)
+    assert seen == [(done, blocks) for done in range(1, blocks + 1)] * 2 * SIZE["steps"]
 
 
 @pytest.mark.usefixtures("weights")
