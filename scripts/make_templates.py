@@ -1,6 +1,7 @@
 """Write example_workflows/: the API prompts as graphs, and ComfyUI's own HunyuanVideo-1.5 graphs on ranks.
 
-Run it when a prompt or a node's inputs have changed.
+A thumbnail shows the graph and frames of a video of the built-in model. Run it when a prompt, a node's inputs or the
+built-in model have changed.
 """
 
 import json
@@ -27,9 +28,30 @@ STOCK = {
     "ComfyUI text to video on several GPUs": "video_hunyuan_video_1.5_720p_t2v.json",
     "ComfyUI image to video on several GPUs": "video_hunyuan_video_1.5_720p_i2v.json",
 }
+VIDEOS = {
+    "Text to video on several GPUs": ("text_to_video", {}),
+    "Image to video on several GPUs": ("image_to_video", {}),
+    "Decode a saved latent on several GPUs": (
+        "text_to_video",
+        {"text": {"positive": "a blue circle moves up in front of a wooden floor"}},
+    ),
+    "ComfyUI text to video on several GPUs": (
+        "text_to_video",
+        {"text": {"positive": "a yellow circle moves left in front of a dark sea"}},
+    ),
+    "ComfyUI image to video on several GPUs": (
+        "image_to_video",
+        {
+            "text": {"positive": "a yellow square moves left in front of a grey road"},
+            "square": {"color": 0xF2D91A},
+            "image": {"x": 150},
+        },
+    ),
+}
+"""The video in each template's thumbnail: an API prompt, and what is changed in its nodes' inputs."""
 NOTES = ("Note", "MarkdownNote")
-THUMBNAIL, EDGE, TITLE = (640, 400), 16, 30
-"""Width and height of a thumbnail, its margin, and the height of a node's title, in pixels."""
+THUMBNAIL, STRIP, EDGE, TITLE = (640, 400), 133, 16, 30
+"""Width and height of a thumbnail, height of its frames, its margin, and the height of a node's title, in pixels."""
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, ROW = 380, 60
 STEP = 24
@@ -41,38 +63,60 @@ def main() -> None:
         host = Host(Path(folder))
         try:
             info = host.wait().get("/object_info")
+            strips = {title: strip(host, *video) for title, video in VIDEOS.items()}
         finally:
             host.close()
     for name, title in PROMPTS.items():
         prompt = json.loads((ROOT / "api_prompts" / f"{name}.json").read_text())
         prompt["ranks"]["inputs"]["devices"] = "auto"
-        write(title, graph_of(name, prompt, info))
+        write(title, graph_of(name, prompt, info), strips[title])
     stock = Path(find_spec("comfyui_workflow_templates_media_video").origin).parent / "templates"
     for title, file in STOCK.items():
-        write(title, distributed(json.loads((stock / file).read_text()), info))
+        write(title, distributed(json.loads((stock / file).read_text()), info), strips[title])
 
 
-def write(name: str, graph: dict) -> None:
-    """Write a template and its thumbnail."""
+def write(name: str, graph: dict, frames: Image.Image) -> None:
+    """Write a template and its thumbnail: the frames of its video above the graph."""
     (TARGET / f"{name}.json").write_text(json.dumps(graph, indent=1) + "\n")
-    thumbnail(graph).save(TARGET / f"{name}.jpg", quality=90)
+    picture = Image.new("RGB", THUMBNAIL)
+    picture.paste(frames)
+    picture.paste(drawing(graph, (THUMBNAIL[0], THUMBNAIL[1] - STRIP)), (0, STRIP))
+    picture.save(TARGET / f"{name}.jpg", quality=90)
     print(TARGET / f"{name}.json", file=sys.stderr)
 
 
-def thumbnail(graph: dict) -> Image.Image:
+def strip(host: Host, name: str, changes: dict[str, dict]) -> Image.Image:
+    """Run an API prompt with other inputs, and return the first, the middle and the last frame side by side."""
+    prompt = json.loads((ROOT / "api_prompts" / f"{name}.json").read_text())
+    for node, inputs in changes.items():
+        prompt[node]["inputs"] |= inputs
+    prompt["frames"] = {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "strips/s"}}
+    run = host.run(prompt)
+    if run.error:
+        raise SystemExit(f"{run.error['node_type']} failed: {run.error['exception_message']}")
+    frames = host.pictures(run, "frames")
+    picture, width = Image.new("RGB", (THUMBNAIL[0], STRIP)), THUMBNAIL[0] // 3
+    for place, index in enumerate((0, len(frames) // 2, -1)):
+        picture.paste(
+            Image.fromarray(frames[index]).resize((width, STRIP), Image.Resampling.LANCZOS), (place * width, 0)
+        )
+    return picture
+
+
+def drawing(graph: dict, size: tuple[int, int]) -> Image.Image:
     """Return a picture of a graph: its nodes where they are, this pack's nodes highlighted, and its links."""
     boxes = {node["id"]: (*node["pos"], *node["size"]) for node in graph["nodes"] if node["type"] not in NOTES}
     left, top = min(x for x, *_ in boxes.values()), min(y for _, y, *_ in boxes.values()) - TITLE
     right, bottom = max(x + w for x, _, w, _ in boxes.values()), max(y + h for _, y, _, h in boxes.values())
-    scale = min((THUMBNAIL[0] - 2 * EDGE) / (right - left), (THUMBNAIL[1] - 2 * EDGE) / (bottom - top))
-    across = (THUMBNAIL[0] - scale * (right - left)) / 2
-    down = (THUMBNAIL[1] - scale * (bottom - top)) / 2
+    scale = min((size[0] - 2 * EDGE) / (right - left), (size[1] - 2 * EDGE) / (bottom - top))
+    across = (size[0] - scale * (right - left)) / 2
+    down = (size[1] - scale * (bottom - top)) / 2
 
     def place(x: float, y: float) -> tuple[float, float]:
         return across + scale * (x - left), down + scale * (y - top)
 
     names = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text("utf-8"))
-    picture = Image.new("RGB", THUMBNAIL, "#1b1b1f")
+    picture = Image.new("RGB", size, "#1b1b1f")
     draw = ImageDraw.Draw(picture)
     for _, source, _, target, slot, _ in graph["links"]:
         if source in boxes and target in boxes:
