@@ -33,18 +33,18 @@ VIDEOS = {
     "Image to video on several GPUs": ("image_to_video", {}),
     "Decode a saved latent on several GPUs": (
         "text_to_video",
-        {"text": {"positive": "a blue circle moves up in front of a wooden floor"}},
+        {"text": {"positive": "a yellow circle moves left in front of a dark sea"}},
     ),
     "ComfyUI text to video on several GPUs": (
         "text_to_video",
-        {"text": {"positive": "a yellow circle moves left in front of a dark sea"}},
+        {"text": {"positive": "a big rabbit comes out of its burrow in a green meadow"}, "sampler": {"seed": 2}},
     ),
     "ComfyUI image to video on several GPUs": (
         "image_to_video",
         {
-            "text": {"positive": "a yellow square moves left in front of a grey road"},
-            "square": {"color": 0xF2D91A},
-            "image": {"x": 150},
+            "text": {"positive": "a red square moves up in front of a grey road"},
+            "square": {"color": 0xEB1A14},
+            "image": {"x": 96, "y": 80},
         },
     ),
 }
