@@ -1,5 +1,7 @@
 """Forms of diffusers' layers for training are the same functions, and the miniature's parts and files."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,6 +156,18 @@ def test_each_word_of_the_captions_is_one_token_and_other_text_is_bytes(encoders
     captions = [world.Clip("star", "red", motion, wording=i).caption for motion in world.MOTIONS for i in range(12)]
     for caption in (*captions, *footage.CAPTIONS):
         assert len(tokens(caption)) <= 2 * len(caption.split()) + 1
+
+
+def test_the_list_of_words_is_that_of_the_captions():
+    clips = [
+        world.Clip(shape, colour, motion, background, letter, wording=wording)
+        for shape, colour, motion in world.combinations(held_out=False)
+        for background in world.BACKGROUNDS
+        for letter in ("", "K")
+        for wording in range(12)
+    ]
+    captions = [*footage.CAPTIONS, *(clip.caption for clip in clips)]
+    assert {word for caption in captions for word in re.findall(r"[a-z]{2,}", caption.lower())} == set(text.WORDS)
 
 
 def test_the_pipelines_crop_leaves_the_prompt_and_nothing_before_it(encoders):
