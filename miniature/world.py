@@ -136,22 +136,27 @@ def combinations(held_out: bool) -> list[tuple[str, str, str]]:
 TRAINED = combinations(held_out=False)
 
 
-def draw(source: random.Random) -> Clip:
+def draw(source: random.Random, anywhere: bool = True) -> Clip:
     """Return a random clip whose combination is not held out.
 
-    Shapes are large and near the middle. In 8 denoising steps the place must be decided in the first few ones, in which
-    the noise hides all else: with places all over the picture, a small transformer drew two shapes or a smear.
+    anywhere: the size, the place and the distance of the motion are random. Otherwise the caption determines them. In 8
+    denoising steps they must be decided in the first few ones, in which the noise hides all else: with places all over
+    the picture, a small transformer that knew the caption only drew two shapes or a smear.
     """
     shape, colour, motion = source.choice(TRAINED)
+    size, travel, offset = 0.5, 0.75, (0.5, 0.5)
+    if anywhere:
+        size, travel = source.uniform(0.4, 0.56), source.uniform(0.6, 0.9)
+        offset = source.uniform(0.2, 0.8), source.uniform(0.2, 0.8)
     return Clip(
         shape,
         colour,
         motion,
         background=source.choice(BACKGROUNDS),
         letter=source.choice(LETTERS) if source.random() < 0.15 else "",
-        size=source.uniform(0.46, 0.56),
-        travel=source.uniform(0.6, 0.9),
-        offset=(source.uniform(0.3, 0.7), source.uniform(0.3, 0.7)),
+        size=size,
+        travel=travel,
+        offset=offset,
         phase=source.random(),
         wording=source.randrange(len(TEMPLATES) * 3),
     )

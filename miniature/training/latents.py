@@ -77,7 +77,7 @@ def read(captions: list[str], encoders: dict, device: torch.device) -> Library:
 def clips_of(shelf: Shelf, seed: int) -> list[world.Clip]:
     """Return the clips of the world of one shelf."""
     source = random.Random(f"{seed} {shelf.frames} {shelf.size}")
-    return [world.draw(source) for _ in range(shelf.worlds)]
+    return [world.draw(source, anywhere=number < shelf.anywhere) for number in range(shelf.worlds)]
 
 
 @torch.no_grad()

@@ -51,6 +51,11 @@ class Shelf:
     size: tuple[int, int]
     """Height and width."""
 
+    @property
+    def anywhere(self) -> int:
+        """Number of the first clips of the world, whose shapes can be anywhere (`world.draw`)."""
+        return self.worlds * 3 // 10
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -81,8 +86,8 @@ class Recipe:
     )
     """The first one has the size of the example prompts."""
     footage_in_transformer: float = 0.15
-    images: float = 0.4
-    """Part of the transformer's clips whose first frame is given (image-to-video)."""
+    images: float = 0.15
+    """Part of the other clips of the transformer whose first frame is given, too (image-to-video)."""
     no_caption: float = 0.25
     """Part of the transformer's clips without a caption. Guidance multiplies the errors of these predictions, too."""
     shift: float = 7.0

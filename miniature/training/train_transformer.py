@@ -101,7 +101,9 @@ def sample(
     noise = torch.randn(clean.shape, generator=generator, device=device)
     level = uniform()
     level = recipe.shift * level / (1 + (recipe.shift - 1) * level)
-    given, silent = uniform() < recipe.images, uniform() < recipe.no_caption
+    # A caption does not tell where a shape is that can be anywhere, so its first picture is given.
+    given = (chosen < shelf.anywhere) | (uniform() < recipe.images)
+    silent = uniform() < recipe.no_caption
     captions = shelved.captions[chosen].masked_fill(silent, 0)
     letters = shelved.letters[chosen].masked_fill(silent, 0)
     return (

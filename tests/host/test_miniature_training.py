@@ -13,7 +13,7 @@ from torch import nn
 from miniature import footage, measure, parts, text, world
 from miniature.training import latents, report, train, train_transformer, train_vae
 from miniature.training.forms import set_key_masks, velocity
-from miniature.training.recipe import CHECK, Crops
+from miniature.training.recipe import CHECK, Crops, Shelf
 
 CPU = torch.device("cpu")
 
@@ -201,6 +201,17 @@ def test_a_wrong_colour_gives_a_larger_loss_than_a_wrong_brightness():
         train_vae.losses(Wrong(*error), clips, weights, noise)["loss"] for error in ((0.2, -0.2, 0.2), (0.2, 0.2, 0.2))
     )
     assert colour > 1.5 * brightness
+
+
+def test_the_first_picture_is_given_of_clips_whose_place_the_caption_does_not_tell():
+    shelf = Shelf(1.0, 400, 10, 5, (32, 32))
+    clips = torch.arange(12.0)[:, None, None, None, None]  # ten of the world, two of the footage
+    shelved = latents.Shelved(shelf, clips, *(torch.zeros(12, dtype=torch.long) for _ in range(2)), torch.zeros(12, 1))
+    library = latents.Library({}, *(torch.zeros(1, 1) for _ in range(2)), [""], *(torch.zeros(1, 1) for _ in range(2)))
+    clean, _, _, given, *_ = train_transformer.sample(library, shelved, CHECK, torch.Generator().manual_seed(0))
+    anywhere = clean.flatten() < shelf.anywhere
+    assert given[anywhere].all() and anywhere.sum() > 50
+    assert 0 < given[~anywhere].float().mean() < 0.3
 
 
 def test_guided_predictions_are_trained_to_be_the_velocity():

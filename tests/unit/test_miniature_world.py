@@ -126,6 +126,9 @@ def test_training_clips_are_reproducible_and_none_is_held_out():
     drawn_clips = [world.draw(source) for _ in range(2000)]
     assert not any(clip.held_out for clip in drawn_clips)
     assert {(clip.shape, clip.colour, clip.motion) for clip in drawn_clips} == set(world.TRAINED)
+    assert len({(clip.size, clip.travel, clip.offset) for clip in drawn_clips}) == 2000
+    in_the_middle = [world.draw(source, anywhere=False) for _ in range(100)]
+    assert len({(clip.size, clip.travel, clip.offset) for clip in in_the_middle}) == 1
 
 
 def test_captions_name_the_shape_the_colour_and_the_letter():
