@@ -172,7 +172,7 @@ def new_report(command: str, device: torch.device) -> dict:
         "diffusers": importlib.metadata.version("diffusers"),
         "transformers": importlib.metadata.version("transformers"),
         "command": command,
-        "prompts": [],
+        "rows": [],
     }
 
 
@@ -203,10 +203,10 @@ def main() -> None:
                 for index, devices in enumerate(series):
                     name = f"{size}-{index}.latent"  # a new name and seed, so that ComfyUI's cache is not used
                     host.save_latent(name, random_latent(1, 32, *SIZES[size], seed=index))
-                    report["prompts"].append({"size": size, **measure(host, name, devices)})
-                    print(report["prompts"][-1], flush=True)
-                report["prompts"].append({"size": size, "devices": "after /free", "after_gib": free(host)})
-                print(report["prompts"][-1], flush=True)
+                    report["rows"].append({"size": size, **measure(host, name, devices)})
+                    print(report["rows"][-1], flush=True)
+                report["rows"].append({"size": size, "devices": "after /free", "after_gib": free(host)})
+                print(report["rows"][-1], flush=True)
                 write(report, options.out, "core-graph", "seconds of the VAE Decode node, GiB in use on each GPU")
 
 
@@ -216,8 +216,8 @@ def write(report: dict, folder: Path, name: str, units: str) -> None:
     name += "-cpu" if not torch.cuda.is_available() else f"-gpu-x{torch.cuda.device_count()}"
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     names = {"comfyui": "ComfyUI", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"}
-    versions = [f"{name} {report[key]}" for key, name in names.items()]
-    columns = dict.fromkeys(column for row in report["prompts"] for column in row)
+    versions = [f"{name} {report[key]}" for key, name in names.items() if key in report]
+    columns = dict.fromkeys(column for row in report["rows"] for column in row)
     lines = [
         f"### {report['machine']}, {', '.join(versions)}, {report['date']}",
         "",
@@ -225,7 +225,7 @@ def write(report: dict, folder: Path, name: str, units: str) -> None:
         "",
         "| " + " | ".join(columns) + " |",
         "| --- " * len(columns) + "|",
-        *("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in report["prompts"]),
+        *("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in report["rows"]),
     ]
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 

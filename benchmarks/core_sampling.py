@@ -181,7 +181,7 @@ def main() -> None:
                 for variant, devices in variants:
                     for row in measure(host, expected, variant, devices, size, options.steps, lora=size == sizes[0]):
                         print(row, flush=True)
-                        report["prompts"].append(row)
+                        report["rows"].append(row)
                     write(report, options.out, "core-sampling", "seconds of the sampler node, GiB in use on each GPU")
                     free(host)
                     host.stop_groups()

@@ -233,9 +233,9 @@ def main() -> None:
                 for nodes, devices in variants:
                     for size, (prompt, steps) in itertools.product(sizes, prompts.items()):
                         row = {"size": size, "nodes": nodes, "devices": devices, "prompt": prompt, "steps": steps}
-                        row |= measure(host, graph(nodes, devices, size, steps, len(report["prompts"])))
+                        row |= measure(host, graph(nodes, devices, size, steps, len(report["rows"])))
                         print(row, flush=True)
-                        report["prompts"].append(row)
+                        report["rows"].append(row)
                         write(report, options.out, "end-to-end", "seconds")  # an interrupted run keeps its rows
                     host.stop_groups()
 

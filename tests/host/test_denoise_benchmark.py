@@ -49,7 +49,7 @@ def test_a_prediction_gives_time_and_traffic_for_each_number_of_ranks(tmp_path):
 
 def test_the_benchmark_of_cores_graph_compares_latents_and_changes_a_lora(tmp_path):
     run("core_sampling", "--steps", 2, "--out", tmp_path)
-    rows = json.loads((tmp_path / "core-sampling-cpu.json").read_text())["prompts"]
+    rows = json.loads((tmp_path / "core-sampling-cpu.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == ["core"] * 6 + ["Distribute Model"] * 12
     assert {row["prompt"] for row in rows} >= {
         "first, guidance",
