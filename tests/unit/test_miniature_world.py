@@ -173,6 +173,7 @@ def test_footage_is_read_and_cropped_around_the_middle(tmp_path):
         container.mux(stream.encode())
     film = footage.read(path)
     assert film.shape == (3, 6, 48, 64) and film.dtype == torch.uint8
+    assert torch.equal(footage.read(path, 2, 3), film[:, 2:5])
     assert (film.float() - torch.from_numpy(columns.copy()).permute(2, 0, 1)[:, None]).abs().mean() < 8
     square = footage.resized(film, 24, 24)
     assert square.shape == (3, 6, 24, 24)
