@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import end_to_end
+from benchmarks import end_to_end, quality
 from set_up import comfyui_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,16 +55,30 @@ def test_a_prediction_gives_time_memory_and_traffic_for_each_number_of_ranks(tmp
     assert all(row["compute_s"] > 0 and row["planned_gib"] > 0 for row in (one, two))
 
 
+def test_the_quality_benchmark_finds_no_difference_in_seamless_mode_and_some_between_tiles(tmp_path, monkeypatch):
+    arguments = ["--size", "32x288x1", "--ranks", "2", "--dtypes", "float32", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["quality", *map(str, arguments)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    quality.main()
+    rows = {row["decode"]: row for row in json.loads((tmp_path / "quality-cpu.json").read_text())["rows"]}
+    assert rows["seamless"]["levels"] < 0.01 and rows["seamless"]["ssim_untiled"] == 1
+    for tiled in ("tiled 256, overlap 64", "tiled 128, overlap 32", "tiled 128, overlap 0"):
+        assert rows[tiled]["levels"] > 0.1 and rows[tiled]["psnr_untiled"] < rows["seamless"]["psnr_untiled"]
+    assert rows["diffusers untiled"]["psnr_original"] == rows["seamless"]["psnr_original"] > 15
+    assert "| cpu,cpu | seamless | float32 |" in (tmp_path / "quality-cpu.md").read_text()
+
+
 def test_the_end_to_end_benchmark_times_each_stage_of_a_prompt(tmp_path):
     run("end_to_end", "--steps", 3, "--out", tmp_path)
     report = json.loads((tmp_path / "end-to-end-cpu.json").read_text())
-    assert [(row["devices"], row["prompt"], row["steps"]) for row in report["prompts"]] == [
+    assert [(row["devices"], row["prompt"], row["steps"]) for row in report["rows"]] == [
         ("cpu", "first", 2),
         ("cpu", "second", 3),
         ("cpu,cpu", "first", 2),
         ("cpu,cpu", "second", 3),
     ]
-    for row in report["prompts"]:
+    for row in report["rows"]:
         assert row["text encoding"] > 0 and row["denoising"] > 0 and row["decoding"] > 0
         assert row["total"] == pytest.approx(sum(row[stage] for stage in end_to_end.STAGES), abs=0.03)
     assert all(report[name] for name in ("comfyui", "torch", "diffusers", "transformers"))
