@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from comfyui_host import Host
 from make_templates import PROMPTS, STOCK
@@ -30,8 +30,8 @@ SETTINGS = {
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
-SHOWN = 8
-"""Amplification of differences: white is a difference of 255 / 8 levels."""
+SHOWN = 20
+"""Amplification of differences: white is a difference of 255 / 20 levels or more."""
 
 
 def main() -> None:
@@ -171,27 +171,74 @@ def variant(report: dict, name: str) -> dict:
 
 
 def seams() -> Image.Image:
-    """Return the difference of four ranks' frames from diffusers' untiled decode: tiled left, seamless right."""
-    from benchmarks.decode import diffusers_vae
-    from benchmarks.random_weights import TINY, decoder_tensors, random_latent
+    """Return frames of Big Buck Bunny: the original, and four ranks' decodes in seamless mode and with two tile sizes.
+
+    Below each frame are a magnified part, and the difference from diffusers' untiled decode.
+    """
+    from benchmarks import quality
     from distributed import RankGroup
 
-    latent, cpu = random_latent(1, 32, 3, 30, 53), torch.device("cpu")
-    tensors = decoder_tensors(TINY, cpu)
-    with torch.inference_mode():
-        video = diffusers_vae(tensors, TINY, cpu, torch.float32).decode(latent).sample
-    untiled = video.movedim(1, -1).add(1).div(2).clamp(0, 1)
+    original = quality.clip(480, 848, 5)
+    latent, weights, untiled = quality.reference(original)
+    clips = [original]
     with tempfile.TemporaryDirectory(prefix="hv15-pictures-") as logs, RankGroup(["cpu"] * 4, logs=logs) as group:
-        vae = {f"decoder.{name}": tensor for name, tensor in tensors.items()}
-        decoded = [group.decode(latent, vae, mode) for mode in ("tiled", "seamless")]
-    pictures = []
-    for frames in decoded:
-        levels = 255 * (frames - untiled)[0, -1].abs().amax(-1)
-        print(f"largest difference {levels.max():.6f} of 255 levels")
-        half = F.avg_pool2d(levels[None, None], 2)[0, 0]
-        pictures.append(half.mul(SHOWN).clamp(0, 255).to(torch.uint8))
-    gap = torch.full((pictures[0].shape[0], 8), 255, dtype=torch.uint8)
-    return Image.fromarray(torch.cat([pictures[0], gap, pictures[1]], 1).numpy())
+        clips += [
+            group.decode(latent, weights, **decode)[0].clone()
+            for decode in (quality.SEAMLESS, quality.TILED, quality.UNBLENDED)
+        ]
+    titles = ["Original", "Seamless", "Tiled: 256 pixels, overlap 64 (default)", "Tiled: 128 pixels, no overlap"]
+    figures = [quality.compare(frames, untiled, original) for frames in clips]
+    return seam_sheet(titles, figures, [frames[-1] for frames in clips], untiled[-1])
+
+
+def seam_sheet(
+    titles: list[str], figures: list[dict], frames: list[torch.Tensor], untiled: torch.Tensor
+) -> Image.Image:
+    """Return a sheet with one column per frame [height, width, 3] from 0 to 1: the original first, seamless second.
+
+    The magnified part is where the last frame differs most from the second.
+    """
+    width, gap, zoom, text = 420, 6, 4, 92
+    height = round(width * untiled.shape[0] / untiled.shape[1])
+    rows, columns = 72, width // zoom
+    differences = (frames[-1] - frames[1]).abs().mean(-1)[None, None]
+    sums = F.avg_pool2d(differences, (rows, columns), stride=1)[0, 0]
+    top, left = divmod(int(sums.argmax()), sums.shape[1])
+    tops = text, text + height + gap, text + height + rows * zoom + 2 * gap
+    sheet = Image.new("RGB", (len(frames) * (width + gap) - gap, tops[-1] + height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.font = ImageFont.load_default(20)
+    for index, (title, row, frame) in enumerate(zip(titles, figures, frames, strict=True)):
+        x = index * (width + gap)
+        picture, scale = to_image(frame), width / frame.shape[1]
+        sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, tops[0]))
+        part = picture.crop((left, top, left + columns, top + rows))
+        sheet.paste(part.resize((width, rows * zoom), Image.Resampling.NEAREST), (x, tops[1]))
+        corners = [(left, top), (left + columns, top + rows)]
+        draw.rectangle([(x + a * scale, tops[0] + b * scale) for a, b in corners], outline="white", width=2)
+        lines = [title]
+        if index:
+            levels = SHOWN * (frame - untiled).abs().amax(-1, keepdim=True)
+            difference = to_image(levels.clamp(0, 1).expand_as(frame))
+            sheet.paste(difference.resize((width, height), Image.Resampling.BOX), (x, tops[2]))
+            for name, of in (("untiled decode", "untiled"), ("original", "original")):
+                decibels = row[f"psnr_{of}"]
+                lines.append(f"{name}: {'over ' * (decibels >= 120)}{decibels:.4g} dB, SSIM {row[f'ssim_{of}']:.4f}")
+        else:
+            lines += ["Right: PSNR and SSIM against diffusers'", "untiled decode and against the original"]
+            note = (
+                f"Above: the marked part, magnified {zoom} times\n\n"
+                f"Right: difference from diffusers' untiled\ndecode, amplified {SHOWN} times\n\n"
+                "Big Buck Bunny, (c) copyright 2008,\nBlender Foundation, www.bigbuckbunny.org,\nCC BY 3.0"
+            )
+            draw.multiline_text((x + 4, tops[2] + 4), note, "black", spacing=6)
+        draw.multiline_text((x + 4, 4), "\n".join(lines), "black", spacing=6)
+    return sheet
+
+
+def to_image(frame: torch.Tensor) -> Image.Image:
+    """Return a frame [height, width, 3] from 0 to 1 as a picture."""
+    return Image.fromarray((255 * frame).round().to(torch.uint8).numpy())
 
 
 if __name__ == "__main__":
