@@ -12,7 +12,6 @@ and the run is only a functional test. Writes JSON and a Markdown table.
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.decode import ROOT, SIZES, machine, target
+from benchmarks.decode import ROOT, SIZES, machine, target, versions
 from benchmarks.random_weights import random_latent
 from distributed.vae.hunyuanvideo15.layout import to_core
 
@@ -168,16 +167,10 @@ def new_report(command: str, device: torch.device) -> dict:
     return {
         "machine": f"{max(1, torch.cuda.device_count())} x {machine(device)}",
         "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "diffusers": importlib.metadata.version("diffusers"),
-        "transformers": importlib.metadata.version("transformers"),
+        "versions": versions(),
         "command": command,
         "rows": [],
     }
-
-
-def version_of(host: Host) -> str:
-    return host.get("/system_stats")["system"]["comfyui_version"]
 
 
 def device_lists() -> tuple[str, str]:
@@ -198,7 +191,6 @@ def main() -> None:
         save_vae(Path(folder) / "models" / "vae" / "full.safetensors", device)
         torch.cuda.empty_cache()
         with running_host(Path(folder), options.host_options) as host:
-            report["comfyui"] = version_of(host)
             for size in sizes:
                 for index, devices in enumerate(series):
                     name = f"{size}-{index}.latent"  # a new name and seed, so that ComfyUI's cache is not used
@@ -215,11 +207,9 @@ def write(report: dict, folder: Path, name: str, units: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name += "-cpu" if not torch.cuda.is_available() else f"-gpu-x{torch.cuda.device_count()}"
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    names = {"comfyui": "ComfyUI", "torch": "torch", "diffusers": "diffusers", "transformers": "transformers"}
-    versions = [f"{name} {report[key]}" for key, name in names.items() if key in report]
     columns = dict.fromkeys(column for row in report["rows"] for column in row)
     lines = [
-        f"### {report['machine']}, {', '.join(versions)}, {report['date']}",
+        f"### {report['machine']}, {report['versions']}, {report['date']}",
         "",
         f"`{report['command']}`; {units}.",
         "",

@@ -32,7 +32,6 @@ from benchmarks.core_graph import (
     parser_for,
     run_prompt,
     running_host,
-    version_of,
     write,
 )
 from benchmarks.decode import ROOT, is_wanted, target
@@ -171,7 +170,6 @@ def main() -> None:
         (base / "custom_nodes").mkdir()
         (base / "custom_nodes" / "random_conditioning.py").write_text(CONDITIONING)
         with running_host(base, options.host_options) as host:
-            report["comfyui"] = version_of(host)
             variants = [("core", one), ("Distribute Model", one), ("Distribute Model", every)]
             if count > 1 and "MultiGPU_WorkUnits" in host.get("/object_info"):
                 variants.insert(1, ("MultiGPU CFG Split", "2 GPUs"))

@@ -40,8 +40,10 @@ from distributed.vae.halo import Exchange, Halo
 from distributed.vae.hunyuanvideo15.layout import to_core
 from distributed.vae.job import MODES, DecodeRequest
 
-ROOT = Path(__file__).resolve().parent.parent
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+from set_up import ROOT, comfyui_path
+
+COMFYUI = comfyui_path()
 SIZES = {
     "480x848x33": (9, 30, 53),
     "480x848x121": (31, 30, 53),
@@ -389,10 +391,11 @@ def is_wanted(name: str, words: str) -> bool:
 
 
 def versions() -> str:
-    """Return the versions of torch, diffusers and the ComfyUI whose models are measured, as far as they are there."""
+    """Return the versions of torch, diffusers, transformers and ComfyUI, as far as they are installed."""
     found = {"torch": torch.__version__}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["diffusers"] = importlib.metadata.version("diffusers")
+    for name in ("diffusers", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     with contextlib.suppress(FileNotFoundError):
         found["ComfyUI"] = runpy.run_path(str(COMFYUI / "comfyui_version.py"))["__version__"]
     return ", ".join(f"{name} {version}" for name, version in found.items())

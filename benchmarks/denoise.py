@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.decode import COMFYUI, ROOT, SIZES, is_wanted, largest, machine, matmul_rate, measure, versions
 from benchmarks.denoise_memory import SMALL as SMALL_TASK
 from benchmarks.denoise_memory import TaskSteps, random_transformer
+from benchmarks.random_weights import random_tensor
 from distributed.denoise import fused
 from distributed.denoise.conditions import Condition
 from distributed.denoise.layout import Architecture
@@ -73,12 +74,7 @@ def random_weights(model: torch.nn.Module, device: torch.device, dtype: torch.dt
     torch.nn.Module.to(model, dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in model.named_parameters():
-        if weight.ndim > 1:
-            weight.normal_(0, weight[0].numel() ** -0.5, generator=generator)
-        elif name.endswith("bias"):
-            weight.normal_(0, 0.02, generator=generator)
-        else:
-            weight.fill_(1)
+        weight.copy_(random_tensor(name, weight.shape, generator, dtype))
     return model.eval().requires_grad_(False)
 
 

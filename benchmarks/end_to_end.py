@@ -34,7 +34,6 @@ from benchmarks.core_graph import (
     run_prompt,
     running_host,
     save_vae,
-    version_of,
     write,
 )
 from benchmarks.core_sampling import SIZES, random_transformer
@@ -229,7 +228,6 @@ def main() -> None:
                 save(base / "models", device)
                 torch.cuda.empty_cache()
             with running_host(base, options.host_options) as host:
-                report["comfyui"] = version_of(host)
                 for nodes, devices in variants:
                     for size, (prompt, steps) in itertools.product(sizes, prompts.items()):
                         row = {"size": size, "nodes": nodes, "devices": devices, "prompt": prompt, "steps": steps}

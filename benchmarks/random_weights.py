@@ -35,7 +35,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator,
     value = torch.randn(shape, generator=generator, device=generator.device)
     if len(shape) > 1:
         return (value / math.prod(shape[1:]) ** 0.5).to(dtype)
-    return (1 + 0.1 * value if name.endswith("weight") else 0.02 * value).to(dtype)
+    return (0.02 * value if name.endswith("bias") else 1 + 0.1 * value).to(dtype)  # a norm's is "weight" or "scale"
 
 
 def random_tensors(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
