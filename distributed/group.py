@@ -4,7 +4,7 @@
         frames = group.decode(latent, vae="path/to/vae", mode="seamless")
 
 The group starts in the background and keeps its processes and weights between jobs. Processes that die or hang are
-replaced at once, and the current job is retried on the new ones. Invalid input is rejected before anything is sent to
+replaced at once, and the current job is retried on the new ones. Invalid input is refused before anything is sent to
 the ranks. All methods are thread-safe; jobs are queued.
 """
 

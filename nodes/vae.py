@@ -122,7 +122,7 @@ class LoadVAE(io.ComfyNode):
                 display_name="Load HunyuanVideo-1.5 VAE",
                 category=CATEGORY,
                 description="Loads the HunyuanVideo-1.5 VAE from a single file (ComfyUI's or diffusers' layout) or a "
-                "diffusers folder. Files of other models and incomplete files are rejected.",
+                "diffusers folder. Files of other models and incomplete files are refused.",
                 inputs=[
                     io.Combo.Input(
                         "vae_name",

@@ -87,7 +87,7 @@ class _Handshake:
 
 
 class Listener:
-    """The controller's listening socket. Only the first rejected connection is logged.
+    """The controller's listening socket. Only the first refused connection is logged.
 
     admit: called, in a new thread, with the channel of each authenticated peer.
     """
@@ -125,7 +125,7 @@ class Listener:
                             return
                         ready.data()
                     for handshake in [h for h in self._pending if h.limit < time.monotonic()]:
-                        self._reject(handshake, "the handshake timed out")
+                        self._refuse(handshake, "the handshake timed out")
                 except Exception:  # this thread must continue, because ranks connect through it
                     log.exception("An error occurred on the control port.")
                     time.sleep(REST_SECONDS)
@@ -137,7 +137,7 @@ class Listener:
             return
         except OSError:  # this process is out of descriptors
             if self._pending:
-                self._reject(next(iter(self._pending)), "this process is out of file descriptors")
+                self._refuse(next(iter(self._pending)), "this process is out of file descriptors")
             else:
                 time.sleep(REST_SECONDS)
             return
@@ -148,29 +148,29 @@ class Listener:
             self._selector.register(connection, selectors.EVENT_READ, lambda: self._advance(handshake))
             connection.send(handshake.challenge)
         except OSError as error:
-            self._reject(handshake, error)
+            self._refuse(handshake, error)
         if len(self._pending) > HANDSHAKES:
-            self._reject(next(iter(self._pending)), "too many connections at a time")
+            self._refuse(next(iter(self._pending)), "too many connections at a time")
 
     def _advance(self, handshake: _Handshake) -> None:
-        if handshake not in self._pending:  # it was rejected in favour of another after `select` had returned both
+        if handshake not in self._pending:  # it was refused in favour of another after `select` had returned both
             return
         try:
             part = handshake.connection.recv(NONCE + DIGEST - len(handshake.received))
         except BlockingIOError:
             return
         except OSError as error:
-            self._reject(handshake, error)
+            self._refuse(handshake, error)
             return
         handshake.received += part
         answer, proof = bytes(handshake.received[:NONCE]), bytes(handshake.received[NONCE:])
         if not part:
-            self._reject(handshake, "it was closed during the handshake")
+            self._refuse(handshake, "it was closed during the handshake")
         elif len(proof) == DIGEST:
             if hmac.compare_digest(proof, _proof(self._key, b"rank", handshake.challenge, answer)):
                 self._welcome(handshake, answer)
             else:
-                self._reject(handshake, "the peer does not know the group's key")
+                self._refuse(handshake, "the peer does not know the group's key")
 
     def _welcome(self, handshake: _Handshake, answer: bytes) -> None:
         self._end(handshake, keep=True)
@@ -188,11 +188,11 @@ class Listener:
         finally:
             channel.close()
 
-    def _reject(self, handshake: _Handshake, reason: object) -> None:
+    def _refuse(self, handshake: _Handshake, reason: object) -> None:
         self._end(handshake)
         if not self._warned:
             self._warned = True
-            log.warning("Rejected an unauthenticated connection on control port %d (%s).", self.address[1], reason)
+            log.warning("Refused an unauthenticated connection on control port %d (%s).", self.address[1], reason)
 
     def _end(self, handshake: _Handshake, keep: bool = False) -> None:
         del self._pending[handshake]

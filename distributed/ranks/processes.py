@@ -251,7 +251,7 @@ class RankProcesses:
         try:
             record = self._introduce(channel.receive(), channel)
         except BROKEN as error:
-            log.warning("Rejected a connection that is not a rank of this group: %s.", error)
+            log.warning("Refused a connection that is not a rank of this group: %s.", error)
             return
         try:
             while True:

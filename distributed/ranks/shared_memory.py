@@ -38,7 +38,7 @@ class Offers:
     """Open files that other processes of this user can request by a secret token.
 
     While any file is offered, a thread listens on an abstract Unix socket, which needs no folder and disappears with
-    this process. Requests from other accounts are rejected by the account that the kernel reports for the caller.
+    this process. Requests from other accounts are refused by the account that the kernel reports for the caller.
     """
 
     def __init__(self) -> None:

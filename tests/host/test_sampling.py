@@ -68,7 +68,7 @@ def test_text_to_video_gives_the_pipelines_latents(pack, loaded, texts, tiny_fol
     assert error(other, expected) > 0.1
 
 
-def test_a_guider_that_changes_layers_gets_diffusers_forward_and_is_rejected_on_ranks(pack, tiny_folders, texts):
+def test_a_guider_that_changes_layers_gets_diffusers_forward_and_is_refused_on_ranks(pack, tiny_folders, texts):
     class Changing(ClassifierFreeGuidance):
         seen: ClassVar[list] = []
 

@@ -57,7 +57,7 @@ def replay(address: tuple[str, int], key: bytes) -> None:
             raise EOFError
 
 
-def test_unauthenticated_connections_are_rejected_and_the_ranks_keep_running(echoes, caplog):
+def test_unauthenticated_connections_are_refused_and_the_ranks_keep_running(echoes, caplog):
     listener, before = ranks_of(echoes).listener, pids(echoes)
     assert listener.address[0] == "127.0.0.1"
     listener._warned = False
@@ -178,7 +178,7 @@ def test_a_process_that_the_launcher_did_not_start_is_not_killed(tmp_path, monke
 
 
 @pytest.mark.parametrize("first", [Ready(), Beat(0, 0, 0, 0), Done(1, 5, 5), Hello(64, 1, "cpu"), Hello(0, 1, "cpu")])
-def test_a_program_with_the_key_that_is_not_a_rank_is_rejected_and_cannot_answer_a_job(echoes, first):
+def test_a_program_with_the_key_that_is_not_a_rank_is_refused_and_cannot_answer_a_job(echoes, first):
     before = pids(echoes)
     channel = connect(ranks_of(echoes).listener.address, key_of(echoes))
     channel.send(first)

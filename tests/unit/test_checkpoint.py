@@ -1,4 +1,4 @@
-"""Checkpoints on disk: every kind of file and folder is found and read, and damaged ones are rejected."""
+"""Checkpoints on disk: every kind of file and folder is found and read, and damaged ones are refused."""
 
 import json
 import pickle
@@ -52,7 +52,7 @@ def test_a_sharded_checkpoint_is_read_from_its_folder_or_its_index(model, weight
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
-def test_an_invalid_index_is_rejected(tmp_path, text):
+def test_an_invalid_index_is_refused(tmp_path, text):
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json"):
         open_checkpoint(tmp_path)
@@ -76,7 +76,7 @@ def test_another_model_with_the_same_keys_is_recognised_by_its_class_name(model,
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
-def test_weights_of_unsupported_float_dtypes_are_rejected(weights, tmp_path, dtype):
+def test_weights_of_unsupported_float_dtypes_are_refused(weights, tmp_path, dtype):
     key = "decoder.conv_in.conv.weight"
     weights[key] = weights[key].to(dtype)
     for use in (check_state_dict, lambda state: open_checkpoint(save(state, tmp_path / "a.safetensors"))):
@@ -99,7 +99,7 @@ def test_names_from_checkpoints_are_quoted_and_truncated_in_messages(weights, tm
     assert "\\x1b" in printable(HOSTILE) and len(printable(HOSTILE)) < 8 * LIMIT
 
 
-def test_malicious_configs_and_indices_are_rejected_with_a_harmless_message(model, tmp_path):
+def test_malicious_configs_and_indices_are_refused_with_a_harmless_message(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="1MB")
     config, index = tmp_path / "config.json", tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     hostile = json.dumps(HOSTILE[:100_000])
@@ -131,13 +131,13 @@ def test_malicious_configs_and_indices_are_rejected_with_a_harmless_message(mode
         assert_harmless(error.value)
 
 
-def test_a_checkpoint_with_far_too_many_blocks_is_rejected(weights, tmp_path):
+def test_a_checkpoint_with_far_too_many_blocks_is_refused(weights, tmp_path):
     more = {f"decoder.up_blocks.0.resnets.{i}.x": torch.empty(0) for i in range(3, 100_000)}
     with pytest.raises(CheckpointError, match="100000 residual blocks"):
         open_checkpoint(save({**weights, **more}, tmp_path / "a.safetensors"))
 
 
-def test_other_formats_and_damaged_files_are_rejected(weights, tmp_path):
+def test_other_formats_and_damaged_files_are_refused(weights, tmp_path):
     renamed = tmp_path / "renamed.safetensors"
     renamed.write_bytes(pickle.dumps({"decoder.conv_in.conv.weight": [1]}))
     (tmp_path / "vae.pt").write_bytes(renamed.read_bytes())

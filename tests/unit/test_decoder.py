@@ -61,7 +61,7 @@ def test_frames_are_bitwise_equal_for_any_step_length(vae, time):
 
 
 @pytest.mark.parametrize(("trunk", "tail"), [(1, 4), (2, 2), (4, 6), (0, 4)])
-def test_steps_that_would_split_a_group_of_frames_are_rejected(trunk, tail):
+def test_steps_that_would_split_a_group_of_frames_are_refused(trunk, tail):
     with pytest.raises(ValueError, match="multiple of 2 and tail one of 4"):
         Steps(trunk, tail)
 

@@ -93,7 +93,7 @@ def test_ranks_beyond_the_last_head_keep_their_tokens():
         ({"branches": 3}, "branches is 3; a step has 1, or 2 with guidance."),
     ],
 )
-def test_invalid_sizes_are_rejected(change, message):
+def test_invalid_sizes_are_refused(change, message):
     with pytest.raises(ValueError) as refusal:
         plan(**{"ranks": 2, "branches": 2, "tokens": 10, "heads": 4} | change)
     assert str(refusal.value) == message

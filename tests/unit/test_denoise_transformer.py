@@ -101,13 +101,13 @@ def test_every_input_affects_the_prediction(change):
     assert error(ours(model, inputs | {change: 1.1 * inputs[change].flip(-1)}), ours(model, inputs)) > 1e-4
 
 
-def test_a_text_without_a_valid_token_is_rejected():
+def test_a_text_without_a_valid_token_is_refused():
     inputs = make_inputs(make_model(), text=(3, 0), glyphs=(1, 1))
     with pytest.raises(ValueError, match="video 1 has no valid token"):
         conditions(inputs)
 
 
-def test_a_layer_with_an_adapter_is_rejected():
+def test_a_layer_with_an_adapter_is_refused():
     model = make_model()
     layer = model.transformer_blocks[0].attn.to_q
     layer.base_layer = torch.nn.Identity()

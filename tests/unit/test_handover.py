@@ -47,19 +47,19 @@ def test_freed_weights_cannot_be_opened_but_mappings_survive(weights):
     assert_same(tensors, decoder_of(weights, prefix=""))  # existing mappings stay valid
 
 
-def test_weights_that_do_not_fit_into_memory_are_rejected_with_the_numbers(weights, monkeypatch):
+def test_weights_that_do_not_fit_into_memory_are_refused_with_the_numbers(weights, monkeypatch):
     monkeypatch.setattr(shared_memory, "available_memory", lambda: 2**10)
     with pytest.raises(MemoryError, match=r"^0\.\d\d GiB of memory is needed; .* is available"):
         SharedWeights(weights, "mark")
 
 
-def test_weights_with_a_missing_tensor_are_rejected(weights):
+def test_weights_with_a_missing_tensor_are_refused(weights):
     del weights["decoder.norm_out.gamma"]
     with pytest.raises(CheckpointError, match=r"The VAE .* lacks 'decoder.norm_out.gamma'"):
         SharedWeights(weights, "mark")
 
 
-def test_a_fingerprint_depends_only_on_the_decoder_and_rejects_unloaded_weights(weights):
+def test_a_fingerprint_depends_only_on_the_decoder_and_refuses_unloaded_weights(weights):
     before = fingerprint(weights)
     weights["encoder.conv_in.conv.bias"] = weights["encoder.conv_in.conv.bias"] + 1
     assert fingerprint(weights) == before
@@ -83,13 +83,13 @@ def test_a_fingerprint_does_not_depend_on_the_devices(weights):
 
 
 @pytest.mark.parametrize("state", [{1: torch.zeros(1)}, {"decoder.conv_in.conv.weight": [1.0]}, {("a", "b"): None}])
-def test_objects_that_are_not_state_dicts_are_rejected(state):
+def test_objects_that_are_not_state_dicts_are_refused(state):
     for use in (check_state_dict, fingerprint):
         with pytest.raises(CheckpointError, match="not a state dict"):
             use(state)
 
 
-def test_integer_weights_are_rejected(weights, tmp_path):
+def test_integer_weights_are_refused(weights, tmp_path):
     weights["decoder.conv_out.conv.bias"] = torch.zeros(3, dtype=torch.int8)
     with pytest.raises(CheckpointError, match="I8"):
         open_checkpoint(save(weights, tmp_path / "a.safetensors"))

@@ -1,4 +1,4 @@
-"""The layout of the VAE: its tensors are recognised by name and shape, and other models are rejected."""
+"""The layout of the VAE: its tensors are recognised by name and shape, and other models are refused."""
 
 import pytest
 import torch
@@ -70,12 +70,12 @@ def test_a_damaged_encoder_does_not_affect_the_decoder(weights, tmp_path):
         "decoder.mid.block_1.mix_factor",
     ],
 )
-def test_a_model_with_more_or_other_blocks_is_rejected(weights, tmp_path, key):
+def test_a_model_with_more_or_other_blocks_is_refused(weights, tmp_path, key):
     with pytest.raises(CheckpointError, match=r"more blocks \('decoder\.|Stable Video Diffusion"):
         open_checkpoint(save({**weights, key: torch.zeros(1)}, tmp_path / "a.safetensors"))
 
 
-def test_an_encoder_with_more_blocks_is_rejected_if_it_is_needed(weights, tmp_path):
+def test_an_encoder_with_more_blocks_is_refused_if_it_is_needed(weights, tmp_path):
     more = {"encoder.down_blocks.5.resnets.0.norm1.gamma": torch.zeros(1)}
     path = save({**weights, **more}, tmp_path / "a.safetensors")
     assert_same(all_tensors(open_checkpoint(path)), weights)
@@ -99,7 +99,7 @@ def test_key_parts_added_by_wrappers_are_removed(weights, core, tmp_path, wrappe
         assert fingerprint(wrapped) == fingerprint(state)
 
 
-def test_a_duplicate_tensor_is_rejected(weights, tmp_path):
+def test_a_duplicate_tensor_is_refused(weights, tmp_path):
     twice = {**weights, "decoder._orig_mod.conv_in.conv.bias": weights["decoder.conv_in.conv.bias"] + 1}
     with pytest.raises(
         CheckpointError, match=r"twice, as 'decoder\._orig_mod\.conv_in\.conv\.bias' and as 'decoder\.conv_in"
@@ -154,7 +154,7 @@ IMAGE = {
         (lambda: {}, "holds no tensors"),
     ],
 )
-def test_other_models_are_rejected_by_name(tensors, name, tmp_path):
+def test_other_models_are_refused_by_name(tensors, name, tmp_path):
     # Tensors have one element to keep files small: only keys and the first convolution's shape are read.
     state = {
         key: torch.zeros(tensor.shape) if key.startswith("decoder.conv_in") else torch.zeros(1)

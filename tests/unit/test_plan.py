@@ -42,7 +42,7 @@ def test_the_frame_count_follows_the_temporal_compression():
         ({"mode": "tiled", "overlap": 256}, "overlap is 256"),
     ],
 )
-def test_an_invalid_request_is_rejected_with_a_message(change, message):
+def test_an_invalid_request_is_refused_with_a_message(change, message):
     with pytest.raises(ValueError, match=message):
         check_request(replace(JOB, **change), 2)
 

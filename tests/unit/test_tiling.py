@@ -61,7 +61,7 @@ def test_the_last_tile_covers_the_remaining_positions():
         (64, -16, "overlap is -16"),
     ],
 )
-def test_tile_sizes_that_do_not_match_the_latent_grid_are_rejected(tile_size, overlap, message):
+def test_tile_sizes_that_do_not_match_the_latent_grid_are_refused(tile_size, overlap, message):
     with pytest.raises(ValueError, match=message):
         tile_grid(30, 30, tile_size, overlap)
 
