@@ -23,11 +23,12 @@ check: setup
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/unit
 
-# The browser is downloaded while the cores check. A test of `ranks` connects to every port, so that folder runs alone.
+# The browser is downloaded while the cores check. Two files of tests run at a time, except for the tests marked `alone`.
 test: setup
 	$(MAKE) -j 2 check browser
-	$(BIN)/python -m pytest tests/ranks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone" tests/ranks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/host tests/browser
+	$(BIN)/python -m pytest -m alone tests/ranks
 
 bench: setup
 	$(BIN)/python -m benchmarks.decode

@@ -42,9 +42,9 @@ def test_a_decode_on_a_grid_of_ranks_is_retried_if_one_rank_runs_out_of_memory(f
     """The neighbours of this rank wait for its borders when it fails, so their exchanges must be reset."""
     notices = []
     with RankGroup(["cpu"] * 4, worker=ECHO, stall_timeout=20) as group:
-        expected = group.decode(random_latent(1, 32, 40, 4, 4), vae)
+        expected = group.decode(random_latent(1, 32, 24, 4, 4), vae)
         fault.write_text("memory 1 once")
-        frames = group.decode(random_latent(1, 32, 40, 4, 4), vae, notice=notices.append)
+        frames = group.decode(random_latent(1, 32, 24, 4, 4), vae, notice=notices.append)
     torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)
     assert len(notices) == 1 and "Retrying with a limit of " in notices[0]
 

@@ -137,8 +137,8 @@ def test_a_cancel_is_heard_within_a_step_and_ranks_stay_warm(model, pair, denois
 
     (condition, _) = (dict(side) for side in conditions)
     condition.pop("latents")
-    with pytest.raises(Cancelled):  # of a step that would take half a minute or more
-        denoiser(torch.randn(1, 9, 8, 64, 64), time, [condition], progress=cancel)
+    with pytest.raises(Cancelled):  # of a step that would take ten seconds or more
+        denoiser(torch.randn(1, 9, 8, 40, 40), time, [condition], progress=cancel)
     velocities = denoiser(noise, time, conditions, progress=lambda *progress: seen.append(progress))
     torch.testing.assert_close(velocities, expected, atol=1e-5, rtol=1e-5)
     assert seen[-1] == (16, 16)

@@ -126,6 +126,7 @@ def test_decodes_from_several_threads_are_queued_and_two_groups_run_concurrently
         )
 
 
+@pytest.mark.alone
 def test_a_short_job_has_little_overhead(echoes):
     job = Echo(X)
     run(echoes, job)

@@ -96,7 +96,7 @@ def test_groups_on_a_host_reserve_different_ports_for_hccl(sockets):
 
 
 def test_ports_for_hccl_on_which_another_program_listens_are_skipped(sockets, monkeypatch):
-    first, second = 62000, 62064  # above the ephemeral ports of Linux
+    first, second = 65100, 65164  # above the ephemeral ports of Linux and the ports of groups of other tests
     monkeypatch.setattr(devices, "HCCL_PORTS", range(first, second + 1, 64))
     sockets(socket.create_server(("127.0.0.1", first + 5)))
     assert base_port(sockets(devices.reserve_ports("npu"))) == second
@@ -135,11 +135,15 @@ def wheel():
     folder = ROOT / ".cache" / "torch_npu"
     version = ".".join(torch.__version__.split(".")[:2])
     if not list(folder.glob(f"torch_npu-{version}*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command += ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--dest", str(folder)]
-        done = subprocess.run([*command, f"torch-npu=={version}.*"], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"torch-npu for torch {version} cannot be downloaded here: {done.stderr[-300:]}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as partial:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            command += ["--platform", "manylinux_2_28_x86_64", "--python-version", "3.11", "--dest", partial]
+            done = subprocess.run([*command, f"torch-npu=={version}.*"], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"torch-npu for torch {version} cannot be downloaded here: {done.stderr[-300:]}")
+            for file in Path(partial).iterdir():  # moved when it is complete: another test process may look for it
+                file.replace(folder / file.name)
     with zipfile.ZipFile(next(folder.glob(f"torch_npu-{version}*.whl"))) as file:
         yield file
 

@@ -38,7 +38,7 @@ while True:
 
 @pytest.fixture
 def stranger(request):
-    """A program of another account that connects to each new listening port on loopback."""
+    """A program of another account that connects to each new listening port on loopback, of whichever test."""
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if os.geteuid() or not python or not Path("/proc/net/tcp").exists():
         pytest.skip("needs root to become another account, a system's Python and Linux")
@@ -76,6 +76,7 @@ def test_ranks_with_the_same_key_connect(tmp_path):
     assert [line.split()[1] for line in connect_with_keys(tmp_path, ["key", "key"])] == ["connected"] * 2
 
 
+@pytest.mark.alone
 def test_ranks_with_different_keys_refuse_each_other_within_the_time_limit(tmp_path):
     for rank, line in enumerate(connect_with_keys(tmp_path, ["key", "another key"])):
         seconds, error = line.split(maxsplit=1)
@@ -110,6 +111,7 @@ def test_the_group_restarts_if_ranks_cannot_connect_for_a_further_process_group(
         assert {rank["pid"] for rank in before}.isdisjoint(rank["pid"] for rank in group.status()["ranks"])
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stranger", ["calls", "garbage"], indirect=True)
 def test_a_group_decodes_or_fails_while_another_account_connects_and_starts_afterwards(vae, stranger):
     """Another account can prevent a start. It cannot become a rank, and a later start succeeds."""
@@ -127,6 +129,7 @@ def test_a_group_decodes_or_fails_while_another_account_connects_and_starts_afte
         group.stop()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stranger", ["calls", "garbage"], indirect=True)
 def test_a_group_decodes_or_fails_in_time_if_another_account_connects_before_the_other_ranks(vae, stranger):
     """The ranks connect seconds after each other, so the program has enough time to connect in place of a rank."""
