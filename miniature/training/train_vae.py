@@ -10,6 +10,10 @@ A shape covers an eighth of the picture or less, so errors count more where a sh
 weight, shapes that move were blurred. Without the weight of tints and the permuted channels of some clips
 (`PERMUTED`), green became yellow and pink became grey in 4,500 steps: the colours of the footage and of the other
 shapes lie near a plane, and those two do not.
+
+The shortcuts of the downsampling layers pass means of neighbouring channels, in the end one value for all colours, so
+brightness comes to the latents by itself and colour does not. Therefore the first channels of the latents are trained
+to be the mean colours of blocks (`ANCHOR`).
 """
 
 import random
@@ -33,6 +37,9 @@ TINT = 1.0
 """Weight of the errors' differences between colour channels."""
 PERMUTED = 0.3
 """Part of the clips whose colour channels change places."""
+ANCHOR, BLOCK = 1.0, 8
+"""Weight of the squared difference between the first channels of the latents and the mean colours of blocks, and the
+side of these blocks in pixels."""
 LENGTHS = (17, 33)
 """Frames of the clips of the world that crops are cut from, so that shapes move as fast as in the transformer's."""
 
@@ -141,15 +148,27 @@ def losses(model: nn.Module, clips: Tensor, weights: Tensor, noise: Tensor) -> d
     changes = sum(weighted.diff(dim=axis).abs().mean() for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
     divergence = 0.5 * (mean.square() + logarithm.exp() - 1 - logarithm).mean()
     tint = weighted - weighted.mean(1, keepdim=True)
+    colours = block_colours(clips)
     loss = (
         weighted.abs().mean()
         + 4 * (weighted * error).mean()
         + TINT * (tint.abs().mean() + 4 * (tint * error).mean())
         + 0.25 * changes
         + 4e-3 * divergence
+        + ANCHOR * (mean[:, : colours.shape[1]] - colours).square().mean()
     )
     decibels = -10 * (error.detach().square().mean() / 4).log10()
     return {"loss": loss, "PSNR": decibels, "divergence": divergence}
+
+
+def block_colours(clips: Tensor) -> Tensor:
+    """Return the mean colours of blocks of BLOCK x BLOCK pixels in the frames of each latent frame, as channels.
+
+    clips: [batch, 3, 4 t - 3, 16 h, 16 w], t > 1. Result: [batch, 3 * (16 / BLOCK)^2, t, h, w].
+    """
+    first = F.avg_pool3d(clips[:, :, :1], (1, BLOCK, BLOCK))
+    others = F.avg_pool3d(clips[:, :, 1:], (4, BLOCK, BLOCK))
+    return F.pixel_unshuffle(torch.cat([first, others], dim=2).transpose(1, 2), 16 // BLOCK).transpose(1, 2)
 
 
 @torch.no_grad()

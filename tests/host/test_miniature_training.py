@@ -203,6 +203,28 @@ def test_a_wrong_colour_gives_a_larger_loss_than_a_wrong_brightness():
     assert colour > 1.5 * brightness
 
 
+def test_the_first_channels_of_latents_are_trained_to_be_the_mean_colours_of_blocks():
+    red = torch.tensor([1.0, -1.0, -1.0])[:, None, None, None]
+    clips = red.expand(3, 9, 32, 48)[None].clone()
+    clips[:, :, 5:, :8, 8:16] *= -1  # the second block of the last latent frame's first position
+    colours = train_vae.block_colours(clips)
+    expected = red.repeat_interleave(4, dim=0).expand(12, 3, 2, 3)[None].clone()
+    expected[:, 1::4, 2, 0, 0] *= -1
+    assert torch.equal(colours, expected)
+
+    class Holding(nn.Module):
+        """Encodes to given first channels, and decodes without an error."""
+
+        def __init__(self, channels: torch.Tensor) -> None:
+            super().__init__()
+            latents = torch.cat([channels, torch.zeros(1, 52, 3, 2, 3)], dim=1)
+            self.encoder, self.decoder = (lambda clips: latents), (lambda latents: clips)
+
+    weights, noise = torch.ones(1, 1, 9, 32, 48), train_vae.latent_noise(clips)
+    right, wrong = (train_vae.losses(Holding(x), clips, weights, noise)["loss"] for x in (colours, 0 * colours))
+    assert right < 0.01 < 0.9 < wrong
+
+
 def test_the_first_picture_is_given_of_clips_whose_place_the_caption_does_not_tell():
     shelf = Shelf(1.0, 400, 10, 5, (32, 32))
     clips = torch.arange(12.0)[:, None, None, None, None]  # ten of the world, two of the footage
