@@ -19,6 +19,8 @@ from set_up import ROOT, comfyui_path, find_chromium
 from web_ui import open_page
 
 sys.path.insert(0, str(ROOT))
+from miniature.training.report import picture
+
 TARGET = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
 SIZE = "720x1280x121"
@@ -210,16 +212,16 @@ def seam_sheet(
     draw.font = ImageFont.load_default(20)
     for index, (title, row, frame) in enumerate(zip(titles, figures, frames, strict=True)):
         x = index * (width + gap)
-        picture, scale = to_image(frame), width / frame.shape[1]
-        sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, tops[0]))
-        part = picture.crop((left, top, left + columns, top + rows))
+        image, scale = picture(frame), width / frame.shape[1]
+        sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (x, tops[0]))
+        part = image.crop((left, top, left + columns, top + rows))
         sheet.paste(part.resize((width, rows * zoom), Image.Resampling.NEAREST), (x, tops[1]))
         corners = [(left, top), (left + columns, top + rows)]
         draw.rectangle([(x + a * scale, tops[0] + b * scale) for a, b in corners], outline="white", width=2)
         lines = [title]
         if index:
             levels = SHOWN * (frame - untiled).abs().amax(-1, keepdim=True)
-            difference = to_image(levels.clamp(0, 1).expand_as(frame))
+            difference = picture(levels.clamp(0, 1).expand_as(frame))
             sheet.paste(difference.resize((width, height), Image.Resampling.BOX), (x, tops[2]))
             for name, of in (("untiled decode", "untiled"), ("original", "original")):
                 decibels = row[f"psnr_{of}"]
@@ -234,11 +236,6 @@ def seam_sheet(
             draw.multiline_text((x + 4, tops[2] + 4), note, "black", spacing=6)
         draw.multiline_text((x + 4, 4), "\n".join(lines), "black", spacing=6)
     return sheet
-
-
-def to_image(frame: torch.Tensor) -> Image.Image:
-    """Return a frame [height, width, 3] from 0 to 1 as a picture."""
-    return Image.fromarray((255 * frame).round().to(torch.uint8).numpy())
 
 
 if __name__ == "__main__":

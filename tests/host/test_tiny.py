@@ -11,6 +11,7 @@ from diffusers import HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
 from safetensors.torch import load_file
 
 from miniature import footage, measure, parts
+from miniature.folder import ensure_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = {"t2v": HunyuanVideo15Pipeline, "i2v": HunyuanVideo15ImageToVideoPipeline}
@@ -118,8 +119,6 @@ def test_a_failure_leaves_nothing_behind(monkeypatch, tmp_path):
         raise RuntimeError("no")
 
     monkeypatch.setattr(parts, "pipeline", fail)
-    from miniature.folder import ensure_folder
-
     with pytest.raises(RuntimeError):
         ensure_folder("t2v", tmp_path)
     assert list(tmp_path.iterdir()) == []
