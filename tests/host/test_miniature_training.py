@@ -269,7 +269,7 @@ def test_the_loss_falls_when_the_clips_are_reconstructed_better():
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     values = []
     with train_vae.training_forms():
-        for _ in range(12):
+        for _ in range(24):
             figures = train_vae.losses(vae, clips, torch.ones_like(clips[:, :1]), train_vae.latent_noise(clips))
             optimizer.zero_grad()
             figures["loss"].backward()
