@@ -33,6 +33,6 @@ test: setup
 bench: setup
 	$(BIN)/python -m benchmarks.decode
 
-# The long forms of the reliability tests; `make test` runs short ones.
+# The long forms of tests of which `make test` runs short ones.
 soak: setup
-	HV15_SOAK=1 $(BIN)/python -m pytest tests/ranks/test_soak.py -s --timeout 3600
+	HV15_SOAK=1 $(BIN)/python -m pytest tests/ranks/test_soak.py tests/host/test_tiny.py -s --timeout 3600

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-VERSION = 3
+VERSION = 4
 """Part of the folder's name. Increase it when the weights change."""
 
 

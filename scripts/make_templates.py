@@ -37,7 +37,7 @@ VIDEOS = {
     ),
     "ComfyUI text to video on several GPUs": (
         "text_to_video",
-        {"text": {"positive": "a big rabbit comes out of its burrow in a green meadow"}, "sampler": {"seed": 2}},
+        {"text": {"positive": "a pink star moves right in front of a night sky"}, "sampler": {"seed": 2}},
     ),
     "ComfyUI image to video on several GPUs": (
         "image_to_video",

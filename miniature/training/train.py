@@ -6,9 +6,9 @@ It needs one GPU with 24 GB or more, PyTorch, diffusers, transformers, PyAV and 
 from which it reads one clip. It downloads nothing. Without a GPU it runs on the CPU, which is fast enough for --check
 only. The stages, with their parts of the time:
 
-1. vae (45 %): trains the VAE on the clip and on a rendered world. Writes vae.safetensors and settings.json.
-2. transformer (45 %): encodes a data set, trains the transformer. Writes transformer.safetensors.
-3. report (10 % on an H100): measures reconstruction and prompt following. Writes report.json and pictures.
+1. vae (50 %): trains the VAE on the clip and on a rendered world. Writes vae.safetensors and settings.json.
+2. transformer (40 %): encodes a data set, trains the transformer. Writes transformer.safetensors.
+3. report (10 %): measures reconstruction and prompt following. Writes report.json and pictures.
 
 A stage whose files exist is skipped, and one that was interrupted continues at its last checkpoint. --stage runs one
 stage alone, for machines that limit the length of a command. --check runs two steps of each stage with minute sizes, to
@@ -29,7 +29,7 @@ from .. import footage, parts
 from . import report, train_transformer, train_vae
 from .recipe import CHECK, Recipe
 
-STAGES = {"vae": 0.45, "transformer": 0.45, "report": 0.10}
+STAGES = {"vae": 0.5, "transformer": 0.4, "report": 0.1}
 """The stages in their order, and their parts of the time."""
 FILES = {"vae": parts.VAE_FILE, "transformer": parts.TRANSFORMER_FILE, "report": "report.json"}
 

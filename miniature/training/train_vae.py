@@ -14,6 +14,9 @@ shapes lie near a plane, and those two do not.
 The shortcuts of the downsampling layers pass means of neighbouring channels, in the end one value for all colours, so
 brightness comes to the latents by itself and colour does not. Therefore the first channels of the latents are trained
 to be the mean colours of blocks (`ANCHOR`).
+
+In the last part of the time the decoder is trained alone, for the squared error of pixels, mostly on the footage. The
+latents do not change by that.
 """
 
 import random
@@ -40,6 +43,9 @@ PERMUTED = 0.3
 ANCHOR, BLOCK = 1.0, 8
 """Weight of the squared difference between the first channels of the latents and the mean colours of blocks, and the
 side of these blocks in pixels."""
+CONTRAST = 2.0
+"""Factor of these mean colours in the latents. Colours from -1 to 1 have a standard deviation of 0.4, and the other
+channels have up to 1. With this factor the colours are no longer the part of a latent that noise hides first."""
 LENGTHS = (17, 33)
 """Frames of the clips of the world that crops are cut from, so that shapes move as fast as in the transformer's."""
 
@@ -48,8 +54,8 @@ class Film:
     """Copies of the footage in several sizes on the device, and clips from it and from the world."""
 
     def __init__(self, original: Tensor, sizes: tuple[tuple[int, int], ...], device: torch.device) -> None:
-        self.copies = [footage.resized(original.to(device), *size) for size in sizes]
-        self.device = device
+        self.original, self.device = original.to(device), device
+        self.copies = [footage.resized(self.original, *size) for size in sizes]
 
     def clip(self, crops: Crops, share: float, source: random.Random) -> tuple[Tensor, Tensor]:
         """Return a random clip [3, frames, height, width], from -1 to 1, and the weights of its errors.
@@ -90,38 +96,71 @@ def train(recipe: Recipe, seconds: float, original: Tensor, folder: Path, device
     torch.manual_seed(recipe.seed)
     film = Film(original, recipe.footage_sizes, device)
     model = channels_last(parts.new_vae(**recipe.vae).to(device))
-    judged = footage.resized(original[:, :5].to(device), *recipe.judged_size)[None].float() / 127.5 - 1
-
-    def draw(number: int) -> tuple[Tensor, ...]:
-        source = random.Random(f"{recipe.seed} vae {number}")
-        (crops,) = source.choices(recipe.crops, [crops.share for crops in recipe.crops])
-        clips = [film.clip(crops, recipe.footage_in_vae, source) for _ in range(crops.batch)]
-        weights = torch.stack([weights for _, weights in clips])
-        clips = torch.stack([permuted(pixels, source) for pixels, _ in clips])
-        generator = torch.Generator(device).manual_seed(source.getrandbits(62))
-        return clips, weights, latent_noise(clips, generator)
-
-    def evaluate(averaged: nn.Module) -> str:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            decoded = averaged.decoder(averaged.encoder(judged).chunk(2, 1)[0])
-        value = measure.psnr(parts.frames_of(decoded), parts.frames_of(judged))
-        return f"Whole frames of {recipe.judged_size[1]}x{recipe.judged_size[0]}: {value:.2f} dB"
-
-    schedule = Schedule(seconds, recipe.vae_rate, recipe.most_steps)
     with training_forms():
         averaged, figures = fit(
-            "vae", model, draw, lambda *inputs: losses(model, *inputs), schedule, folder, log, evaluate
+            "vae",
+            model,
+            lambda number: draw(film, recipe.crops, recipe.footage_in_vae, PERMUTED, f"{recipe.seed} vae {number}"),
+            lambda *inputs: losses(model, *inputs),
+            Schedule(seconds * (1 - recipe.decoder_alone), recipe.vae_rate, recipe.most_steps),
+            folder,
+            log,
+            lambda averaged: judge(film, recipe, averaged.encoder, averaged.decoder),
         )
+        figures_alone = train_decoder(averaged, recipe, seconds * recipe.decoder_alone, film, folder, log)
         factor = 1 / spread(averaged, film, recipe)
     parts.save_weights(averaged, folder / parts.VAE_FILE)
     parts.save_settings(folder, vae=recipe.vae | {"scaling_factor": round(factor, 5)})
     log(f"vae: scaling factor {factor:.5f}")
-    return figures | {"scaling_factor": factor}
+    return figures | {"decoder alone": figures_alone, "scaling_factor": factor}
 
 
-def permuted(pixels: Tensor, source: random.Random) -> Tensor:
+def train_decoder(
+    vae: nn.Module, recipe: Recipe, seconds: float, film: Film, folder: Path, log: Callable
+) -> dict[str, float]:
+    """Train the decoder alone, exchange it in the VAE, and return what was measured. Needs `training_forms`."""
+    decoder = vae.decoder.requires_grad_()
+    vae.decoder, figures = fit(
+        "decoder",
+        decoder,
+        lambda number: draw(film, recipe.decoder_crops, recipe.footage_in_decoder, 0, f"{recipe.seed} {number}"),
+        lambda *inputs: decoder_losses(vae.encoder, decoder, *inputs),
+        Schedule(seconds, recipe.vae_rate, recipe.most_steps),
+        folder,
+        log,
+        lambda averaged: judge(film, recipe, vae.encoder, averaged),
+    )
+    return figures
+
+
+def judge(film: Film, recipe: Recipe, encoder: nn.Module, decoder: nn.Module) -> str:
+    """Return how well both reconstruct the first frames of the footage, in words."""
+    pixels = footage.resized(film.original[:, :5], *recipe.judged_size)[None].float() / 127.5 - 1
+    with torch.no_grad(), torch.autocast(film.device.type, torch.bfloat16):
+        decoded = decoder(encoder(pixels).chunk(2, 1)[0])
+    value = measure.psnr(parts.frames_of(decoded), parts.frames_of(pixels))
+    return f"Whole frames of {recipe.judged_size[1]}x{recipe.judged_size[0]}: {value:.2f} dB"
+
+
+def draw(
+    film: Film, sizes: tuple[Crops, ...], of_footage: float, of_permuted: float, seed: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a random batch of clips, the weights of their errors, and noise for their latents.
+
+    of_footage, of_permuted: the parts of the clips that are of the footage, and whose colour channels change places.
+    """
+    source = random.Random(seed)
+    (crops,) = source.choices(sizes, [crops.share for crops in sizes])
+    clips = [film.clip(crops, of_footage, source) for _ in range(crops.batch)]
+    weights = torch.stack([weights for _, weights in clips])
+    clips = torch.stack([permuted(pixels, of_permuted, source) for pixels, _ in clips])
+    generator = torch.Generator(film.device).manual_seed(source.getrandbits(62))
+    return clips, weights, latent_noise(clips, generator)
+
+
+def permuted(pixels: Tensor, probability: float, source: random.Random) -> Tensor:
     """Return the clip, sometimes with its colour channels in another order."""
-    if source.random() >= PERMUTED:
+    if source.random() >= probability:
         return pixels
     return torch.stack([pixels[channel] for channel in source.sample(range(3), 3)])
 
@@ -139,10 +178,8 @@ def losses(model: nn.Module, clips: Tensor, weights: Tensor, noise: Tensor) -> d
     weights: of the errors of pixels, [batch, 1, frames, height, width]. noise: normal, of the size of the latents.
     """
     with torch.autocast(clips.device.type, torch.bfloat16):
-        mean, logarithm = model.encoder(clips).float().chunk(2, 1)
-        logarithm = logarithm.clamp(-30, 20)
-        latents = mean + (0.5 * logarithm).exp() * noise
-        decoded = model.decoder(latents.bfloat16())  # so that the whole decoder computes in bf16
+        mean, logarithm = encoded(model.encoder, clips)
+        decoded = model.decoder((mean + (0.5 * logarithm).exp() * noise).bfloat16())
     error = decoded.float() - clips
     weighted = error * weights
     changes = sum(weighted.diff(dim=axis).abs().mean() for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
@@ -155,10 +192,32 @@ def losses(model: nn.Module, clips: Tensor, weights: Tensor, noise: Tensor) -> d
         + TINT * (tint.abs().mean() + 4 * (tint * error).mean())
         + 0.25 * changes
         + 4e-3 * divergence
-        + ANCHOR * (mean[:, : colours.shape[1]] - colours).square().mean()
+        + ANCHOR * (mean[:, : colours.shape[1]] - CONTRAST * colours).square().mean()
     )
-    decibels = -10 * (error.detach().square().mean() / 4).log10()
-    return {"loss": loss, "PSNR": decibels, "divergence": divergence}
+    return {"loss": loss, "PSNR": decibels(error), "divergence": divergence}
+
+
+def decoder_losses(
+    encoder: nn.Module, decoder: nn.Module, clips: Tensor, weights: Tensor, noise: Tensor
+) -> dict[str, Tensor]:
+    """Return the loss of the decoder alone, which is the weighted squared error. The inputs are those of `losses`."""
+    with torch.autocast(clips.device.type, torch.bfloat16):
+        with torch.no_grad():
+            mean, logarithm = encoded(encoder, clips)
+        decoded = decoder((mean + (0.5 * logarithm).exp() * noise).bfloat16())
+    error = decoded.float() - clips
+    return {"loss": (weights * error.square()).mean(), "PSNR": decibels(error)}
+
+
+def encoded(encoder: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of the clips' latents and the logarithm of their variance, in float32."""
+    mean, logarithm = encoder(clips).float().chunk(2, 1)
+    return mean, logarithm.clamp(-30, 20)
+
+
+def decibels(error: Tensor) -> Tensor:
+    """Return the PSNR of pixels from -1 to 1."""
+    return -10 * (error.detach().square().mean() / 4).log10()
 
 
 def block_colours(clips: Tensor) -> Tensor:

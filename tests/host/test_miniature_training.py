@@ -182,7 +182,7 @@ def test_a_larger_error_of_the_shape_gives_a_larger_loss():
 def test_some_clips_have_their_colour_channels_permuted():
     pixels = torch.tensor([1.0, 2.0, 3.0])[:, None, None, None].expand(3, 5, 4, 6)
     source = random.Random(0)
-    orders = [tuple(train_vae.permuted(pixels, source)[:, 0, 0, 0].tolist()) for _ in range(300)]
+    orders = [tuple(train_vae.permuted(pixels, 0.3, source)[:, 0, 0, 0].tolist()) for _ in range(300)]
     assert len(set(orders)) == 6 and orders.count((1.0, 2.0, 3.0)) > 180
 
 
@@ -221,8 +221,24 @@ def test_the_first_channels_of_latents_are_trained_to_be_the_mean_colours_of_blo
             self.encoder, self.decoder = (lambda clips: latents), (lambda latents: clips)
 
     weights, noise = torch.ones(1, 1, 9, 32, 48), train_vae.latent_noise(clips)
+    colours = train_vae.CONTRAST * colours
     right, wrong = (train_vae.losses(Holding(x), clips, weights, noise)["loss"] for x in (colours, 0 * colours))
     assert right < 0.01 < 0.9 < wrong
+
+
+def test_the_decoder_alone_is_trained_without_a_change_of_the_encoder():
+    torch.manual_seed(0)
+    vae = parts.new_vae(**CHECK.vae)
+    clips = world.render(world.Clip("circle", "red", "still"), 5, 32, 48)[None] * 2 - 1
+    weights, noise = torch.ones_like(clips[:, :1]), train_vae.latent_noise(clips)
+    with train_vae.training_forms():
+        plain, doubled = (
+            train_vae.decoder_losses(vae.encoder, vae.decoder, clips, factor * weights, noise) for factor in (1, 2)
+        )
+        plain["loss"].backward()
+    assert doubled["loss"] == 2 * plain["loss"] and doubled["PSNR"] == plain["PSNR"]
+    assert all(weight.grad is None for weight in vae.encoder.parameters())
+    assert sum(float(weight.grad.abs().sum()) for weight in vae.decoder.parameters() if weight.grad is not None) > 0
 
 
 def test_the_first_picture_is_given_of_clips_whose_place_the_caption_does_not_tell():
