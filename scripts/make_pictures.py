@@ -1,6 +1,6 @@
-"""Write the README's pictures to docs/pictures/: the graph during a decode, the timings, and the seams of tiles.
+"""Write the README's pictures to docs/pictures/: graphs at work, the timings, the seams of tiles, and prompts.
 
-Run it with `.venv/bin/python scripts/make_pictures.py` after `make browser`, when one of the three has changed.
+Run it with `.venv/bin/python scripts/make_pictures.py` after `make browser`, when one of them has changed.
 """
 
 import json
@@ -19,7 +19,9 @@ from set_up import ROOT, comfyui_path, find_chromium
 from web_ui import open_page
 
 sys.path.insert(0, str(ROOT))
-from miniature.training.report import picture
+from miniature import footage, parts
+from miniature.training.recipe import Recipe
+from miniature.training.report import Studio, picture
 
 TARGET = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,6 +34,15 @@ SETTINGS = {
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
+SHOWN_PROMPTS = (
+    footage.CAPTIONS[0],
+    "a pink star moves right in front of a night sky",
+    "a yellow circle moves left in front of a dark sea",
+    "a blue square moves right in front of a brick wall",
+    "a green triangle moves up in front of a wooden floor",
+    'a white cross stands still in front of a grey road with the letter "K"',
+)
+"""One of Big Buck Bunny and five of the world of shapes."""
 SHOWN = 20
 """Amplification of differences: white is a difference of 255 / 20 levels or more."""
 
@@ -40,6 +51,7 @@ def main() -> None:
     TARGET.mkdir(parents=True, exist_ok=True)
     (TARGET / "speed.svg").write_text(speed())
     seams().save(TARGET / "seams.png", optimize=True)
+    prompts().save(TARGET / "prompts.png", optimize=True)
     graph(TARGET / "graph.png")
     core_graph(TARGET / "core_graph.png")
 
@@ -235,6 +247,24 @@ def seam_sheet(
             )
             draw.multiline_text((x + 4, tops[2] + 4), note, "black", spacing=6)
         draw.multiline_text((x + 4, 4), "\n".join(lines), "black", spacing=6)
+    return sheet
+
+
+def prompts() -> Image.Image:
+    """Return frames of a video of the miniature for each of `SHOWN_PROMPTS`, in two columns, with the prompt above."""
+    studio = Studio(parts.WEIGHTS, "t2v", Recipe(), torch.device("cpu"))
+    text, gap, shown = 26, 8, (0, 5, 11, 16)
+    height, width = studio.shelf.size
+    cell = (width // 2 * len(shown), height // 2 + text)
+    rows = len(SHOWN_PROMPTS) // 2
+    sheet = Image.new("RGB", (2 * cell[0] + gap, rows * (cell[1] + gap) - gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.font = ImageFont.load_default(15)
+    for index, prompt in enumerate(SHOWN_PROMPTS):
+        x, y = index % 2 * (cell[0] + gap), index // 2 * (cell[1] + gap)
+        strip = picture(torch.cat(list(studio.video(prompt, 1, parts.GUIDANCE)[list(shown)]), dim=1))
+        sheet.paste(strip.resize((cell[0], cell[1] - text), Image.Resampling.LANCZOS), (x, y + text))
+        draw.text((x + 2, y + 3), prompt, "black")
     return sheet
 
 
