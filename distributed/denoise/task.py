@@ -85,6 +85,7 @@ class DenoiseTask:
         Raises NotLoaded, Cancelled.
         """
         if "key" in fields:
+            self.conditions.pop(fields["key"], None)  # it comes last also if it was here
             self.conditions[fields["key"]] = {name: tensor.clone() for name, tensor in tensors.items()}
             for oldest in list(self.conditions)[:-KEPT]:
                 del self.conditions[oldest]

@@ -85,6 +85,17 @@ def test_conditions_that_were_not_sent_or_are_long_ago_are_asked_for(model, chec
     task.load(fields[1], {}, JobWatch())
 
 
+def test_the_oldest_conditions_and_new_ones_can_be_those_of_one_step(model, checkpoint, task):
+    inputs = [make_inputs(model, seed=seed) for seed in range(KEPT + 1)]
+    steps = [[one.pop(name) for name in ("hidden_states", "timestep", "timestep_r")] for one in inputs]
+    latents, timestep, timestep_r = steps[0]
+    conditions = [Conditions.make(checkpoint, **one) for one in inputs]
+    for first, second in ((0, 1), (2, 3), (0, 4)):
+        pair = [conditions[first], conditions[second]]
+        run(task, DenoiseJob.make(checkpoint, latents, timestep, pair, timestep_r))
+    assert list(task.conditions) == [conditions[i].key for i in (2, 3, 0, 4)]
+
+
 def test_a_release_keeps_conditions_and_nothing_else(model, checkpoint, task):
     job, _ = make_job(model, checkpoint)
     run(task, job)
