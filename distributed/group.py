@@ -83,7 +83,7 @@ class RankGroup:
         self._weights: WeightSource | None = None
         """The last weights that were passed in memory."""
         self._yield_memory = threading.Event()
-        """Set while `release` is waiting: it ends preloading."""
+        """Set while `release` or `finish` is waiting: it ends preloading."""
         self.decoded = False
         """Whether a job may have left data on the devices. If not, the ranks hold preloaded weights or nothing."""
 
@@ -227,9 +227,13 @@ class RankGroup:
             return filled
 
     def finish(self) -> None:
-        """Apply `keep_loaded` after a series of jobs, such as the steps of a sampler."""
-        with self._turns:
-            self._after()
+        """Apply `keep_loaded` after a series of jobs, such as the steps of a sampler.
+
+        Unless it is "keep", this waits for the current job and ends preloading.
+        """
+        if self.keep_loaded != "keep":
+            with self._turn_after_preload():
+                self._after()
 
     def cancel(self) -> None:
         """Cancel the current job and all queued jobs: they raise Cancelled within a step. The ranks keep running."""
@@ -241,9 +245,7 @@ class RankGroup:
 
         Waits for the current job, so its callbacks must not call this method. Ends preloading.
         """
-        self._yield_memory.set()
-        with self._turns:
-            self._yield_memory.clear()
+        with self._turn_after_preload():
             self._release()
 
     def stop(self) -> None:
@@ -314,6 +316,14 @@ class RankGroup:
                 self._turns.release()
         finally:
             self._callers.discard(caller)
+
+    @contextlib.contextmanager
+    def _turn_after_preload(self) -> Iterator[None]:
+        """Wait for the current job. A preload ends early."""
+        self._yield_memory.set()
+        with self._turns:
+            self._yield_memory.clear()
+            yield
 
     def _share(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, SharedTensor], dict[str, Tensor]]:
         """Copy inputs to shared memory, which stays allocated as long as the returned tensors exist."""

@@ -306,6 +306,16 @@ def test_a_group_that_is_stopped_before_its_preload_stays_stopped(vae):
     assert group.status()["state"] == "stopped"
 
 
+@pytest.mark.parametrize(("keep", "state"), [("keep", "starting"), ("release", "starting"), ("stop", "stopped")])
+def test_the_end_of_a_series_does_not_wait_for_a_preload(vae, keep, state):
+    group = RankGroup(["cpu"], keep_loaded=keep)
+    group.preload(vae)
+    assert until(group._turns.locked, 10)
+    group.finish()
+    assert group.status()["state"] == state
+    group.stop()
+
+
 def test_a_cancel_during_a_start_ends_the_job_at_once_and_the_group_starts():
     group = RankGroup(devices=["cpu", "cpu"], worker=ECHO)
     with pytest.raises(Cancelled):
