@@ -120,9 +120,11 @@ class Forward:
         """Return the prediction of one branch, [B, C, t, h, w]."""
         branch = self._branch(key, parts)
         ahead, self._ahead = self._ahead, None
-        if self._last is not None and self._last[0] != key and self._last[1].equals(moment):
-            self._follows[self._last[0]] = key
-        self._last = key, moment
+        last, self._last = self._last, (key, moment)
+        if last is not None and last[0] != key and last[1].equals(moment):
+            self._follows[last[0]] = key
+        elif ahead is not None:  # it was not asked for: guidance has ended, or pauses
+            del self._follows[last[0]]
         if ahead is not None and ahead[0] is branch and ahead[1].equals(moment):
             return ahead[2]
         following = self._branches.get(self._follows.get(key))

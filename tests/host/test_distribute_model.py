@@ -127,6 +127,24 @@ def test_no_guidance_is_one_branch(model, distribute, jobs):
     assert jobs == [1] * 4
 
 
+def test_guidance_that_ends_within_a_sampling_leaves_one_branch(model, distribute, jobs):
+    import comfy.samplers
+
+    class EarlyGuider(comfy.samplers.CFGGuider):
+        def __init__(self, model):
+            super().__init__(model)
+            self.set_conds(POSITIVE, SHORT)
+            self.scales = iter([6.0, 6.0, 1.0, 1.0, 1.0, 6.0])
+
+        def predict_noise(self, *args, **options):
+            self.set_cfg(next(self.scales))
+            return super().predict_noise(*args, **options)
+
+    assert_same(custom_sample(EarlyGuider(distribute(model)), steps=6), custom_sample(EarlyGuider(model), steps=6))
+    # The first step without guidance computes one branch in vain.
+    assert jobs == [1, 1, 2, 2, 1, 1, 1, 1]
+
+
 def test_two_videos_at_once(model, distribute):
     positive, negative = conditioning(1, videos=2), conditioning(2, videos=2)
     for other in (negative, SHORT):
