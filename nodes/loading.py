@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..distributed.denoise.upload import Uploads
 from ..distributed.ranks.devices import Device
-from ..distributed.vae.checkpoint import open_checkpoint
+from ..distributed.safetensors_files import identity_of
 from . import libraries, sockets
 from .model_lists import TINY, diffusers_folders, model_folder
 from .pipeline_folder import PIPELINES, check_folder
@@ -226,8 +226,10 @@ class LoadPipeline(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model: str, dtype: str, offload: str) -> str:
-        """A model whose VAE has changed is loaded anew."""
-        return open_checkpoint(model_folder(model)).identity
+        """Return the identity of the model's files, so that a changed model is loaded again."""
+        folder = model_folder(model)
+        files = (path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.is_file())
+        return identity_of(tuple(sorted(files)))
 
     @classmethod
     def execute(cls, model: str, dtype: str, offload: str) -> io.NodeOutput:

@@ -175,6 +175,15 @@ def test_folders_of_models_diffusers_are_listed_and_loaded(pack, tiny_folders, m
         pack.loading.LoadPipeline.execute("gone", "auto", "model")
 
 
+@pytest.mark.parametrize("file", ["transformer/config.json", "text_encoder/model.safetensors", "model_index.json"])
+def test_a_model_with_a_changed_file_is_loaded_again(pack, folder, monkeypatch, file):
+    monkeypatch.setattr(pack.loading, "model_folder", lambda name: folder)
+    before = pack.loading.LoadPipeline.fingerprint_inputs("Model", "auto", "model")
+    assert pack.loading.LoadPipeline.fingerprint_inputs("Model", "auto", "model") == before
+    (folder / file).write_bytes((folder / file).read_bytes() + b"\n")
+    assert pack.loading.LoadPipeline.fingerprint_inputs("Model", "auto", "model") != before
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
 def test_all_components_have_the_chosen_dtype(pack, name):
     pipeline, vae = pack.loading.LoadPipeline.execute("tiny (built in)", name, "none").result
