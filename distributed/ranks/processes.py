@@ -124,6 +124,10 @@ class RankProcesses:
     def _not_ready(self) -> list[RankStatus]:
         return [record for record in self.records if record.state is not RankState.READY]
 
+    def _not_failed(self) -> list[RankStatus]:
+        """Return the ranks that have not failed. One may have failed a moment ago."""
+        return [record for record in self.records if record.state is not RankState.FAILED]
+
     def send(self, message: Message) -> None:
         """Send the same message to every rank. Raises ValueError if it cannot be encoded."""
         self.send_frame(encode(message))
@@ -140,7 +144,7 @@ class RankProcesses:
     def release(self, seconds: float) -> None:
         """Free the device memory of all ranks, which must be ready. If this takes longer than `seconds`, they break."""
         with self.changed:
-            for record in self.records:
+            for record in self._not_failed():
                 record.move(RankState.RELEASING)
         self._on_change()
         self.send(Release())
@@ -149,9 +153,8 @@ class RankProcesses:
     def begin(self, job: int, state: RankState) -> None:
         """Start a new job: answers and progress now refer to it."""
         with self.changed:
-            for record in self.records:
-                if record.state is not RankState.FAILED:  # the ranks may have broken a moment ago
-                    record.begin(job, state)
+            for record in self._not_failed():
+                record.begin(job, state)
 
     def give_up(self, reason: str, record: RankStatus | None = None) -> None:
         """Mark the ranks as `broken`, for this reason. Threads that wait for them or send to them are woken.

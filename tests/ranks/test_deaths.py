@@ -113,6 +113,19 @@ def test_a_process_that_dies_while_idle_is_replaced_without_a_call(echoes):
     run(echoes, Echo(X))
 
 
+def test_a_release_at_the_moment_when_a_process_dies_raises_nothing(echoes, monkeypatch):
+    run(echoes, Echo(X))
+    ranks = echoes._supervisor.ranks
+
+    def release() -> None:
+        monkeypatch.undo()
+        echoes.release()
+
+    monkeypatch.setattr(ranks, "_remember_family", release)  # the ranks have broken; the group does not know it yet
+    ranks.give_up("rank 1 was killed", ranks.records[1])
+    run(echoes, Echo(X))
+
+
 def test_a_process_that_dies_before_its_first_job_is_replaced_only_once():
     states = []
     group = RankGroup(["cpu"], worker=ECHO)
