@@ -77,10 +77,10 @@ def open_transformer(path: str | os.PathLike) -> TransformerCheckpoint:
         _check_scales(files, {key: shapes[key] for key in scales}, name)
     shapes, dtypes = ({new: found[key] for new, key in names.items()} for found in (shapes, dtypes))
     if layout == "diffusers":
-        folder = part_folder(path, "transformer") if path.is_dir() else path.parent
-        if not (folder / "config.json").is_file():
+        config = (part_folder(path, "transformer") if path.is_dir() else path.parent) / "config.json"
+        if not config.is_file():
             raise CheckpointError(f"{name} is in diffusers' layout and has no config.json beside it.")
-        architecture = architecture_of_config(read_json(folder / "config.json"), name)
+        architecture = architecture_of_config(read_json(config), name)
         if architecture.layers + architecture.refiner_layers > len(shapes):
             raise CheckpointError(
                 f"{name} is not a complete HunyuanVideo-1.5 transformer: its config asks for {architecture.layers} and "
@@ -92,7 +92,8 @@ def open_transformer(path: str | os.PathLike) -> TransformerCheckpoint:
         (architecture.shapes(), DTYPES) if layout == "diffusers" else (core_shapes(architecture, layout), ALL_DTYPES)
     )
     _refuse(problems(expected, shapes, dtypes, usable), name)
-    return TransformerCheckpoint(path, files, layout, architecture, identity_of(files))
+    identity = identity_of((*files, config) if layout == "diffusers" else files)
+    return TransformerCheckpoint(path, files, layout, architecture, identity)
 
 
 def architecture_of_core(shapes: Mapping[str, tuple[int, ...]], name: str) -> Architecture:

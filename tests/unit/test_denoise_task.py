@@ -1,5 +1,7 @@
 """A rank's task, alone in this process: what it keeps, and where its weights are."""
 
+import json
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def make_job(model, checkpoint, *, memory=None, **options):
     """A step, and what diffusers' forward makes of it."""
     inputs = make_inputs(model, **options)
     expected = model(**inputs, return_dict=False)[0]
-    latents, times = inputs.pop("hidden_states"), [inputs.pop(name) for name in ("timestep", "timestep_r")]
+    latents, times = inputs.pop("hidden_states"), [inputs.pop(name, None) for name in ("timestep", "timestep_r")]
     conditions = Conditions.make(checkpoint, **inputs)
     return DenoiseJob.make(checkpoint, latents, times[0], [conditions], times[1], memory), expected
 
@@ -94,6 +96,16 @@ def test_the_oldest_conditions_and_new_ones_can_be_those_of_one_step(model, chec
         pair = [conditions[first], conditions[second]]
         run(task, DenoiseJob.make(checkpoint, latents, timestep, pair, timestep_r))
     assert list(task.conditions) == [conditions[i].key for i in (2, 3, 0, 4)]
+
+
+def test_weights_are_loaded_again_when_only_their_config_has_changed(task, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    before, _ = make_job(make_model(), open_transformer(tmp_path))
+    run(task, before)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 16.0}))
+    job, expected = make_job(make_model(rope_theta=16.0), open_transformer(tmp_path))
+    torch.testing.assert_close(run(task, job), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_release_keeps_conditions_and_nothing_else(model, checkpoint, task):
