@@ -7,6 +7,7 @@ import contextlib
 import uuid
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
@@ -19,12 +20,15 @@ from ..distributed.denoise.handover import SharedTransformer, share_transformer
 from ..distributed.denoise.patches import Patch, Patches
 from ..distributed.denoise.weights import TransformerCheckpoint, architecture_of_core, open_transformer
 from ..distributed.errors import CheckpointError
+from .sources import inode_of
 
 NETWORK = "diffusion_model."
 """Prefix of the network's keys in a MODEL."""
 KEPT_PATCHES = 2
 """Number of sets of patches that are kept per model, so that two strengths can be compared without a new transfer."""
 
+_inodes: "weakref.WeakKeyDictionary[nn.Module, tuple[int, int] | None]" = weakref.WeakKeyDictionary()
+"""For each model, which file it was loaded from."""
 _shared: "weakref.WeakKeyDictionary[nn.Module, SharedTransformer]" = weakref.WeakKeyDictionary()
 _patches: "weakref.WeakKeyDictionary[nn.Module, dict[object, Patches]]" = weakref.WeakKeyDictionary()
 
@@ -48,13 +52,22 @@ def check_model(patcher: object) -> None:
 
 
 def file_of(patcher: comfy.model_patcher.ModelPatcher) -> str | None:
-    """Return the file that a MODEL's weights were loaded from unchanged, if ComfyUI keeps it (since 0.33)."""
+    """Return the file that a MODEL's weights were loaded from unchanged, if ComfyUI keeps it (since 0.33).
+
+    None if another file has replaced it since the first call for this model.
+    """
     loader, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
     name = getattr(loader, "__name__", "")
     if name == "load_diffusion_model":
         path, options = arguments
-        return None if options.get("dtype") is not None else path
-    return arguments[0] if name == "load_checkpoint_guess_config" else None
+        if options.get("dtype") is not None:
+            return None
+    elif name == "load_checkpoint_guess_config":
+        path = arguments[0]
+    else:
+        return None
+    inode = inode_of(Path(path))
+    return path if _inodes.setdefault(patcher.model, inode) == inode else None
 
 
 def checkpoint_of(patcher: comfy.model_patcher.ModelPatcher) -> TransformerCheckpoint:

@@ -22,7 +22,7 @@ from ..distributed.denoise.denoiser import Denoiser
 from ..distributed.denoise.job import Conditions
 from .core_limits import reason_to_stay
 from .core_sampling import Forward
-from .core_weights import check_model, checkpoint_of, network_of, patches_of
+from .core_weights import check_model, checkpoint_of, file_of, network_of, patches_of
 from .groups import GroupDescription, end_neighbours, group_in_use
 from .libraries import check_transformer
 from .memory import limit_in_bytes, make_room, memory_limit
@@ -166,6 +166,7 @@ class DistributeModel(io.ComfyNode):
     def execute(cls, model: object, rank_group: GroupDescription | None = None, memory: float = 0.0) -> io.NodeOutput:
         limit = limit_in_bytes(memory)
         check_model(model)
+        file_of(model)  # while it is still the file that was loaded
         check_transformer()
         with group_in_use(rank_group) as group:
             group.start()

@@ -3,12 +3,15 @@
 import gc
 import importlib
 import re
+import shutil
 import weakref
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from core_samplings import conditioning, custom_sample, in_scaled_fp8, ksample, write_transformer
+from safetensors.torch import load_file, save_file
 
 POSITIVE, NEGATIVE = conditioning(1), conditioning(2)
 SHORT = conditioning(3, tokens=4, glyphs=0)
@@ -406,6 +409,20 @@ def test_weights_are_used_in_the_dtype_in_which_core_keeps_them(pack, files, dis
     tolerance = 1e-5 if model.model.get_dtype() is torch.float32 or options else 2e-2
     result = ksample(distribute(model), POSITIVE, SHORT)
     assert (result - expected).norm() / expected.norm() < tolerance
+
+
+def test_a_file_that_replaces_the_models_is_not_read(files, distribute, tmp_path):
+    from comfy.sd import load_diffusion_model
+
+    path, other = (Path(shutil.copy(files["t2v"], tmp_path / name)) for name in ("model.safetensors", "other"))
+    save_file({key: 2 * tensor for key, tensor in load_file(path).items()}, other)
+    model = load_diffusion_model(str(path))
+    expected = ksample(model, POSITIVE, SHORT)
+    model.cached_patcher_init = load_diffusion_model, (str(path), {})  # as in ComfyUI 0.33
+    distributed = distribute(model)
+    distributed.cached_patcher_init = model.cached_patcher_init
+    other.replace(path)
+    assert_same(ksample(distributed, POSITIVE, SHORT), expected)
 
 
 def test_scaled_8_bit_files(files, distribute, tmp_path):
