@@ -1,4 +1,4 @@
-"""ComfyUI's entry point: HunyuanVideo-1.5 nodes whose VAE decode runs on a group of rank processes."""
+"""ComfyUI's entry point: HunyuanVideo-1.5 nodes whose VAE decode and denoising run on a group of rank processes."""
 
 from comfy_api.latest import ComfyExtension, io
 

@@ -1,4 +1,4 @@
-"""Decoding with HunyuanVideo-1.5's VAE on a persistent group of ranks. Requires torch; does not require ComfyUI."""
+"""HunyuanVideo-1.5's VAE decoder and transformer on a persistent group of ranks. Needs torch, but not ComfyUI."""
 
 from .errors import Cancelled, GroupError, JobError
 from .group import RankGroup

@@ -92,7 +92,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip of the world. size: the shape's diameter by the picture's shorter side."""
+    """One clip of the world. size: the shape's diameter, divided by the picture's shorter side."""
 
     shape: str
     colour: str
@@ -139,9 +139,9 @@ TRAINED = combinations(held_out=False)
 def draw(source: random.Random, anywhere: bool = True) -> Clip:
     """Return a random clip whose combination is not held out.
 
-    anywhere: the size, the place and the distance of the motion are random. Otherwise the caption determines them. In 8
-    denoising steps they must be decided in the first few ones, in which the noise hides all else: with places all over
-    the picture, a small transformer that knew the caption only drew two shapes or a smear.
+    anywhere: the size, the place and the distance of the motion are random. Otherwise the caption determines them. Of 8
+    denoising steps only the first few can decide them, in which the noise hides all else: with places all over the
+    picture, a small transformer that was given only the caption drew two shapes or a smear.
     """
     shape, colour, motion = source.choice(TRAINED)
     size, travel, offset = 0.5, 0.75, (0.5, 0.5)

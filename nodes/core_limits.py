@@ -1,4 +1,4 @@
-"""What of a core graph cannot be computed on ranks. Such a sampling runs in ComfyUI's process instead."""
+"""What ranks cannot compute in a graph of core's nodes. Such a sampling runs in ComfyUI's process instead."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ CONDITIONS = {
 def reason_to_stay(
     patcher: comfy.model_patcher.ModelPatcher, conds: Mapping[str, list], options: Mapping, loading: Mapping
 ) -> str | None:
-    """Return what in this sampling ranks cannot compute, as a noun phrase, or None.
+    """Return what ranks cannot compute in this sampling, as a noun phrase, or None.
 
     conds: by name, the lists of conditionings. options: the run's model options. loading: further arguments of
     core's `prepare_sampling`.

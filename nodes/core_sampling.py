@@ -1,4 +1,4 @@
-"""One sampling of core's in which the network's forward runs on ranks.
+"""One sampling by core in which the network's forward runs on ranks.
 
 Core computes the guidance branches one after the other if their lengths differ. To compute them in parallel anyway, the
 run learns which branch follows which: the branch that is asked for and its likely successor are one job, and the
@@ -21,8 +21,8 @@ Predict = Callable[..., Tensor]
 class Branch:
     """The inputs of one branch that are the same in all steps.
 
-    parts: text, its mask, glyph text, image and condition channels, each with the videos first, or None. prepared: the
-    same for the ranks.
+    parts: text, its mask, glyph text, image and condition channels, or None. The first dimension of each is the video's
+    number. prepared: the same for the ranks.
     """
 
     parts: tuple[Tensor | None, ...]

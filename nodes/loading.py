@@ -24,7 +24,7 @@ OFFLOADS = ("model", "none", "group")
 
 
 class WholePatcher(comfy.model_patcher.ModelPatcher):
-    """Has a model on the device as a whole or not at all, and its weights on the host all the while.
+    """Loads a model onto the device as a whole or not at all, and keeps its weights on the host all the while.
 
     ComfyUI's own models can leave some layers behind and fetch them when they run; diffusers' cannot. Weights are not
     changed on the device, so nothing needs to be copied back when they leave it.
@@ -48,11 +48,11 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
 
 
 class LoadedPipeline:
-    """What travels on HV15_PIPELINE: a diffusers pipeline whose parts ComfyUI moves.
+    """The value of an HV15_PIPELINE socket: a diffusers pipeline whose parts ComfyUI moves.
 
     offload: "model" puts a part on the device while it works; "none" puts all parts there at once and leaves them;
-    "group" does as "model", but the transformer stays in host memory, from which its blocks are streamed. With any of
-    them ComfyUI may take parts away when something else needs the room, and other models make room for them. Without an
+    "group" does as "model", but the transformer stays in host memory, from which its blocks are streamed. In all
+    cases ComfyUI may unload parts when other models need the memory, and unloads other models for them. Without an
     accelerator nothing moves. `folder` is where ranks find the same weights.
     """
 
@@ -83,14 +83,14 @@ class LoadedPipeline:
 
     @contextmanager
     def on_device(self, *names: str, working_memory: int = 0, elsewhere: str | None = None) -> Iterator[None]:
-        """Have the named parts on the device (with "none", all of them), and bytes for their work beside them.
+        """Load the named parts onto the device (with "none", all of them), with `working_memory` bytes beside them.
 
-        elsewhere: a part that works somewhere else and stays off the device.
+        elsewhere: a part that computes somewhere else and is not loaded onto the device.
         """
         chosen = self.patchers if self.offload == "none" else [name for name in names if name in self.patchers]
         wanted = [name for name in chosen if name != elsewhere]
         patchers = [self.patchers[name] for name in wanted]
-        if not patchers:  # the part streams itself; its work needs room all the same
+        if not patchers:  # the part streams its weights, but its working memory must be free
             comfy.model_management.free_memory(
                 max(working_memory, comfy.model_management.minimum_inference_memory()), self.device
             )
@@ -102,7 +102,7 @@ class LoadedPipeline:
                 _unload(patchers)
 
     def call_class(self) -> type:
-        """The pipeline's class, computing on the device wherever its parts are at the moment."""
+        """Return the pipeline's class, changed to compute on the device even while its parts are elsewhere."""
         device = self.device
         return type(type(self.pipeline).__name__, (type(self.pipeline),), {"_execution_device": device})
 
@@ -121,7 +121,7 @@ class _Holder(torch.nn.Module):
         ]
 
     def arrive(self, device: torch.device) -> None:
-        """Have the weights be copies on the device. They are made as ranks make them, faster than by `Module.to`."""
+        """Replace the weights by copies on the device, made as ranks make them, which is faster than `Module.to`."""
         tensors = {id(tensor): (tensor, data) for _, _, tensor, data in self.host}.values()
         with Uploads(device, self.part.dtype).transfer() as transfer:
             copies = transfer.fetch([data for _, data in tensors])()
@@ -129,14 +129,14 @@ class _Holder(torch.nn.Module):
             tensor.data = copied
 
     def leave(self) -> None:
-        """Have the weights be those on the host again."""
+        """Put the weights on the host back in their places."""
         for module, name, tensor, data in self.host:
-            tensor.data = data  # where moving has changed the tensor
-            setattr(module, name, tensor)  # where it has put another in its place
+            tensor.data = data  # if moving the module changed the tensor
+            setattr(module, name, tensor)  # if it replaced the tensor by another
 
 
 def stream_layers(model: torch.nn.Module, device: torch.device) -> None:
-    """Have diffusers' own forward fetch each layer to the device when it runs; on CUDA the next one comes meanwhile.
+    """Make diffusers' own forward copy each layer to the device when it runs. On CUDA the next one is prefetched.
 
     For guiders that need this forward (see `pipeline_parts.changes_transformer`). Raises ValueError without accelerate.
     """
@@ -148,7 +148,7 @@ def stream_layers(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def _unload(patchers: list[comfy.model_patcher.ModelPatcher]) -> None:
-    """Take the models off the device, in ComfyUI's books too."""
+    """Unload the models from the device, and remove them from ComfyUI's list of loaded models."""
     loaded = comfy.model_management.current_loaded_models
     for entry in [entry for entry in loaded if any(entry.model is patcher for patcher in patchers)]:
         loaded.remove(entry)
@@ -161,7 +161,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, offload: str) -> LoadedPipel
     name = check_folder(folder)
     diffusers = libraries.diffusers()
     parts = {}
-    if name == PIPELINES[0]:  # from text alone, only the VAE's description is used: spare its weights the memory
+    if name == PIPELINES[0]:  # text to video uses only the VAE's config, so its weights are not loaded
         with torch.device("meta"):
             parts["vae"] = diffusers.AutoencoderKLHunyuanVideo15.from_config(
                 diffusers.AutoencoderKLHunyuanVideo15.load_config(folder / "vae")
@@ -175,7 +175,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, offload: str) -> LoadedPipel
 
 
 def pipeline_dtype(choice: str) -> torch.dtype:
-    """The dtype of a choice. auto is bfloat16, float16 on a device without it, and float32 on the CPU."""
+    """Return the dtype of a choice. auto: bfloat16, float16 on devices without bfloat16, float32 on the CPU."""
     if choice != "auto":
         return DTYPES[choice]
     device = comfy.model_management.get_torch_device()
@@ -203,7 +203,8 @@ class LoadPipeline(io.ComfyNode):
                     io.Combo.Input(
                         "dtype",
                         options=["auto", *DTYPES],
-                        tooltip="Precision of all components. auto: bfloat16 on accelerators, float32 on the CPU.",
+                        tooltip="Precision of all components. auto: bfloat16 on accelerators (float16 on GPUs "
+                        "without bfloat16), float32 on the CPU.",
                     ),
                     advanced(
                         io.Combo.Input(

@@ -77,7 +77,7 @@ def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tens
 
 @contextlib.contextmanager
 def as_interruption() -> Iterator[None]:
-    """Have a job that was cancelled end as ComfyUI's own interruptions do."""
+    """Raise ComfyUI's InterruptProcessingException for a job that was cancelled."""
     try:
         yield
     except Cancelled:

@@ -1,4 +1,4 @@
-"""Parts of our own for diffusers' pipelines. Imported where a pipeline runs: other nodes need no diffusers."""
+"""Parts of our own for diffusers' pipelines. Imported only when a pipeline runs: other nodes need no diffusers."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from ..distributed.denoise.job import Conditions
 
 
 class ReportingScheduler(FlowMatchEulerDiscreteScheduler):
-    """Tells `on_step` at each step what the model now believes the end to be; what that raises ends the sampling."""
+    """Calls `on_step` in each step with the predicted clean latents. What it raises ends the sampling."""
 
     on_step: Callable[[Tensor], None]
 
@@ -25,7 +25,7 @@ class ReportingScheduler(FlowMatchEulerDiscreteScheduler):
 
 
 class FixedSizeProcessor(HunyuanVideo15ImageProcessor):
-    """Takes the size that the node was given where the pipeline would choose one by the image's proportions."""
+    """Uses the node's size instead of the one that the pipeline would choose by the image's proportions."""
 
     size: tuple[int, int]
 
@@ -51,7 +51,7 @@ CONDITIONS = (
 
 
 def module_on_ranks(model: nn.Module, guider: object, predict: Callable[..., Tensor], denoiser: Denoiser) -> nn.Module:
-    """A shell around a pipeline's transformer whose forward runs on ranks: all branches of a step in one job.
+    """Return a shell around a pipeline's transformer whose forward runs on ranks: all branches of a step in one job.
 
     The pipeline has the guider prepare the branches of a step, and then calls the transformer with one after the other.
     The shell hears of them from the guider, which must be this run's own. predict: calls the denoiser. The shell serves
@@ -77,10 +77,10 @@ class _ForwardOnRanks:
         self.branches: Sequence[object] = ()
         self.velocities: list[Tensor] = []
         self.prepared: list[tuple[list[Tensor], Conditions]] = []
-        """Told apart by identity: a pipeline passes the same tensors in every step."""
+        """Compared by identity: a pipeline passes the same tensors in every step."""
 
     def begin(self, branches: Sequence[object]) -> None:
-        """A step begins. branches: what the guider has prepared, in the order in which they will be asked for."""
+        """Begin a step. branches: what the guider has prepared, in the order in which the pipeline asks for them."""
         self.branches, self.velocities = branches, []
 
     def __call__(

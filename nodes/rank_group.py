@@ -37,7 +37,8 @@ class RankGroupNode(io.ComfyNode):
                     io.Combo.Input(
                         "dtype",
                         options=["auto", *sorted(DTYPES)],
-                        tooltip="Compute dtype of the ranks. auto: bfloat16 on accelerators, float32 on the CPU.",
+                        tooltip="Compute dtype of the ranks. auto: bfloat16 on accelerators (float16 on GPUs "
+                        "without bfloat16), float32 on the CPU.",
                     ),
                     io.Combo.Input(
                         "keep_loaded",

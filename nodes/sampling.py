@@ -1,8 +1,8 @@
 """Sampling with diffusers' own pipelines, watched step by step.
 
-The pipelines have no step callback, but they call their scheduler once a step: a scheduler that reports is all it
-takes, and the latents stay the pipeline's. The pipeline that was loaded is shared and never changed: each run makes a
-shell of its own around the same parts, with its own scheduler and guider, and with the transformer's fast forward.
+The pipelines have no step callback, but they call their scheduler once a step, so a scheduler that reports is enough.
+The latents stay the pipeline's. The pipeline that was loaded is shared and never changed: each run makes a shell of its
+own around the same parts, with its own scheduler and guider, and with the transformer's fast forward.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from .sockets import CATEGORY, TextConditioning, searchable
 
 
 def check_size(width: int, height: int, frames: int) -> None:
-    """Refuse sizes that the model cannot take, with the nearest ones that it can."""
+    """Raise ValueError, with the nearest valid sizes, for sizes that the model cannot take."""
     for name, value in (("width", width), ("height", height)):
         if value < SPATIAL or value % SPATIAL:
             below, above = max(SPATIAL, value // SPATIAL * SPATIAL), max(SPATIAL, -(-value // SPATIAL) * SPATIAL)
@@ -40,7 +40,7 @@ def check_size(width: int, height: int, frames: int) -> None:
 
 
 def working_memory(transformer: torch.nn.Module, width: int, height: int, frames: int) -> int:
-    """Bytes that the transformer's activations take, roughly: tensors over all tokens at a block's widest."""
+    """Estimate the bytes of the transformer's activations: the tensors of a block at its peak, over all tokens."""
     config = transformer.config
     tokens = ((frames - 1) // TEMPORAL + 1) * (height // SPATIAL) * (width // SPATIAL) // config.patch_size**2
     inner = config.num_attention_heads * config.attention_head_dim
@@ -64,13 +64,13 @@ def sample(
     on_block: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] = lambda message: None,
 ) -> Tensor:
-    """Latents [1, 32, t, height / 16, width / 16] in VAE space, float32 on the CPU.
+    """Return latents [1, 32, t, height / 16, width / 16] in VAE space, float32 on the CPU.
 
     They are those of the diffusers pipeline with output_type "latent" up to rounding, divided by the scaling factor.
-    start_image is an IMAGE, of which the first picture counts. With a rank_group the transformer runs on its ranks.
-    on_block is called between the transformer's blocks with the number of blocks done and of all, of a forward or, on
-    ranks, of a step; what it raises ends the sampling. notice gets sentences for the user. Raises ValueError for sizes
-    and images that the model cannot take, and for a guider that ranks do not support.
+    start_image is an IMAGE, of which only the first picture is used. With a rank_group the transformer runs on its
+    ranks. on_block is called between the transformer's blocks with the number of blocks done and of all, of a forward
+    or, on ranks, of a step; what it raises ends the sampling. notice is called with sentences for the user. Raises
+    ValueError for sizes and images that the model cannot take, and for a guider that ranks do not support.
     """
     from ..distributed.denoise.loading import streamed_bytes
     from ..distributed.denoise.module import fast_module  # diffusers, which other nodes do without
@@ -123,7 +123,7 @@ def sample(
             if not own_forward:
                 stream_to = loaded.device if loaded.streams_transformer else None
                 pipeline.transformer = shell = fast_module(original.transformer, on_block, stream_to)
-                # diffusers' hooks make a reference cycle with the shell, so what it has on the device is freed here.
+                # diffusers' hooks make a reference cycle with the shell, so its device memory is freed here.
                 stack.callback(delattr, shell, "forward")
         latents = pipeline(
             **texts,

@@ -33,7 +33,7 @@ class TextEncode(io.ComfyNode):
                 node_id="HV15TextEncode",
                 display_name="HunyuanVideo-1.5 Text Encode",
                 category=CATEGORY,
-                description="Encodes a prompt and a negative prompt with Qwen2.5-VL, and text in quotation marks with "
+                description="Encodes a positive and a negative prompt with Qwen2.5-VL, and quoted text with "
                 "ByT5, so that it can appear in the picture.",
                 inputs=[
                     sockets.Pipeline.Input("pipeline", tooltip="From Load HunyuanVideo-1.5."),

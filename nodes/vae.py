@@ -135,7 +135,7 @@ class LoadVAE(io.ComfyNode):
                         tooltip="Precision of ComfyUI's own encoding and decoding. Rank Group sets that of the ranks.",
                     ),
                 ],
-                outputs=[io.Vae.Output(tooltip="VAE for any node.")],
+                outputs=[io.Vae.Output(tooltip="For any node that takes a VAE.")],
             ),
             "vae loader",
         )

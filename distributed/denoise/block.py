@@ -37,7 +37,7 @@ class Stream:
         add_norm(self.x, gate, update, *following, self.eps, self.normed)
 
     def clamp(self, following: Norm) -> None:
-        """Bring float16 back from infinity, as core does with the text of each block, then compute the norm again."""
+        """Clamp infinite float16 values, as core does with the text of each block, then compute the norm again."""
         limit = torch.finfo(torch.float16).max
         self.x.nan_to_num_(nan=0.0, posinf=limit, neginf=-limit)
         self.normed = modulated_norm(self.x, *following, self.eps)
@@ -107,7 +107,7 @@ def _project_video(
 ) -> tuple[Tensor, Wait]:
     """Return an input of attention of this rank's heads, [all tokens + text, own heads, dim], and a `Wait` for it.
 
-    x: [own tokens, D]. number: of the input. The rows of the text are not written.
+    x: [own tokens, D]. number: see `Share.input`. The rows of the text are not written.
     """
     dim = layer.out_features // heads
     if share.ranks > 1:

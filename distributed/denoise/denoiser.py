@@ -14,15 +14,15 @@ from .weights import TransformerCheckpoint
 class Denoiser:
     """Predicts velocities on ranks: what `RankGroup.denoiser` returns.
 
-    checkpoint: the transformer. run: `RankGroup.run`. Weights come to the ranks with the first step, and come back by
-    themselves where they were released; conditions travel once.
+    checkpoint: the transformer. run: `RankGroup.run`. The ranks load the weights with the first step, and
+    again after a release. Conditions are sent once.
     """
 
     def __init__(self, checkpoint: TransformerCheckpoint, run: Callable[..., dict[str, Tensor]]) -> None:
         self.checkpoint, self._run = checkpoint, run
 
     def conditions(self, **tensors: Tensor) -> Conditions:
-        """Prepare the conditions of many steps once; see `Conditions.make`. Raises JobError for what does not fit."""
+        """Prepare the conditions of many steps once; see `Conditions.make`. Raises JobError if they do not fit."""
         try:
             return Conditions.make(self.checkpoint, **tensors)
         except ValueError as error:
@@ -41,7 +41,7 @@ class Denoiser:
         patches: Patches | None = None,
         **watching: object,
     ) -> Tensor:
-        """The velocity of each condition, [len(conditions), B, C', t, h, w], float32 on the CPU.
+        """Return the velocity of each condition, [len(conditions), B, C', t, h, w], float32 on the CPU.
 
         latents: [B, C, t, h, w], where C is what the transformer takes, less the channels of the conditions' latents.
         timestep: one number, or one for each video, from 0 to 1000. conditions: one, or two with guidance, each made by
@@ -50,7 +50,7 @@ class Denoiser:
         averaged_times: whether the embeddings of both times are averaged, as ComfyUI 0.3.75 does, or added, as
         diffusers and later versions do. memory: bytes that each rank may use. dtype: of the computation, "float32",
         "bfloat16" or "float16"; None: the group's. patches: changes of the weights, which stay until a step has others
-        or None. watching: callbacks and timeout of `RankGroup.run`, which see for the errors too.
+        or None. watching: callbacks and timeout of `RankGroup.run`, which documents the errors, too.
         """
         prepared = [c if isinstance(c, Conditions) else self.conditions(**c) for c in conditions]
         try:

@@ -32,7 +32,7 @@ MOST_BRANCHES = 2
 class Conditions:
     """What a prompt gives to all steps of a batch of videos: checked, cut to its valid tokens, on the CPU.
 
-    `key` says which they are: equal contents have equal keys. `tensors` are, for each video i, "text.i", "glyphs.i" and
+    `key` identifies them: equal contents have equal keys. `tensors` are, for each video i, "text.i", "glyphs.i" and
     "image.i", [tokens, width] each, and "mean.i", [1, width], if it is not that of the text; and "latents",
     [B, C, t, h, w], if there are condition channels.
     """
@@ -105,7 +105,7 @@ class Conditions:
 
     @property
     def load(self) -> Load:
-        """What has ranks keep these conditions."""
+        """The `Load` with which ranks keep these conditions."""
         return Load(KIND, {"key": self.key, "videos": self.videos}, self.tensors)
 
 
@@ -130,7 +130,7 @@ class DenoiseRequest:
 
     @classmethod
     def from_json(cls, value: Mapping) -> "DenoiseRequest":
-        """Return the request that became this in JSON."""
+        """Return the request of which `value` is the JSON form."""
         return cls(**{name: tuple(part) if isinstance(part, list) else part for name, part in value.items()})
 
     @property
@@ -235,11 +235,11 @@ class DenoiseJob:
 
 
 def check_latents(latents: Tensor, videos: int | None = None) -> None:
-    """Refuse, with a ValueError, what is not [B, C, t, h, w] of floating point numbers. videos: what B must be."""
+    """Raise ValueError unless latents are [B, C, t, h, w] of floating point numbers. videos: what B must be."""
     if latents.ndim != 5 or min(latents.shape) < 1 or videos not in (None, len(latents)):
         raise ValueError(
-            f"The latents have shape {list(latents.shape)}; [{videos or 'videos'}, channels, frames, height, width] "
-            "belongs there, with no empty dimension."
+            f"The latents have shape {list(latents.shape)}; they must be [{videos or 'videos'}, channels, frames, "
+            "height, width], with no empty dimension."
         )
     if not latents.is_floating_point():
         raise ValueError(f"The latents hold {latents.dtype}; they must hold floating point numbers.")
@@ -248,7 +248,7 @@ def check_latents(latents: Tensor, videos: int | None = None) -> None:
 def _times(timestep: float | Tensor, videos: int) -> tuple[float, ...]:
     times = torch.as_tensor(timestep).flatten().tolist()
     if len(times) not in (1, videos) or not all(map(math.isfinite, times)):
-        raise ValueError(f"timestep is {times}; one finite number belongs there, or one for each of {videos} videos.")
+        raise ValueError(f"timestep is {times}; it must be one finite number, or one for each of {videos} videos.")
     return tuple(map(float, times * (videos // len(times))))
 
 
@@ -258,7 +258,7 @@ def _parts(
     """Check shapes. Return text, glyphs and image, with no tokens where there are none."""
     architecture = checkpoint.architecture
     if text.ndim != 3:
-        raise ValueError(f"The text has shape {list(text.shape)}; [videos, tokens, width] belongs there.")
+        raise ValueError(f"The text has shape {list(text.shape)}; it must be [videos, tokens, width].")
     glyphs = text.new_zeros(len(text), 0, architecture.glyph_width) if glyphs is None else glyphs
     image = text.new_zeros(len(text), 0, architecture.image_width) if image is None else image
     widths = architecture.text_width, architecture.glyph_width, architecture.image_width

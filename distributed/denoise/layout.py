@@ -305,7 +305,7 @@ def architecture_of_config(config: Mapping, name: str) -> Architecture:
     def value(key: str, default: object, kinds: tuple[type, ...], most: float) -> object:
         found = config.get(key, default)
         if type(found) not in kinds or not 0 < found <= most:
-            raise CheckpointError(f"{name}: its config's {key} is {quote(found)}; a number above 0 belongs there.")
+            raise CheckpointError(f"{name}: its config's {key} is {quote(found)}; it must be a number above 0.")
         return found
 
     def whole(key: str, default: int, most: int = 2**20) -> int:
@@ -328,7 +328,7 @@ def architecture_of_config(config: Mapping, name: str) -> Architecture:
             f"width of a head, {head_dim}."
         )
     if type(meanflow := config.get("use_meanflow", False)) is not bool:
-        raise CheckpointError(f"{name}: its config's use_meanflow is {quote(meanflow)}; true or false belongs there.")
+        raise CheckpointError(f"{name}: its config's use_meanflow is {quote(meanflow)}; it must be true or false.")
     in_channels = whole("in_channels", default.in_channels)
     return Architecture(
         in_channels,

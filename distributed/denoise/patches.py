@@ -1,7 +1,7 @@
 """Changes of weights, such as a LoRA: small tensors that travel to the ranks, which merge them into the weights.
 
 A usual LoRA changes two thirds of the model, so ranks receive the adapter, not the changed weights. They read the
-original weights again from the mapped checkpoint when the changes change.
+original weights again from the mapped checkpoint when the patches change.
 """
 
 import json
@@ -48,7 +48,7 @@ class Patch:
     - "diff": W + strength * diff.
     - "set": value replaces W, whatever the strength: for kinds that only core can merge.
 
-    alpha: None: rank.
+    alpha: None means the rank.
     """
 
     kind: str
@@ -150,7 +150,7 @@ class Patches:
         )
 
     def load(self, kind: str) -> Load:
-        """Return what has ranks keep these patches. kind: of the job."""
+        """Return the `Load` with which ranks keep these patches. kind: of the job."""
         return Load(kind, {"patches": self.key, "place": place_of(self.file.path)}, {"numbers": self.numbers})
 
 

@@ -71,7 +71,7 @@ class Share:
     def input(self, number: int, text: int, x: Tensor) -> Tensor:
         """Return memory for an input of attention, [all tokens + text, own heads, dim], with undefined values.
 
-        number: of the input, from 0. text: number of text tokens. x: [own tokens, all heads, dim], for dim and dtype.
+        number: which input, from 0. text: number of text tokens. x: [own tokens, all heads, dim], for dim and dtype.
         Raises ValueError if the window is too small for the forward.
         """
         heads, dim, rows = self.split.heads[self._index], x.shape[-1], self.total_tokens + text
@@ -111,7 +111,7 @@ class Share:
     def _gather(
         self, x: Tensor, exchanges: Sequence[Exchange], rows: int, dim: int, before_end: int
     ) -> Callable[[], Tensor]:
-        """Exchange rows, of which each rank sends the columns of its heads, into the last `before_end` of a window."""
+        """Exchange rows, of which each rank sends the columns of its heads, into a window's last `before_end` rows."""
         sizes = exchanges[self._index].receive
         out = self._memory(x, -before_end * sum(self.split.heads) * dim, sum(sizes))
         wait = self._exchange(x, out, exchanges)
@@ -124,7 +124,7 @@ class Share:
         return result
 
     def _memory(self, x: Tensor, start: int, elements: int) -> Tensor:
-        """Return memory to receive in: new memory, or of the window from an element on, counted from the end if < 0."""
+        """Return memory to receive in: new, or the window's from element `start` on, counted from the end if < 0."""
         if self.window is None:
             return x.new_empty(elements)
         start %= len(self.window.own)

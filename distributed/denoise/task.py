@@ -1,4 +1,4 @@
-"""What a rank does of a denoising step.
+"""One rank's part of a denoising step.
 
 Weights that do not fit on the device stay in host memory (`placement`). First these are the weights of the modulation,
 a third of all: they depend on the timestep alone, so they pass through the device once for each timestep, and the
@@ -76,7 +76,7 @@ class DenoiseTask:
         self.modulations: dict[tuple[float, ...], Modulation] = {}
         """By timestep, the second time if there is one, and whether they are averaged."""
         self.contexts: dict[str, list[Context]] = {}
-        """For each of these, and each video, what the transformer's embedders make of it."""
+        """By key of the conditions: for each video, what the transformer's embedders make of them."""
         self.windows = Windows(device)
 
     def load(self, fields: Mapping, tensors: Mapping[str, Tensor], watch: Watch) -> None:
@@ -99,9 +99,9 @@ class DenoiseTask:
             return
         request = DenoiseRequest.from_json(fields["request"])
         if any(key not in self.conditions for key in request.conditions):
-            raise NotLoaded("the conditions of the step are not there.")
+            raise NotLoaded("the conditions of the step are not loaded.")
         if request.patches is not None and request.patches not in self.patches:
-            raise NotLoaded("the patches of the step are not there.")
+            raise NotLoaded("the patches of the step are not loaded.")
         for key in request.conditions:
             self.conditions[key] = self.conditions.pop(key)
         if request.patches is not None:
@@ -174,7 +174,7 @@ class DenoiseTask:
         Device(self.device).empty_cache()
 
     def _open(self, fields: Mapping) -> None:
-        """Know the checkpoint and the dtype that the fields of a run name."""
+        """Open the checkpoint that the fields of a run name, and note their dtype."""
         if self.checkpoint is None or self.checkpoint.identity != fields["identity"]:
             with shared_file(fields["checkpoint"]) as path:
                 self.checkpoint = replace(open_transformer(path), identity=fields["identity"])
@@ -305,8 +305,8 @@ class DenoiseTask:
     def _choose(self, request: DenoiseRequest) -> Placement:
         """Return the placement of the weights for a step.
 
-        It stays as it is while the step fits and is like the ones before. Otherwise all steps would load weights again
-        when the free memory varies.
+        It stays as it is while the step fits and is like the one before. If it followed the free memory, steps would
+        load weights again and again.
         """
         sizes = self._sizes(request)
         # On the CPU weights stay mapped, and the system reads them again when it needs their memory for something else.
@@ -335,7 +335,7 @@ class DenoiseTask:
             raise self._out_of_memory(needed, self._free(), on_all_ranks=True)
 
     def _no_room(self, held: int) -> OutOfMemory:
-        """The weights do not fit. held: bytes that they had taken."""
+        """Return the error for weights that do not fit. held: bytes that they had taken."""
         Device(self.device).empty_cache()
         self.short = True
         needed = self._sizes().weights(self.placement) + WORKSPACE
@@ -349,7 +349,7 @@ class DenoiseTask:
 
 
 def _check(watch: Watch) -> None:
-    """Give a sign of life. Raises Cancelled."""
+    """Count as progress, and raise Cancelled after a cancel."""
     if watch.cancelled():
         raise Cancelled
 

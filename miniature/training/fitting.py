@@ -2,7 +2,7 @@
 
 The learning rate rises over the first steps and falls to zero along a cosine of the time spent, so that a stage ends in
 time on any GPU. A checkpoint holds everything that the loop needs to go on in another process. A GPU computes a step as
-one CUDA graph, because the starts of its several thousand kernels would take longer than the kernels (see `graphs.py`).
+one CUDA graph, because launching its several thousand kernels would take longer than the kernels (see `graphs.py`).
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: one start for all kernels of a step, instead of one for each."""
+"""Training steps as CUDA graphs: one launch for all kernels of a step, instead of one for each."""
 
 from collections.abc import Callable
 

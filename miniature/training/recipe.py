@@ -1,4 +1,4 @@
-"""Sizes and shares of everything that is trained on.
+"""The training's settings, such as sizes and shares of the clips, and its measured cost.
 
 Work, counted as multiplications and additions of convolutions, linear layers and attention:
 
@@ -8,7 +8,7 @@ Work, counted as multiplications and additions of convolutions, linear layers an
 | latents | 51 kFLOP per pixel | 9.6 billion pixels, once, 490 TFLOP |
 | transformer | 2.9 MFLOP per token, 900 tokens per clip | 56,000 tokens, 0.49 TFLOP |
 
-These layers are too narrow for a GPU's matrix units: memory and the start of kernels limit the speed. The files of
+These layers are too narrow for a GPU's matrix units: memory bandwidth and kernel launches limit the speed. The files of
 `miniature/weights`, measured on an H200 on 2026-11-28 (the decoder alone in a process of its own):
 
 | stage | one step | steps | of which compilation and the choice of algorithms | result |
@@ -19,7 +19,7 @@ These layers are too narrow for a GPU's matrix units: memory and the start of ke
 | transformer | 20 ms | 16,531 in 398 s | 70 s | 97 % of the prompts right, 47 % with guidance 1 |
 | report | | 62 s | | |
 
-Without CUDA graphs and compiled layers, a step of the VAE took 112 ms: half of it was the start of kernels.
+Without CUDA graphs and compiled layers, a step of the VAE took 112 ms: half of it was kernel launches.
 
 An earlier run had half the learning rate, batches of 96 clips, a shift of 3, shapes anywhere in the picture, and a VAE
 whose latents held two of the colours badly. It ended with 63 % right colours, 78 % right motions and 1 % right shapes.

@@ -5,9 +5,10 @@ the pipelines' scheduler expects. For image-to-video the latent's first frame is
 the first picture's own latent, because the VAE is causal in time. Captions are dropped from a quarter of the clips.
 
 The pipelines' default guidance of 6 exaggerates what a caption adds: a plain model of this size gave videos of twice
-the contrast, with ghosts. So this one is trained for guidance: not the prediction for a caption is to be the velocity,
-but what guidance of 2.5 makes of it and of the prediction without a caption. Guidance of 6 then acts as one of 2.4
-does for a plain model. The prediction without a caption is a constant in this; clips without a caption train it.
+the contrast, with ghosts. So this one is trained for guidance: the loss compares the velocity not with the prediction
+for a caption, but with what guidance of 2.5 makes of it and of the prediction without a caption. Guidance of 6 then
+acts as 2.4 does for a plain model. This loss has no gradient for the prediction without a caption, which clips without
+a caption train.
 """
 
 import random

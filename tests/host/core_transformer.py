@@ -1,4 +1,4 @@
-"""Core's HunyuanVideo-1.5 transformer, in a process of its own: `comfy` wants to be set up before it is imported."""
+"""Core's HunyuanVideo-1.5 transformer, in a process of its own: `comfy` must be configured before it is imported."""
 
 import json
 import subprocess

@@ -317,7 +317,7 @@ def test_a_transformer_that_streams_its_layers_gives_the_same_latents(pack, tiny
 
 
 def test_group_offload_keeps_the_transformer_in_host_memory(pack, tiny_folders, monkeypatch):
-    """On an accelerator, which this does not use. diffusers streams layers only for guiders that change them."""
+    """On an accelerator, which the test does not use. diffusers streams layers only for guiders that change them."""
     import comfy.model_management as management
 
     pipeline = pack.loading.load_pipeline(tiny_folders["t2v"], torch.float32, "group").pipeline

@@ -143,7 +143,7 @@ def test_a_killed_rank_does_not_cost_the_sampling(host, graph):
     used, killed = set(), []
 
     def kill(type, data):
-        """Kill a rank at the second step. A stopped rank holds up this step or the next, however short they are."""
+        """Kill a rank at the second step. A suspended rank holds up this step or the next, however short they are."""
         if type == "hv15.group" and data["job"] == "denoise":
             used.add(data["id"])
         elif type == "progress" and data["node"] == "sampler" and not killed:

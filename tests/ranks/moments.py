@@ -27,7 +27,7 @@ def during(group: RankGroup, act) -> threading.Thread:
 def kill_within_a_job(group: RankGroup, rank: int) -> threading.Thread:
     """Kill a rank in a thread while it computes, however short the group's jobs are.
 
-    A stopped rank holds up the job that it is in, or the next one, which then lasts until the rank is killed.
+    A suspended rank holds up the job that it is in, or the next one, which then lasts until the rank is killed.
     """
 
     def kill() -> None:

@@ -93,7 +93,7 @@ def test_scaled_8_bit_weights_are_copied_with_the_values_of_mapped_ones(tmp_path
 
 
 class Late(JobWatch):
-    """Cancels at the n-th question."""
+    """Cancels at the n-th check."""
 
     def __init__(self, n: int) -> None:
         super().__init__()

@@ -117,7 +117,7 @@ def test_weights_return_to_the_device_when_the_limit_rises_unless_memory_ran_out
 
 
 def test_steps_of_one_sampling_do_not_load_again_when_free_memory_rises(job, task, monkeypatch):
-    """On an accelerator: the CPU has no limit but the caller's."""
+    """A changed `UNLIMITED` stands for an accelerator's free memory, because a step on the CPU has no such limit."""
     free = within(task, job, PLACEMENTS[1]).memory
     monkeypatch.setattr("distributed.denoise.task.UNLIMITED", free)
     run(task, job)

@@ -1,12 +1,12 @@
-"""Stands in for Ascend's torch_npu where there is no card. Only tests put it on the path.
+"""A stand-in for Ascend's torch_npu on machines without an NPU. Only tests put it on the path.
 
-It gives torch a device named "npu" and the functions of `torch.npu` that this pack calls, and the backend "hccl", which
-is gloo underneath. Tensors asked for on such a device are the CPU's: torch has no way to make a device without compiled
-kernels. So the tests that use it show that our code takes the right steps in the right order on "npu" devices: parsing,
-starting, choosing the backend, streams and pinned memory, memory questions, the decode, the frames. They cannot show
-that torch_npu's kernels exist, are right or are fast, nor anything about HCCL: "hccl" is chosen and started as it would
-be there, but torch sends a tensor by where it lies, so what ranks say to each other goes over the CPU's gloo. Nor can
-they show that a tensor was sent to the device at all, or that streams are waited for. Nothing here has met hardware.
+It gives torch a device named "npu", the functions of `torch.npu` that this pack calls, and the backend "hccl", which is
+gloo. Tensors created on such a device are CPU tensors, because torch cannot have a device without compiled kernels. So
+the tests that use it show that our code takes the right steps in the right order on "npu" devices: parsing names,
+starting, choosing the backend, streams and pinned memory, memory queries, the decode, the frames. They do not show that
+torch_npu's kernels exist, are right or are fast. They show nothing about HCCL: "hccl" is chosen and started as on
+Ascend, but torch selects the backend by a tensor's device, so ranks communicate through gloo. They do not show that a
+tensor was copied to the device, or that streams are waited for. Nothing here has been run on hardware.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ def device_count() -> int:
 
 
 def is_available() -> bool:
-    return False  # to others than this pack: ComfyUI would compute on it
+    return False  # otherwise ComfyUI would compute on it; this pack does not ask
 
 
 def set_device(device: torch.device) -> None:
-    """From now on this thread's tensors that are asked for on an npu device are made, on the CPU."""
+    """From now on, create this thread's npu tensors on the CPU."""
     if device.index >= device_count():
         raise RuntimeError(f"there is no {device}")
-    torch.Tensor.record_stream = lambda tensor, stream: None  # it takes no stream but torch's own
+    torch.Tensor.record_stream = lambda tensor, stream: None  # it accepts only torch's own streams
     torch.set_num_threads(1)  # a device's sums do not depend on the host's threads
     _OnCpu().__enter__()
 
