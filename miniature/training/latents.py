@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import footage, text, world
 from .forms import training_forms
-from .recipe import Shelf
+from .recipe import Bucket
 
 AT_ONCE = 8
 """Clips that are encoded in one batch."""
@@ -35,10 +35,10 @@ class Library:
 
 
 @dataclass
-class Shelved:
-    """The encoded clips of one shelf: those of the world first, then those of the footage."""
+class EncodedBucket:
+    """The encoded clips of one bucket: those of the world first, then those of the footage."""
 
-    shelf: Shelf
+    bucket: Bucket
     latents: Tensor
     """[clips, 32, t, h, w], float16, times the scaling factor."""
     captions: Tensor
@@ -74,42 +74,42 @@ def read(captions: list[str], encoders: dict, device: torch.device) -> Library:
     return Library(numbers, texts[:, :longest].half(), masks, letters, glyphs.half(), glyph_masks.bool())
 
 
-def clips_of(shelf: Shelf, seed: int) -> list[world.Clip]:
-    """Return the clips of the world of one shelf."""
-    source = random.Random(f"{seed} {shelf.frames} {shelf.size}")
-    return [world.draw(source, anywhere=number < shelf.anywhere) for number in range(shelf.worlds)]
+def clips_of(bucket: Bucket, seed: int) -> list[world.Clip]:
+    """Return the clips of the world of one bucket."""
+    source = random.Random(f"{seed} {bucket.frames} {bucket.size}")
+    return [world.draw(source, anywhere=number < bucket.anywhere) for number in range(bucket.worlds)]
 
 
 @torch.no_grad()
 def encode(
-    shelf: Shelf,
+    bucket: Bucket,
     clips: list[world.Clip],
     original: Tensor,
     vae: nn.Module,
     encoders: dict,
     library: Library,
-) -> Shelved:
-    """Render and encode the clips of one shelf. original: the footage, uint8 [3, frames, height, width]."""
+) -> EncodedBucket:
+    """Render and encode the clips of one bucket. original: the footage, uint8 [3, frames, height, width]."""
     device = next(vae.parameters()).device
-    film = footage.resized(original.to(device), *shelf.size)
-    windows = film.shape[1] - shelf.frames + 1
+    film = footage.resized(original.to(device), *bucket.size)
+    windows = film.shape[1] - bucket.frames + 1
     captions = [clip.caption for clip in clips] + [footage.CAPTIONS[i % len(footage.CAPTIONS)] for i in range(windows)]
     letters = [clip.letter for clip in clips] + [""] * windows
     latents, images = [], []
 
     def pixels(number: int) -> Tensor:
         if number < len(clips):
-            return world.render(clips[number], shelf.frames, *shelf.size, device) * 2 - 1
+            return world.render(clips[number], bucket.frames, *bucket.size, device) * 2 - 1
         first = number - len(clips)
-        return film[:, first : first + shelf.frames].float() / 127.5 - 1
+        return film[:, first : first + bucket.frames].float() / 127.5 - 1
 
     with training_forms(), torch.autocast(device.type, torch.bfloat16):
         for begin in range(0, len(captions), AT_ONCE):
             batch = torch.stack([pixels(i) for i in range(begin, min(begin + AT_ONCE, len(captions)))])
             latents.append((vae.encoder(batch).float().chunk(2, 1)[0] * vae.config.scaling_factor).half())
             images.append(see(batch[:, :, 0], encoders["image_encoder"]).half())
-    return Shelved(
-        shelf,
+    return EncodedBucket(
+        bucket,
         torch.cat(latents),
         torch.tensor([library.numbers[caption] for caption in captions], device=device),
         torch.tensor([library.letters.index(letter) for letter in letters], device=device),

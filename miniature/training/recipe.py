@@ -44,7 +44,7 @@ class Crops:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class Bucket:
     """One size of clips that the transformer is trained on."""
 
     share: float
@@ -92,10 +92,10 @@ class Recipe:
     )
     footage_in_decoder: float = 0.7
     """Part of the clips that are of the footage when the decoder is trained alone."""
-    shelves: tuple[Shelf, ...] = (
-        Shelf(0.70, 64, 10_000, 17, (160, 256)),
-        Shelf(0.20, 96, 3_000, 17, (128, 192)),
-        Shelf(0.10, 32, 1_200, 33, (160, 256)),
+    buckets: tuple[Bucket, ...] = (
+        Bucket(0.70, 64, 10_000, 17, (160, 256)),
+        Bucket(0.20, 96, 3_000, 17, (128, 192)),
+        Bucket(0.10, 32, 1_200, 33, (160, 256)),
     )
     """The first one has the size of the example prompts."""
     footage_in_transformer: float = 0.15
@@ -124,7 +124,7 @@ CHECK = Recipe(
     footage_sizes=((60, 96), (48, 80)),
     crops=(Crops(0.5, 2, 5, (32, 32)), Crops(0.5, 1, 5, (48, 80))),
     decoder_crops=(Crops(1.0, 1, 5, (48, 80)),),
-    shelves=(Shelf(0.7, 4, 6, 9, (32, 48)), Shelf(0.3, 4, 3, 5, (48, 32))),
+    buckets=(Bucket(0.7, 4, 6, 9, (32, 48)), Bucket(0.3, 4, 3, 5, (48, 32))),
     most_steps=2,
     judged_size=(48, 80),
     judged_combinations=2,

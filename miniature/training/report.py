@@ -26,20 +26,20 @@ class Studio:
     def __init__(self, folder: Path, kind: str, recipe: Recipe, device: torch.device) -> None:
         self.pipeline = parts.pipeline(kind, folder).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.recipe, self.shelf = recipe, recipe.shelves[0]
+        self.recipe, self.bucket = recipe, recipe.buckets[0]
         # The pipeline would choose a size by the picture's proportions.
-        self.pipeline.video_processor.calculate_default_height_width = lambda **_: self.shelf.size
+        self.pipeline.video_processor.calculate_default_height_width = lambda **_: self.bucket.size
 
     @torch.no_grad()
     def video(self, prompt: str, seed: int, guidance: float, image: Image.Image | None = None) -> Tensor:
         """Return [frames, height, width, 3], 0 to 1."""
-        pipeline, (height, width) = self.pipeline, self.shelf.size
+        pipeline, (height, width) = self.pipeline, self.bucket.size
         pipeline.guider = pipeline.guider.new(guidance_scale=guidance)
         size = {"height": height, "width": width} if image is None else {"image": image}
         latent = pipeline(
             prompt=prompt,
             negative_prompt="",
-            num_frames=self.shelf.frames,
+            num_frames=self.bucket.frames,
             num_inference_steps=self.recipe.steps,
             generator=torch.Generator("cpu").manual_seed(seed),
             output_type="latent",
@@ -63,7 +63,7 @@ def write(recipe: Recipe, training: dict, original: Tensor, folder: Path, device
     with torch.no_grad():
         film = original.to(device)
         add("footage", judge_footage(recipe, film, folder, device))
-        scene = footage.resized(film, *recipe.shelves[0].size).permute(1, 2, 3, 0).float() / 255
+        scene = footage.resized(film, *recipe.buckets[0].size).permute(1, 2, 3, 0).float() / 255
         studio = Studio(folder, "t2v", recipe, device)
         for guidance in (parts.GUIDANCE, 1.0):
             add(f"prompts, guidance {guidance:g}", judge_prompts(studio, guidance, folder))
@@ -133,7 +133,7 @@ def judge_images(studio: Studio, scene: Tensor, folder: Path) -> dict:
     combinations = world.combinations(held_out=True)[: studio.recipe.judged_combinations]
     for combination in combinations:
         clip = world.Clip(*combination, background=source.choice(world.BACKGROUNDS), phase=source.random())
-        original = world.render(clip, studio.shelf.frames, *studio.shelf.size).permute(1, 2, 3, 0)
+        original = world.render(clip, studio.bucket.frames, *studio.bucket.size).permute(1, 2, 3, 0)
         video = studio.video(clip.caption, 7, parts.GUIDANCE, picture(original[0]))
         first_frames.append(measure.psnr(video[0].cpu(), original[0]))
         right += measure.follows(video, *combination)

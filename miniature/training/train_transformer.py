@@ -40,7 +40,7 @@ def train(recipe: Recipe, seconds: float, original: Tensor, folder: Path, device
     """
     begin = time.monotonic()
     torch.manual_seed(recipe.seed)
-    library, shelved = data_set(recipe, original, folder, device, log)
+    library, encoded = data_set(recipe, original, folder, device, log)
     model = parts.new_transformer(**recipe.transformer).to(device)
     set_key_masks(model)
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def train(recipe: Recipe, seconds: float, original: Tensor, folder: Path, device
 
     def draw(number: int) -> tuple[Tensor, ...]:
         source = random.Random(f"{recipe.seed} transformer {number}")
-        (chosen,) = source.choices(shelved, [one.shelf.share for one in shelved])
+        (chosen,) = source.choices(encoded, [one.bucket.share for one in encoded])
         generator = torch.Generator(device).manual_seed(source.getrandbits(62))
         return sample(library, chosen, recipe, generator)
 
@@ -66,47 +66,47 @@ def train(recipe: Recipe, seconds: float, original: Tensor, folder: Path, device
 
 def data_set(
     recipe: Recipe, original: Tensor, folder: Path, device: torch.device, log: Callable
-) -> tuple[latents.Library, list[latents.Shelved]]:
-    """Return the captions and the encoded clips of all shelves."""
+) -> tuple[latents.Library, list[latents.EncodedBucket]]:
+    """Return the captions and the encoded clips of all buckets."""
     encoders = text.encoders()
     for part in encoders.values():
         if isinstance(part, nn.Module):
             part.to(device)
     vae = channels_last(parts.load_vae(folder).to(device))
-    worlds = [latents.clips_of(shelf, recipe.seed) for shelf in recipe.shelves]
+    worlds = [latents.clips_of(bucket, recipe.seed) for bucket in recipe.buckets]
     captions = [one.caption for clips in worlds for one in clips]
     library = latents.read([*captions, *footage.CAPTIONS], encoders, device)
     log(f"latents: {len(library.numbers)} captions")
-    shelved = []
-    for shelf, clips in zip(recipe.shelves, worlds, strict=True):
-        one = latents.encode(shelf, clips, original, vae, encoders, library)
+    encoded = []
+    for bucket, clips in zip(recipe.buckets, worlds, strict=True):
+        one = latents.encode(bucket, clips, original, vae, encoders, library)
         log(f"latents: {tuple(one.latents.shape)}, standard deviation {float(one.latents.float().std()):.3f}")
-        shelved.append(one)
-    return library, shelved
+        encoded.append(one)
+    return library, encoded
 
 
 def sample(
-    library: latents.Library, shelved: latents.Shelved, recipe: Recipe, generator: torch.Generator
+    library: latents.Library, encoded: latents.EncodedBucket, recipe: Recipe, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
-    """Return a random batch of clips of one shelf: what `losses` receives after the model."""
-    shelf, device = shelved.shelf, shelved.latents.device
+    """Return a random batch of clips of one bucket: what `losses` receives after the model."""
+    bucket, device = encoded.bucket, encoded.latents.device
 
     def uniform() -> Tensor:
-        return torch.rand(shelf.batch, generator=generator, device=device)
+        return torch.rand(bucket.batch, generator=generator, device=device)
 
-    worlds, clips = shelf.worlds, len(shelved.latents)
+    worlds, clips = bucket.worlds, len(encoded.latents)
     of_footage = uniform() < recipe.footage_in_transformer
     chosen = torch.where(of_footage, worlds + uniform() * (clips - worlds), uniform() * worlds).long()
     chosen = chosen.clamp(max=clips - 1)
-    clean = shelved.latents[chosen].float()
+    clean = encoded.latents[chosen].float()
     noise = torch.randn(clean.shape, generator=generator, device=device)
     level = uniform()
     level = recipe.shift * level / (1 + (recipe.shift - 1) * level)
     # A caption does not tell where a shape is that can be anywhere, so its first picture is given.
-    given = (chosen < shelf.anywhere) | (uniform() < recipe.images)
+    given = (chosen < bucket.anywhere) | (uniform() < recipe.images)
     silent = uniform() < recipe.no_caption
-    captions = shelved.captions[chosen].masked_fill(silent, 0)
-    letters = shelved.letters[chosen].masked_fill(silent, 0)
+    captions = encoded.captions[chosen].masked_fill(silent, 0)
+    letters = encoded.letters[chosen].masked_fill(silent, 0)
     return (
         clean,
         noise,
@@ -121,7 +121,7 @@ def sample(
         library.text_masks[:1],
         library.glyphs[:1].float(),
         library.glyph_masks[:1],
-        shelved.images[chosen].float(),
+        encoded.images[chosen].float(),
     )
 
 

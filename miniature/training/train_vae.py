@@ -234,8 +234,8 @@ def block_colours(clips: Tensor) -> Tensor:
 def spread(model: nn.Module, film: Film, recipe: Recipe) -> float:
     """Return the standard deviation of the latents of random clips."""
     source, values = random.Random(f"{recipe.seed} scale"), []
-    shelf = recipe.shelves[0]
-    crops = Crops(1, 1, shelf.frames, shelf.size)
+    bucket = recipe.buckets[0]
+    crops = Crops(1, 1, bucket.frames, bucket.size)
     for _ in range(SCALE_CLIPS):
         clip, _ = film.clip(crops, recipe.footage_in_transformer, source)
         with torch.autocast(film.device.type, torch.bfloat16):

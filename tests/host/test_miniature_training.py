@@ -13,7 +13,7 @@ from torch import nn
 from miniature import footage, measure, parts, text, world
 from miniature.training import latents, report, train, train_transformer, train_vae
 from miniature.training.forms import set_key_masks, velocity
-from miniature.training.recipe import CHECK, Crops, Shelf
+from miniature.training.recipe import CHECK, Bucket, Crops
 
 CPU = torch.device("cpu")
 
@@ -99,9 +99,9 @@ def test_the_image_encoder_sees_in_training_what_the_pipeline_shows_it(folder):
 def test_the_transformer_is_trained_on_what_the_pipeline_gives_it(folder, kind, monkeypatch):
     """The pipeline's calls of the transformer, of which the second has no caption, are examples of the training's."""
     studio = report.Studio(folder, kind, CHECK, CPU)
-    pipeline, shelf = studio.pipeline, CHECK.shelves[0]
+    pipeline, bucket = studio.pipeline, CHECK.buckets[0]
     clip = world.Clip("star", "red", "left", letter="K")
-    frame = world.render(clip, 1, *shelf.size)[:, 0]
+    frame = world.render(clip, 1, *bucket.size)[:, 0]
     model, calls = pipeline.transformer, []
     forward = model.forward
     torch.manual_seed(0)
@@ -242,12 +242,14 @@ def test_the_decoder_alone_is_trained_without_a_change_of_the_encoder():
 
 
 def test_the_first_picture_is_given_of_clips_whose_place_the_caption_does_not_tell():
-    shelf = Shelf(1.0, 400, 10, 5, (32, 32))
+    bucket = Bucket(1.0, 400, 10, 5, (32, 32))
     clips = torch.arange(12.0)[:, None, None, None, None]  # ten of the world, two of the footage
-    shelved = latents.Shelved(shelf, clips, *(torch.zeros(12, dtype=torch.long) for _ in range(2)), torch.zeros(12, 1))
+    encoded = latents.EncodedBucket(
+        bucket, clips, *(torch.zeros(12, dtype=torch.long) for _ in range(2)), torch.zeros(12, 1)
+    )
     library = latents.Library({}, *(torch.zeros(1, 1) for _ in range(2)), [""], *(torch.zeros(1, 1) for _ in range(2)))
-    clean, _, _, given, *_ = train_transformer.sample(library, shelved, CHECK, torch.Generator().manual_seed(0))
-    anywhere = clean.flatten() < shelf.anywhere
+    clean, _, _, given, *_ = train_transformer.sample(library, encoded, CHECK, torch.Generator().manual_seed(0))
+    anywhere = clean.flatten() < bucket.anywhere
     assert given[anywhere].all() and anywhere.sum() > 50
     assert 0 < given[~anywhere].float().mean() < 0.3
 
