@@ -38,6 +38,7 @@ from benchmarks.decode import ROOT, is_wanted, target
 from benchmarks.random_weights import random_tensors
 from distributed.denoise.layout import Architecture
 from distributed.denoise.weights import core_shapes
+from distributed.safetensors_files import Shapes
 
 sys.path.append(str(ROOT / "scripts"))
 from comfyui_host import Host, node
@@ -66,11 +67,18 @@ NODE_CLASS_MAPPINGS = {"RandomConditioning": RandomConditioning}
 """
 
 
+def file_shapes(architecture: Architecture) -> Shapes:
+    """Return the shapes of a transformer's tensors by keys of core's layout that all versions of ComfyUI load.
+
+    ComfyUI 0.3.75 knows the norms of queries and keys as "scale" only; newer versions accept both.
+    """
+    shapes = core_shapes(architecture)
+    return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", key): shape for key, shape in shapes.items()}
+
+
 def random_transformer(architecture: Architecture, device: torch.device) -> dict[str, Tensor]:
     """Return random float16 weights in core's layout that preserve the variance of activations, on the device."""
-    weights = random_tensors(core_shapes(architecture), device, torch.float16)
-    # ComfyUI 0.3.75 knows these norms as "scale" only; newer versions accept both.
-    return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", key): value for key, value in weights.items()}
+    return random_tensors(file_shapes(architecture), device, torch.float16)
 
 
 def random_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:

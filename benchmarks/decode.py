@@ -34,6 +34,7 @@ from torch import Tensor
 from benchmarks.random_weights import FULL, TINY, decoder_tensors, random_latent
 from distributed.errors import OutOfMemory
 from distributed.ranks.devices import copiers
+from distributed.ranks.task import JobWatch
 from distributed.vae import engine
 from distributed.vae.engine import Engine
 from distributed.vae.halo import Exchange, Halo
@@ -51,15 +52,6 @@ SIZES = {
     "1080x1920x121": (31, 68, 120),
     "64x96x9": (3, 4, 6),
 }
-
-
-class Quiet:
-    """A watch that ignores progress and never cancels."""
-
-    def progress(self, done: int, total: int) -> None: ...
-
-    def cancelled(self) -> bool:
-        return False
 
 
 def conv_flops(widths: tuple[int, ...], time_: int, height: int, width: int) -> float:
@@ -270,7 +262,7 @@ class Ours:
         if self.frames.shape != job.frames_shape:
             self.frames = torch.zeros(job.frames_shape)
         start = time.perf_counter()
-        self.engine.decode(job, latent, self.frames, Quiet())
+        self.engine.decode(job, latent, self.frames, JobWatch())
         self.held_share = round(self.held.seconds() / (time.perf_counter() - start), 4)
 
 
@@ -287,6 +279,19 @@ def target(local: int) -> tuple[torch.device, torch.dtype, tuple[int, ...]]:
     return torch.device("cpu"), torch.float32, TINY
 
 
+def join(device: torch.device) -> tuple[int, int]:
+    """Set up this process as a rank process does, connect it to the others, and return its rank and their number."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_num_threads(copiers(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if "RANK" not in os.environ:
+        return 0, 1
+    backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
+    dist.init_process_group(backend, device_id=bound, timeout=datetime.timedelta(minutes=10))
+    return dist.get_rank(), dist.get_world_size()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default=None, help="comma-separated, of: " + ", ".join(SIZES))
@@ -298,17 +303,7 @@ def main() -> None:
 
     device, dtype, widths = target(int(os.environ.get("LOCAL_RANK", 0)))
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_num_threads(copiers(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # as in rank processes
-    if "RANK" in os.environ:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            device_id=device if cuda else None,
-            timeout=datetime.timedelta(minutes=5),
-        )
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    rank, world_size = join(device)
     sizes = (options.sizes or ("480x848x33,480x848x121,720x1280x121,1080x1920x121" if cuda else "64x96x9")).split(",")
 
     tensors = {name: tensor.cpu() for name, tensor in decoder_tensors(widths, device).items()}

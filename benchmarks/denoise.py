@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.decode import COMFYUI, ROOT, SIZES, is_wanted, largest, machine, matmul_rate, measure, versions
+from benchmarks.decode import COMFYUI, ROOT, SIZES, is_wanted, join, largest, machine, matmul_rate, measure, versions
 from benchmarks.denoise_memory import SMALL as SMALL_TASK
 from benchmarks.denoise_memory import TaskSteps, random_transformer
 from benchmarks.random_weights import random_tensor
@@ -45,7 +45,6 @@ from distributed.denoise.share import Share, window_elements
 from distributed.denoise.transformer import Transformer
 from distributed.denoise.window import Windows
 from distributed.errors import OutOfMemory
-from distributed.ranks.devices import copiers
 
 FULL: dict = {}
 """diffusers' defaults are the full sizes."""
@@ -258,12 +257,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     dtype, config = (torch.bfloat16, FULL) if cuda else (torch.float32, SMALL)
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_num_threads(copiers(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # as in rank processes
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = join(device)
     sizes = (options.sizes or ("480x848x33,480x848x121,720x1280x121" if cuda else "64x96x9")).split(",")
     chosen = {name: build for name, build in variants(world).items() if is_wanted(name, options.variants)}
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from comfyui_host import Host
 from make_templates import PROMPTS, STOCK
-from set_up import ROOT, comfyui_path, find_chromium
+from set_up import ROOT, find_chromium
 from web_ui import open_page
 
 sys.path.insert(0, str(ROOT))
@@ -82,8 +82,7 @@ def core_graph(target: Path) -> None:
     }
     with tempfile.TemporaryDirectory(prefix="hv15-pictures-") as folder:
         base = Path(folder)
-        script = ROOT / "tests" / "host" / "small_core_models.py"
-        subprocess.run([sys.executable, script, comfyui_path(), base / "models"], check=True)
+        subprocess.run([sys.executable, "-m", "tests.host.small_core_models", base / "models"], check=True, cwd=ROOT)
         names = {"small_t2v": "hunyuanvideo1.5_720p_t2v_fp16", "full_size": "hunyuanvideo15_vae_fp16"}
         for path in list((base / "models").glob("*/*.safetensors")):
             path.rename(path.with_stem(names.get(path.stem, path.stem)))

@@ -1,11 +1,12 @@
 """Samplings with core's own functions and a small HunyuanVideo-1.5 transformer, loaded by core's loader."""
 
-import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tests.unit.denoise_models import draw_weight
 
 SIZES = {"in_channels": 65, "out_channels": 32, "vec_in_dim": None, "context_in_dim": 3584, "hidden_size": 128}
 SIZES |= {"mlp_ratio": 4.0, "num_heads": 1, "depth": 2, "depth_single_blocks": 0, "axes_dim": [16, 56, 56]}
@@ -25,13 +26,7 @@ def write_transformer(path: Path, dtype: torch.dtype = torch.float32, **changes:
     with torch.device("meta"):
         model = HunyuanVideo(**sizes, operations=comfy.ops.disable_weight_init)
     generator = torch.Generator().manual_seed(0)
-    state = {}
-    for key, like in model.state_dict().items():
-        draw = torch.randn(like.shape, generator=generator)
-        if like.ndim > 1:
-            state[key] = (draw / math.sqrt(like[0].numel()) if "cond_type" not in key else draw).to(dtype)
-        else:
-            state[key] = (0.1 * draw + (0.0 if key.endswith("bias") else 1.0)).to(dtype)
+    state = {key: draw_weight(key, like.shape, generator).to(dtype) for key, like in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path)
     return path

@@ -10,14 +10,13 @@ omits the frame-causal mask.
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
 from comfyui_host import Host, node
-from set_up import comfyui_path
+from set_up import ROOT, comfyui_path
 
 CONDITIONING = """
 import torch
@@ -44,8 +43,7 @@ def server(tmp_path_factory):
     if psutil.virtual_memory().available < 14 * 2**30:
         pytest.skip("the full-size VAE, in ComfyUI and on a rank, needs 14 GiB of memory")
     base = tmp_path_factory.mktemp("core")
-    script = Path(__file__).with_name("small_core_models.py")
-    subprocess.run([sys.executable, script, comfyui_path(), base / "models"], check=True)
+    subprocess.run([sys.executable, "-m", "tests.host.small_core_models", base / "models"], check=True, cwd=ROOT)
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "small_conditioning.py").write_text(CONDITIONING)
     host = Host(base)

@@ -12,8 +12,8 @@ from distributed.denoise.job import Conditions
 from distributed.denoise.layout import Architecture
 from distributed.denoise.task import DenoiseTask
 from distributed.denoise.weights import core_shapes, open_transformer
-from tests.unit.core_inputs import core_inputs, error, job_of, random_weights
-from tests.unit.denoise_models import run
+from tests.unit.core_inputs import core_inputs, job_of, random_weights
+from tests.unit.denoise_models import error, run
 
 SIZES = {"heads": 2, "layers": 2}
 MODEL = {"width": 256, "layers": 2}

@@ -15,8 +15,8 @@ from distributed.denoise.task import KEPT_PATCHES, DenoiseTask
 from distributed.denoise.weights import open_transformer
 from distributed.errors import Cancelled, NotLoaded
 from distributed.ranks.task import JobWatch
-from tests.unit.core_inputs import core_inputs, error, job_of, random_weights
-from tests.unit.denoise_models import make_model, run
+from tests.unit.core_inputs import core_inputs, job_of, random_weights
+from tests.unit.denoise_models import error, make_model, run
 
 SIZES = {"heads": 2, "layers": 2}
 BLOCK = "double_blocks.1"

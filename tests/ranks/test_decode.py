@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from benchmarks.random_weights import TINY, random_latent
 from distributed import Cancelled, JobError, RankGroup
 from distributed.ranks.devices import activate
+from distributed.ranks.task import JobWatch
 from distributed.vae.engine import Engine
 from distributed.vae.hunyuanvideo15.weights import Weights
 from distributed.vae.job import DecodeRequest
@@ -76,15 +77,6 @@ def test_decodes_on_any_number_of_ranks_equal_those_of_diffusers(ranks, vae, ref
             assert torch.equal(frames, tiled_bits[shape, tile_size, overlap]), f"{ranks} ranks give other bits"
 
 
-class Quiet:
-    """A watch that ignores progress and is never cancelled."""
-
-    def progress(self, done: int, total: int) -> None: ...
-
-    def cancelled(self) -> bool:
-        return False
-
-
 @pytest.fixture(scope="module")
 def tiled_bits(weights) -> dict:
     """The frames of each tiled case, decoded in this process on one rank."""
@@ -95,7 +87,7 @@ def tiled_bits(weights) -> dict:
     for shape, tile_size, overlap in TILED:
         request = DecodeRequest(shape, "tiled", tile_size, overlap)
         found[shape, tile_size, overlap] = frames = torch.empty(request.frames_shape)
-        engine.decode(request, random_latent(*shape), frames, Quiet())
+        engine.decode(request, random_latent(*shape), frames, JobWatch())
     torch.set_num_threads(threads)
     return found
 

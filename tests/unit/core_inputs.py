@@ -1,25 +1,18 @@
 """Weights and inputs of core's HunyuanVideo-1.5 transformer, and steps of a rank with them."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from distributed.denoise.job import Conditions, DenoiseJob
 from distributed.denoise.layout import Architecture
 from distributed.denoise.weights import core_shapes
+from tests.unit.denoise_models import draw_weight
 
 
 def random_weights(architecture: Architecture, seed: int = 0) -> dict[str, Tensor]:
     """Return weights by core's keys that preserve the variance of activations."""
-    generator, found = torch.Generator().manual_seed(seed), {}
-    for key, shape in core_shapes(architecture).items():
-        draw = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            found[key] = draw if "cond_type" in key else draw / math.sqrt(draw[0].numel())
-        else:
-            found[key] = 0.1 * draw + (0.0 if key.endswith("bias") else 1.0)
-    return found
+    generator = torch.Generator().manual_seed(seed)
+    return {key: draw_weight(key, shape, generator) for key, shape in core_shapes(architecture).items()}
 
 
 def core_inputs(
@@ -47,9 +40,3 @@ def job_of(checkpoint, inputs: dict[str, Tensor], time: float = 731.0, **options
     x = inputs.pop("x")
     conditions = Conditions.of_core(checkpoint, **inputs, latents=x[:, 32:])
     return DenoiseJob.make(checkpoint, x[:, :32], time, [conditions], **options)
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    """Return the relative L2 difference of a finite result."""
-    assert result.shape == expected.shape and result.isfinite().all()
-    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()

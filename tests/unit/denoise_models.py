@@ -1,5 +1,7 @@
 """Small transformers and inputs for the denoising tests."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from torch import Tensor
@@ -24,16 +26,26 @@ CONFIG = {
 }
 
 
+def draw_weight(name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return a random weight, in diffusers' or core's names, that preserves the variance of activations."""
+    draw = torch.randn(shape, generator=generator)
+    if draw.ndim > 1:
+        return draw if "cond_type" in name else draw / draw[0].numel() ** 0.5
+    return 0.1 * draw + (0.0 if name.endswith("bias") else 1.0)
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """Return the relative L2 difference of a finite result."""
+    assert result.shape == expected.shape and result.isfinite().all()
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 def make_model(seed: int = 0, **changes: object) -> HunyuanVideo15Transformer3DModel:
     """Return a small transformer with random weights, norms included, that preserve the variance of activations."""
     model = HunyuanVideo15Transformer3DModel(**CONFIG | changes).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        draw = torch.randn(weight.shape, generator=generator)
-        if weight.ndim > 1:
-            weight.copy_(draw / weight[0].numel() ** 0.5 if "cond_type" not in name else draw)
-        else:
-            weight.copy_(0.1 * draw + (0.0 if name.endswith("bias") else 1.0))
+        weight.copy_(draw_weight(name, weight.shape, generator))
     return model
 
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed.denoise.conditions import trim
 from distributed.denoise.transformer import Transformer
-from tests.unit.denoise_models import make_inputs, make_model
+from tests.unit.denoise_models import error, make_inputs, make_model
 
 
 def conditions(inputs: dict[str, Tensor]) -> tuple:
@@ -32,11 +32,6 @@ def ours(model, inputs: dict[str, Tensor]) -> Tensor:
 @torch.inference_mode()
 def theirs(model, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs, return_dict=False)[0]
-
-
-def error(result: Tensor, expected: Tensor) -> float:
-    assert result.shape == expected.shape and result.isfinite().all()
-    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 CASES = {

@@ -5,18 +5,12 @@ import torch
 
 from benchmarks.random_weights import FULL, TINY, decoder_tensors
 from distributed.ops import kernels
+from distributed.ranks.task import JobWatch
 from distributed.vae.engine import Engine
 from distributed.vae.hunyuanvideo15.layout import Architecture
 from distributed.vae.hunyuanvideo15.warm_up import warm_up
 from distributed.vae.job import DecodeRequest
 from distributed.vae.plan import choose_plan
-
-
-class Quiet:
-    def progress(self, done: int, total: int) -> None: ...
-
-    def cancelled(self) -> bool:
-        return False
 
 
 @pytest.mark.gpu
@@ -30,7 +24,7 @@ def test_frames_of_a_gpu_equal_those_of_the_cpu(mode, monkeypatch):
     for device in ("cpu", "cuda"):
         frames = torch.full(job.frames_shape, float("nan"))
         engine = Engine(tensors, torch.device(device), torch.float32)
-        engine.decode(job, latent, frames, Quiet())
+        engine.decode(job, latent, frames, JobWatch())
         engine.release()
         results.append(frames)
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=0)
@@ -48,9 +42,9 @@ def test_block_borders_survive_the_copy_to_host_memory(monkeypatch):
     assert plan.blocks == (2, 2)
     whole, divided = (DecodeRequest(tuple(latent.shape), memory=memory) for memory in (None, smallest))
     frames = [torch.full(job.frames_shape, float("nan")) for job in (whole, divided, divided)]
-    Engine(tensors, torch.device("cpu"), torch.float32).decode(whole, latent, frames[0], Quiet())
+    Engine(tensors, torch.device("cpu"), torch.float32).decode(whole, latent, frames[0], JobWatch())
     for place in frames[1:]:  # the second decode reuses the pinned memory
-        engine.decode(divided, latent, place, Quiet())
+        engine.decode(divided, latent, place, JobWatch())
         torch.testing.assert_close(place, frames[0], atol=1e-4, rtol=0)
     engine.release()
 
@@ -73,7 +67,7 @@ def test_a_decode_after_the_warm_up_compiles_no_kernel(dtype):
         warmed = len(compiled)
         for shape in ((1, 32, 5, 6, 7), (1, 32, 1, 16, 32)):
             job = DecodeRequest(shape)
-            Engine(tensors, device, dtype).decode(job, torch.randn(shape), torch.empty(job.frames_shape), Quiet())
+            Engine(tensors, device, dtype).decode(job, torch.randn(shape), torch.empty(job.frames_shape), JobWatch())
     finally:
         knobs.runtime.jit_post_compile_hook = None
     assert warmed > 10 and not compiled[warmed:]
@@ -100,6 +94,6 @@ def test_peak_memory_does_not_exceed_the_plan(shape, gib, triton, monkeypatch):
     monkeypatch.setattr(Engine, "_reserve", reserve_and_reset)
     engine = Engine(tensors, device, torch.bfloat16)
     job = DecodeRequest(shape, memory=gib and int(gib * 2**30))
-    engine.decode(job, torch.randn(shape), torch.empty(job.frames_shape), Quiet())
+    engine.decode(job, torch.randn(shape), torch.empty(job.frames_shape), JobWatch())
     assert torch.cuda.max_memory_allocated() - before <= engine.needed
     engine.release()
