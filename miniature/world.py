@@ -101,7 +101,7 @@ class Clip:
     letter: str = ""
     size: float = 0.5
     travel: float = 0.6
-    """Distance of the motion, by the space that the picture leaves for it."""
+    """Distance of the motion, as a fraction of the space that the picture leaves for it."""
     offset: tuple[float, float] = (0.5, 0.5)
     """Place of the path in the space that is left, 0 to 1, in x and y."""
     phase: float = 0.0

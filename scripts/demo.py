@@ -120,11 +120,11 @@ class ProgressBar:
             print()
 
 
-def contact_sheet(video: Path, target: Path, columns: int = 4, rows: int = 2) -> Path:
-    """Write one picture with evenly spaced frames of a video, and return its path."""
+def contact_sheet(video: Path, target: Path) -> Path:
+    """Write one picture with eight evenly spaced frames of a video in two rows, and return its path."""
     with av.open(str(video)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
-    count = min(columns * rows, len(frames))
+    columns, count = 4, min(8, len(frames))
     chosen = [frames[index] for index in np.linspace(0, len(frames) - 1, count).round().astype(int)]
     width, height = chosen[0].size
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height))

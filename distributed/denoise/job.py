@@ -17,7 +17,7 @@ from .weights import TransformerCheckpoint
 KIND = "denoise"
 """How the group's status shows this kind of job."""
 NOUN = "denoising step"
-"""What messages call it."""
+"""Name of a step in messages."""
 
 PARTS = ("text", "glyphs", "image", "mean")
 """What conditions are made of, for each video: the parts of a `Condition`. The last may be absent."""

@@ -28,7 +28,7 @@ REFINER_RATIO = 4
 """Inner width of the token refiner's MLP, in widths of the model."""
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
-"""What stands before the original layout's keys in some files, the longest first."""
+"""Prefixes of the original layout's keys in some files, the longest first."""
 
 PARTS = (
     ("x_embedder.proj", "img_in.proj"),
@@ -53,7 +53,7 @@ PARTS = (
     ("proj_out", "final_layer.linear"),
     ("transformer_blocks.", "double_blocks."),
 )
-"""How keys begin in diffusers' layout and in the original one."""
+"""Prefixes of keys in diffusers' layout and in the original one."""
 
 REFINER_PARTS = (
     ("attn.to_out.0", "self_attn.proj"),
@@ -95,21 +95,21 @@ SPELLINGS = (
     (re.compile(r"\.scale_weight$"), ".weight_scale"),
     (re.compile(r"\.scale_input$"), ".input_scale"),
 )
-"""Spellings of the original layout's keys, and the one that is meant here."""
+"""Spellings of the original layout's keys, and the spelling that is used here."""
 
 SCALE = "_scale"
-"""What follows the key of a weight that is stored in 8 bits in the key of its scale."""
+"""Suffix that makes the key of a scale from the key of its 8-bit weight."""
 
 FURTHER_LAYERS = ("guidance_in.", "vector_in.")
-"""How keys of layers begin that other models of the family have. All else that core does not read is ignored here."""
+"""Prefixes of layers that other models of the family have. Other tensors that core does not read are ignored."""
 
 _PROJECTION = re.compile(r"attn\.(?:to|add)_([qkv])(?:_proj)?\.(weight|bias)$")
 
 
 class Architecture(NamedTuple):
-    """The sizes of one transformer, from which the shapes of all its tensors follow. Those of the real one by default.
+    """The sizes of one transformer, from which the shapes of all its tensors follow.
 
-    Its patches are single latent pixels.
+    The defaults are those of the real one. Its patches are single latent pixels.
     """
 
     in_channels: int = 65
@@ -132,7 +132,7 @@ class Architecture(NamedTuple):
 
     @property
     def config(self) -> dict:
-        """What diffusers' class is made with."""
+        """The arguments of diffusers' class."""
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
@@ -232,9 +232,9 @@ class Source(NamedTuple):
 
     key: str
     third: int | None = None
-    """Which third of the rows it is, of queries, keys and values in one."""
+    """Its third of the rows, if queries, keys and values are one tensor."""
     swapped: bool = False
-    """Whether its halves stand the other way round."""
+    """Whether its halves are in the opposite order."""
 
 
 @cache

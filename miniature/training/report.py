@@ -154,10 +154,10 @@ def picture(frame: Tensor) -> Image.Image:
     return Image.fromarray((frame * 255).round().to("cpu", torch.uint8).numpy())
 
 
-def sheet(videos: list[Tensor], path: Path, columns: int = 5) -> None:
-    """Write evenly spaced frames of videos [frames, height, width, 3] as one picture, a row for each."""
+def sheet(videos: list[Tensor], path: Path) -> None:
+    """Write five evenly spaced frames of each video [frames, height, width, 3] as one picture, a row for each."""
     rows = []
     for video in videos:
-        chosen = video[torch.linspace(0, len(video) - 1, min(columns, len(video))).round().long().tolist()]
+        chosen = video[torch.linspace(0, len(video) - 1, min(5, len(video))).round().long().tolist()]
         rows.append(torch.cat(list(chosen), dim=1))
     picture(torch.cat(rows)).save(path, quality=88)

@@ -35,7 +35,7 @@ from .recipe import Crops, Recipe
 SCALE_CLIPS = 24
 """Number of clips from which the scaling factor is measured."""
 EMPHASIS, REACH = 4.0, (4, 4)
-"""Weight of errors near a shape, by that of others, and how far it reaches: in frames and in pixels."""
+"""Weight of errors near a shape, relative to that of others, and how far it reaches: in frames and in pixels."""
 TINT = 1.0
 """Weight of the errors' differences between colour channels."""
 PERMUTED = 0.3

@@ -58,8 +58,8 @@ def latent(videos: int = 1) -> Tensor:
     return torch.zeros(videos, *SHAPE)
 
 
-def noise(videos: int = 1, seed: int = 5) -> Tensor:
-    return torch.randn(videos, *SHAPE, generator=torch.Generator().manual_seed(seed))
+def noise(videos: int = 1) -> Tensor:
+    return torch.randn(videos, *SHAPE, generator=torch.Generator().manual_seed(5))
 
 
 def ksample(
@@ -92,12 +92,11 @@ def ksample(
     )
 
 
-def custom_sample(guider: object, sampler: str = "euler", steps: int = 4, callback: object = None) -> Tensor:
-    """Sample as the SamplerCustomAdvanced node does."""
+def custom_sample(guider: object) -> Tensor:
+    """Sample four steps as the SamplerCustomAdvanced node does."""
     import comfy.samplers
 
     patcher = guider.model_patcher
-    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
-    return guider.sample(
-        noise(), latent(), comfy.samplers.sampler_object(sampler), sigmas, callback=callback, disable_pbar=True, seed=5
-    )
+    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", 4)
+    sampler = comfy.samplers.sampler_object("euler")
+    return guider.sample(noise(), latent(), sampler, sigmas, disable_pbar=True, seed=5)

@@ -33,15 +33,13 @@ if __name__ == "__main__":
 """
 
 
-def report_of_a_rank(
-    tmp_path: Path, *flags: str, python: str = PYTHON, pack: Path = ROOT, cwd: Path | None = None, **variables
-) -> dict:
+def report_of_a_rank(tmp_path: Path, *flags: str, pack: Path = ROOT, **variables: str) -> dict:
     """Return a rank's report. Fail if it differs from the controller's report or the rank imports another pack."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     ended = subprocess.run(
-        [python, *flags, "-c", CONTROLLER, pack, ROOT / "tests" / "ranks", PACKAGES],
+        [PYTHON, *flags, "-c", CONTROLLER, pack, ROOT / "tests" / "ranks", PACKAGES],
         env={**kept, "PYTHONUSERBASE": str(tmp_path), "HV15_TEST_REPORT": str(tmp_path / "report"), **variables},
-        cwd=cwd or tmp_path,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,

@@ -16,18 +16,12 @@ def random_weights(architecture: Architecture, seed: int = 0) -> dict[str, Tenso
 
 
 def core_inputs(
-    channels: int = 65,
-    videos: int = 1,
-    latent: tuple[int, int, int] = (2, 3, 5),
-    text: int = 7,
-    glyphs: int = 0,
-    image: int = 0,
-    seed: int = 1,
+    channels: int = 65, videos: int = 1, text: int = 7, glyphs: int = 0, image: int = 0
 ) -> dict[str, Tensor]:
     """Return inputs of core's forward. text, glyphs, image: numbers of tokens; 0: the input is absent."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1)
     widths = {"context": (text, 3584), "txt_byt5": (glyphs, 1472), "clip_fea": (image, 1152)}
-    found = {"x": torch.randn(videos, channels, *latent, generator=generator)}
+    found = {"x": torch.randn(videos, channels, 2, 3, 5, generator=generator)}
     for name, size in widths.items():
         if size[0]:
             found[name] = torch.randn(videos, *size, generator=generator)

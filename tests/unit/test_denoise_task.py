@@ -32,13 +32,13 @@ def task():
     return DenoiseTask(torch.device("cpu"))
 
 
-def make_job(model, checkpoint, *, memory=None, **options):
+def make_job(model, checkpoint, **options):
     """A step, and what diffusers' forward makes of it."""
     inputs = make_inputs(model, **options)
     expected = model(**inputs, return_dict=False)[0]
     latents, times = inputs.pop("hidden_states"), [inputs.pop(name, None) for name in ("timestep", "timestep_r")]
     conditions = Conditions.make(checkpoint, **inputs)
-    return DenoiseJob.make(checkpoint, latents, times[0], [conditions], times[1], memory), expected
+    return DenoiseJob.make(checkpoint, latents, times[0], [conditions], times[1]), expected
 
 
 def on_host(task):

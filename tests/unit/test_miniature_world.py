@@ -17,9 +17,9 @@ EXAMPLE_SIZE = (17, 160, 256)
 """Frames, height and width of the example prompts."""
 
 
-def drawn(shape: str, colour: str, motion: str, size: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
+def drawn(shape: str, colour: str, motion: str, size: tuple[int, int, int]) -> torch.Tensor:
     """Return a clip of that combination, with all else random, [frames, height, width, 3]."""
-    source = random.Random(f"{shape} {colour} {motion} {seed}")
+    source = random.Random(f"{shape} {colour} {motion}")
     clip = Clip(
         shape,
         colour,
