@@ -253,7 +253,7 @@ def prompts() -> Image.Image:
     """Return frames of a video of the miniature for each of `SHOWN_PROMPTS`, in two columns, with the prompt above."""
     studio = Studio(parts.WEIGHTS, "t2v", Recipe(), torch.device("cpu"))
     text, gap, shown = 26, 8, (0, 5, 11, 16)
-    height, width = studio.shelf.size
+    height, width = studio.bucket.size
     cell = (width // 2 * len(shown), height // 2 + text)
     rows = len(SHOWN_PROMPTS) // 2
     sheet = Image.new("RGB", (2 * cell[0] + gap, rows * (cell[1] + gap) - gap), "white")
