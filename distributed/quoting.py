@@ -4,11 +4,11 @@ LIMIT = 100
 """Number of characters of a name that are shown."""
 
 
-def printable(text: object, limit: int = LIMIT) -> str:
-    """Return `text` on one line, with control characters escaped, truncated to `limit` characters."""
+def printable(text: object) -> str:
+    """Return `text` on one line, with control characters escaped, truncated to LIMIT characters."""
     whole = str(text)
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole[:limit])
-    return "".join(shown) + "..." * (len(whole) > limit)
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole[:LIMIT])
+    return "".join(shown) + "..." * (len(whole) > LIMIT)
 
 
 def quote(name: object) -> str:
