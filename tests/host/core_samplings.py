@@ -92,11 +92,11 @@ def ksample(
     )
 
 
-def custom_sample(guider: object) -> Tensor:
-    """Sample four steps as the SamplerCustomAdvanced node does."""
+def custom_sample(guider: object, steps: int = 4) -> Tensor:
+    """Sample as the SamplerCustomAdvanced node does."""
     import comfy.samplers
 
     patcher = guider.model_patcher
-    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", 4)
+    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", steps)
     sampler = comfy.samplers.sampler_object("euler")
     return guider.sample(noise(), latent(), sampler, sigmas, disable_pbar=True, seed=5)
