@@ -17,7 +17,8 @@ from comfy.weight_adapter import LoKrAdapter, LoRAAdapter
 from torch import Tensor, nn
 
 from ..distributed.denoise.handover import SharedTransformer, share_transformer
-from ..distributed.denoise.patches import Patch, Patches
+from ..distributed.denoise.merge import Patch
+from ..distributed.denoise.patches import Patches
 from ..distributed.denoise.weights import TransformerCheckpoint, architecture_of_core, open_transformer
 from ..distributed.errors import CheckpointError
 from .sources import inode_of

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layout import Architecture, architecture_of_config, block_of, modulates
-from .merge import merge
-from .patches import Patch
+from .merge import Patch, merge
 from .placement import Sizes, sizes_of
 from .stream import BlockStream
 from .transformer import Transformer

@@ -1,22 +1,74 @@
-"""Merges patches into a weight, operation by operation as core does, so that the bits are the same on the same device.
+"""Patches of one weight, such as a LoRA, and their merge into it.
+
+The merge does operation by operation what core does, so that the bits are the same on the same device.
 
 Sources: `calculate_weight` of comfy/lora.py and of comfy/weight_adapter/{lora,loha,lokr}.py, and `weight_decompose` of
 comfy/weight_adapter/base.py. They are the same in ComfyUI 0.3.75 and 0.33. Products of adapters are float32 whatever
 the weight is, as where core patches loaded weights.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .patches import Patch
+from ..quoting import quote
 
 PRODUCT = torch.float32
+DORA = ("dora_scale",)
+KINDS: dict[str, tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]] = {
+    "lora": ((("up",), ("down",)), ("mid", *DORA)),
+    "loha": ((("w1_a",), ("w1_b",), ("w2_a",), ("w2_b",)), ("t1", "t2", *DORA)),
+    "lokr": ((("w1", "w1_a"), ("w1", "w1_b"), ("w2", "w2_a"), ("w2", "w2_b")), DORA),
+    "diff": ((("diff",),), ()),
+    "set": ((("value",),), ()),
+}
+"""For each kind, the tensors of which one must be present, group by group, and further ones that may be."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """One change of one weight W, by core's rules (comfy/lora.py and comfy/weight_adapter).
+
+    W is multiplied by strength_model first. Then the kinds do this, where the names are those of `tensors`:
+
+    - "lora": W + strength * alpha / rank * up @ down. mid: the middle part of a convolution's. dora_scale: DoRA.
+    - "loha": the same with (w1_a @ w1_b) * (w2_a @ w2_b). t1, t2: of a convolution's, both or none.
+    - "lokr": the same with kron(w1, w2). Each is given whole, or as w1_a @ w1_b.
+    - "diff": W + strength * diff.
+    - "set": value replaces W, whatever the strength: for kinds that only core can merge.
+
+    alpha: None means the rank.
+    """
+
+    kind: str
+    strength: float = 1.0
+    strength_model: float = 1.0
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    alpha: float | None = None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError if ranks cannot merge this patch into a weight of this shape."""
+        if self.kind not in KINDS:
+            raise ValueError(f"{quote(self.kind)} is not a kind of patch; there are {', '.join(KINDS)}.")
+        groups, further = KINDS[self.kind]
+        known = {name for group in groups for name in group} | set(further)
+        missing = [" or ".join(group) for group in groups if not self.tensors.keys() & set(group)]
+        if missing or (unknown := sorted(self.tensors.keys() - known)):
+            words = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(map(quote, unknown))}"
+            raise ValueError(f"A patch of kind {self.kind} {words}.")
+        if not all(map(math.isfinite, (self.strength, self.strength_model, self.alpha or 0.0))):
+            raise ValueError(
+                f"The patch's strength, strength_model and alpha are {self.strength}, {self.strength_model} and "
+                f"{self.alpha}; they must be finite."
+            )
+        of_tensors = tuple((name, tuple(tensor.shape)) for name, tensor in self.tensors.items())
+        if not _fits(self.kind, of_tensors, tuple(shape)):
+            shapes = ", ".join(f"{name} {list(of_tensor)}" for name, of_tensor in of_tensors)
+            raise ValueError(f"A patch of kind {self.kind} with {shapes} does not fit {list(shape)}.")
 
 
 def merge(weight: Tensor, patches: Iterable[Patch]) -> Tensor:
@@ -42,6 +94,17 @@ def merge(weight: Tensor, patches: Iterable[Patch]) -> Tensor:
         elif patch.strength != 0.0:
             weight += patch.strength * tensor.to(weight.device).to(weight.dtype)
     return weight
+
+
+@cache
+def _fits(kind: str, tensors: tuple[tuple[str, tuple[int, ...]], ...], shape: tuple[int, ...]) -> bool:
+    """Return whether tensors of these shapes can be merged: merge some that have no values."""
+    empty = {name: torch.empty(of_tensor, device="meta") for name, of_tensor in tensors}
+    try:
+        merge(torch.empty(shape, device="meta"), [Patch(kind, 0.5, tensors=empty)])
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    return True
 
 
 def _lora(tensors: dict[str, Tensor]) -> tuple[Tensor, int]:

@@ -25,8 +25,9 @@ from ..ranks.shared_memory import shared_file
 from .conditions import Condition, Context
 from .job import NOUN, PARTS, DenoiseRequest
 from .loading import build, fetch_patched, put
+from .merge import Patch
 from .parallel import Layout, plan
-from .patches import Patch, read_patches
+from .patches import read_patches
 from .placement import KEPT_STEPS, WORKSPACE, Placement, Sizes, sizes_of
 from .share import Share, window_elements
 from .transformer import Modulation, Transformer

@@ -4,8 +4,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused import Rotation
-
 
 @triton.jit(do_not_specialize=["tokens", "x_row"])
 def _place_heads(
@@ -44,7 +42,7 @@ def _place_heads(
 
 
 def place_heads(
-    x: Tensor, out: Tensor, weight: Tensor | None, eps: float, rotation: Rotation | None, ranks: int
+    x: Tensor, out: Tensor, weight: Tensor | None, eps: float, rotation: tuple[Tensor, Tensor] | None, ranks: int
 ) -> None:
     tokens, heads, dim = x.shape
     cos, sin = rotation or (None, None)

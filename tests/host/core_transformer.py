@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distributed.denoise.patches import Patch
+from distributed.denoise.merge import Patch
 from set_up import comfyui_path
 
 START = """

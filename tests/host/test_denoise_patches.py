@@ -8,8 +8,8 @@ from torch import Tensor
 
 from distributed.denoise.job import DenoiseJob
 from distributed.denoise.layout import Architecture
-from distributed.denoise.merge import merge
-from distributed.denoise.patches import Patch, Patches, read_patches
+from distributed.denoise.merge import Patch, merge
+from distributed.denoise.patches import Patches, read_patches
 from distributed.denoise.placement import Placement, Sizes
 from distributed.denoise.task import KEPT_PATCHES, DenoiseTask
 from distributed.denoise.weights import open_transformer

@@ -9,7 +9,8 @@ from distributed.denoise.denoiser import Denoiser
 from distributed.denoise.handover import share_transformer
 from distributed.denoise.job import Conditions
 from distributed.denoise.layout import Architecture
-from distributed.denoise.patches import Patch, Patches
+from distributed.denoise.merge import Patch
+from distributed.denoise.patches import Patches
 from tests.host.core_transformer import run_core
 from tests.ranks.test_denoise_task import counted
 from tests.unit.core_inputs import core_inputs, random_weights

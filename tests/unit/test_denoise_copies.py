@@ -12,7 +12,8 @@ from torch import Tensor
 from distributed.denoise import upload
 from distributed.denoise.layout import Architecture
 from distributed.denoise.loading import OnHost
-from distributed.denoise.patches import Patch, Patches
+from distributed.denoise.merge import Patch
+from distributed.denoise.patches import Patches
 from distributed.denoise.placement import Placement
 from distributed.denoise.task import DenoiseTask
 from distributed.denoise.weights import core_shapes, open_transformer
