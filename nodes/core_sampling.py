@@ -21,8 +21,8 @@ Predict = Callable[..., Tensor]
 class Branch:
     """The inputs of one branch that are the same in all steps.
 
-    parts: text, its mask, glyph text, image and condition channels, or None. The first dimension of each is the video's
-    number. prepared: the same for the ranks.
+    parts: text, its mask, glyph text, image and condition channels, or None. Their first dimension is the video.
+    prepared: the same for the ranks.
     """
 
     parts: tuple[Tensor | None, ...]

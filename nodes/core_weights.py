@@ -29,7 +29,7 @@ KEPT_PATCHES = 2
 """Number of sets of patches that are kept per model, so that two strengths can be compared without a new transfer."""
 
 _inodes: "weakref.WeakKeyDictionary[nn.Module, tuple[int, int] | None]" = weakref.WeakKeyDictionary()
-"""For each model, which file it was loaded from."""
+"""For each model, device and inode of its file at the first call of `file_of`."""
 _shared: "weakref.WeakKeyDictionary[nn.Module, SharedTransformer]" = weakref.WeakKeyDictionary()
 _patches: "weakref.WeakKeyDictionary[nn.Module, dict[object, Patches]]" = weakref.WeakKeyDictionary()
 

@@ -166,7 +166,7 @@ class DistributeModel(io.ComfyNode):
     def execute(cls, model: object, rank_group: GroupDescription | None = None, memory: float = 0.0) -> io.NodeOutput:
         limit = limit_in_bytes(memory)
         check_model(model)
-        file_of(model)  # while it is still the file that was loaded
+        file_of(model)  # remembers which file this is, so that a replacement is noticed
         check_transformer()
         with group_in_use(rank_group) as group:
             group.start()

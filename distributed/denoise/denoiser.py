@@ -14,8 +14,8 @@ from .weights import TransformerCheckpoint
 class Denoiser:
     """Predicts velocities on ranks: what `RankGroup.denoiser` returns.
 
-    checkpoint: the transformer. run: `RankGroup.run`. The ranks load the weights with the first step, and
-    again after a release. Conditions are sent once.
+    checkpoint: the transformer. run: `RankGroup.run`. The ranks load the weights with the first step, and again after a
+    release. Conditions are sent once.
     """
 
     def __init__(self, checkpoint: TransformerCheckpoint, run: Callable[..., dict[str, Tensor]]) -> None:

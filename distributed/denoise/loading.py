@@ -56,9 +56,8 @@ def fetch_patched(
 def build(architecture: Architecture, weights: Mapping[str, Tensor | Stored], uploads: Uploads) -> Transformer:
     """Return the transformer with these weights, by their names in diffusers' layout. Their values may come later.
 
-    A layer of the modulation whose weights are `Stored` becomes an `OnHost`. Any other block with `Stored` weights is
-    streamed.
-    Raises torch.OutOfMemoryError.
+    A layer of the modulation whose weights are `Stored` becomes an `OnHost`. A block with other `Stored` weights is
+    streamed. Raises torch.OutOfMemoryError.
     """
     # These imports take seconds, which ranks that only decode do not need.
     from diffusers import HunyuanVideo15Transformer3DModel

@@ -11,7 +11,7 @@ Work, counted as multiplications and additions of convolutions, linear layers an
 These layers are too narrow for a GPU's matrix units: memory bandwidth and kernel launches limit the speed. The files of
 `miniature/weights`, measured on an H200 on 2026-11-28 (the decoder alone in a process of its own):
 
-| stage | one step | steps | of which compilation and the choice of algorithms | result |
+| stage | one step | steps and time | of this, compilation and the choice of algorithms | result |
 | --- | --- | --- | --- | --- |
 | VAE | 27 ms | 11,003 in 438 s | 130 s | 25.9 dB |
 | decoder alone | 27 ms | 6,543 in 235 s | 55 s | 26.2 dB |
@@ -19,7 +19,7 @@ These layers are too narrow for a GPU's matrix units: memory bandwidth and kerne
 | transformer | 20 ms | 16,531 in 398 s | 70 s | 97 % of the prompts right, 47 % with guidance 1 |
 | report | | 62 s | | |
 
-Without CUDA graphs and compiled layers, a step of the VAE took 112 ms: half of it was kernel launches.
+Without CUDA graphs and compiled layers, a step of the VAE took 112 ms. Kernel launches were half of it.
 
 An earlier run had half the learning rate, batches of 96 clips, a shift of 3, shapes anywhere in the picture, and a VAE
 whose latents held two of the colours badly. It ended with 63 % right colours, 78 % right motions and 1 % right shapes.
@@ -90,6 +90,7 @@ class Recipe:
         Crops(0.45, 1, 5, (480, 848)),
         Crops(0.15, 1, 9, (480, 848)),
     )
+    """Sizes of the clips when the decoder is trained alone: whole pictures."""
     footage_in_decoder: float = 0.7
     """Part of the clips that are of the footage when the decoder is trained alone."""
     buckets: tuple[Bucket, ...] = (

@@ -16,7 +16,7 @@ brightness comes to the latents by itself and colour does not. Therefore the fir
 to be the mean colours of blocks (`ANCHOR`).
 
 In the last part of the time the decoder is trained alone, for the squared error of pixels, mostly on the footage. The
-latents do not change by that.
+latents stay the same.
 """
 
 import random
@@ -45,7 +45,7 @@ ANCHOR, BLOCK = 1.0, 8
 side of these blocks in pixels."""
 CONTRAST = 2.0
 """Factor of these mean colours in the latents. Colours from -1 to 1 have a standard deviation of 0.4, and the other
-channels have up to 1. With this factor the colours are no longer the part of a latent that noise hides first."""
+channels of up to 1. With this factor, noise hides the colours no sooner than the other channels."""
 LENGTHS = (17, 33)
 """Frames of the clips of the world that crops are cut from, so that shapes move as fast as in the transformer's."""
 
@@ -178,8 +178,8 @@ def losses(model: nn.Module, clips: Tensor, weights: Tensor, noise: Tensor) -> d
     weights: of the errors of pixels, [batch, 1, frames, height, width]. noise: normal, of the size of the latents.
     """
     with torch.autocast(clips.device.type, torch.bfloat16):
-        mean, logarithm = encoded(model.encoder, clips)
-        decoded = model.decoder((mean + (0.5 * logarithm).exp() * noise).bfloat16())
+        latents, mean, logarithm = encoded(model.encoder, clips, noise)
+        decoded = model.decoder(latents)
     error = decoded.float() - clips
     weighted = error * weights
     changes = sum(weighted.diff(dim=axis).abs().mean() for axis in (2, 3, 4) if error.shape[axis] > 1) / 3
@@ -203,16 +203,18 @@ def decoder_losses(
     """Return the loss of the decoder alone, which is the weighted squared error. The inputs are those of `losses`."""
     with torch.autocast(clips.device.type, torch.bfloat16):
         with torch.no_grad():
-            mean, logarithm = encoded(encoder, clips)
-        decoded = decoder((mean + (0.5 * logarithm).exp() * noise).bfloat16())
+            latents, _, _ = encoded(encoder, clips, noise)
+        decoded = decoder(latents)
     error = decoded.float() - clips
     return {"loss": (weights * error.square()).mean(), "PSNR": decibels(error)}
 
 
-def encoded(encoder: nn.Module, clips: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean of the clips' latents and the logarithm of their variance, in float32."""
+def encoded(encoder: nn.Module, clips: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the clips' latents with noise, and the mean of their distribution and the logarithm of its variance."""
     mean, logarithm = encoder(clips).float().chunk(2, 1)
-    return mean, logarithm.clamp(-30, 20)
+    logarithm = logarithm.clamp(-30, 20)
+    latents = mean + (0.5 * logarithm).exp() * noise
+    return latents.bfloat16(), mean, logarithm  # so that the whole decoder computes in bf16
 
 
 def decibels(error: Tensor) -> Tensor:

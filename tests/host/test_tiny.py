@@ -102,9 +102,10 @@ def test_the_rabbits_prompt_gives_its_scene_and_another_prompt_does_not(sampled,
 
 
 def share_right(sample: Callable, guidance: float, every: int) -> float:
-    """Return the share of videos of held-out prompts, one in `every`, that show what they should. `make soak`: of all.
+    """Return the share of videos that show what their held-out prompt says.
 
-    No video may show what the prompt before it says.
+    No video may show what the previous prompt says. Of the held-out prompts, every `every`-th is sampled once.
+    `make soak` samples all of them with three seeds.
     """
     chosen, seeds = (HELD_OUT, 3) if os.environ.get("HV15_SOAK") else (HELD_OUT[::every], 1)
     right = []
