@@ -179,8 +179,8 @@ class Listener:
             handshake.connection.send(_proof(self._key, b"controller", handshake.challenge, answer))
             threading.Thread(target=self._talk, args=(channel,), name="hv15-rank", daemon=True).start()
         except (OSError, RuntimeError) as error:  # the peer closed the connection, or no thread can be started
-            channel.close()
             log.warning("A rank could not be admitted: %s.", error)
+            channel.close()
 
     def _talk(self, channel: Channel) -> None:
         try:
@@ -189,10 +189,10 @@ class Listener:
             channel.close()
 
     def _refuse(self, handshake: _Handshake, reason: object) -> None:
-        self._end(handshake)
         if not self._warned:
             self._warned = True
             log.warning("Refused an unauthenticated connection on control port %d (%s).", self.address[1], reason)
+        self._end(handshake)
 
     def _end(self, handshake: _Handshake, keep: bool = False) -> None:
         del self._pending[handshake]
