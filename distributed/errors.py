@@ -10,6 +10,7 @@ Exception
   Cancelled           The caller cancelled the job. This is not a failure.
   OutOfMemory         A rank has insufficient memory. Raised on ranks; the controller retries or raises JobError.
   NotLoaded           A rank has not loaded data that the job needs. Raised on ranks; the controller loads and retries.
+  NoRoom              Free memory is not enough for full speed. Raised on ranks; the controller makes room and retries.
 """
 
 
@@ -56,3 +57,7 @@ class OutOfMemory(Exception):
 
 class NotLoaded(Exception):
     """A rank has not loaded data that the job needs, such as weights after a restart. The message names the data."""
+
+
+class NoRoom(Exception):
+    """The free device memory of a rank is not enough to run the job at full speed."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .denoise.denoiser import Denoiser
 from .denoise.weights import open_transformer
-from .errors import Cancelled, GroupError, JobError, NotLoaded
+from .errors import Cancelled, GroupError, JobError, NoRoom, NotLoaded
 from .jobs import Job, Load, TensorSpec
 from .ranks import devices as device_module
 from .ranks import protocol
@@ -200,13 +200,15 @@ class RankGroup:
         notice: Callable[[str], None] | None = None,
         timeout: float | None = None,
         step: tuple[int, int] | None = None,
+        make_room: Callable[[], None] | None = None,
     ) -> dict[str, Tensor]:
         """Run a job on the ranks, after the jobs queued before it, and return its outputs.
 
         progress(done, total) and cancelled() are called on this thread, several times a second. started: called with
         the outputs before they are filled. notice: called with a sentence for the user when the job is retried.
         timeout: time limit of the whole call in seconds. step: for the status, the number of this job in a series, from
-        1, and the number of jobs in the series.
+        1, and the number of jobs in the series. make_room: frees memory on the ranks' devices that other work uses. It
+        is called on this thread, at most once, if the free memory is not enough to run the job at full speed.
 
         Raises JobError if the job fails or memory is insufficient, GroupError if the group broke twice, Cancelled
         after `cancel` and `stop`, TimeoutError, and ValueError for an invalid timeout.
@@ -214,7 +216,7 @@ class RankGroup:
         if timeout is not None:
             check_seconds("timeout", timeout)
         limit = None if timeout is None else time.monotonic() + timeout
-        with self._turn(Caller(job.noun, progress, cancelled, notice, limit, step)) as caller:
+        with self._turn(Caller(job.noun, progress, cancelled, notice, limit, step, make_room)) as caller:
             inputs, _held = self._share(job.inputs)
             outputs, filled = self._lend(job.outputs)
             if started:
@@ -349,7 +351,7 @@ class RankGroup:
     def _run_with_retries(
         self, job: Job, inputs: dict[str, SharedTensor], outputs: dict[str, SharedTensor], caller: Caller
     ) -> None:
-        """Run the job. Retry it with a smaller limit if ranks run out of memory, and once if the group breaks."""
+        """Run the job. Retry it once if the group breaks, and if memory is short, first with room, then with less."""
         dtype = self.dtype
         restarted = loaded = False
         tries, usable = 1, 0
@@ -362,7 +364,8 @@ class RankGroup:
                     self._load(loads[0], dtype, caller)
                     del loads[0]
                 fields = {**job.fields, "dtype": dtype}
-                message = protocol.Run(next(self._numbers), job.kind, fields, inputs, outputs)
+                may_decline = caller.make_room is not None
+                message = protocol.Run(next(self._numbers), job.kind, fields, inputs, outputs, may_decline)
                 self._send(message, RankState.BUSY, caller)
                 return
             except GroupError as error:
@@ -375,7 +378,11 @@ class RankGroup:
                 if loaded:
                     raise JobError(str(error)) from None
                 loaded, loads = True, list(job.loads)
+            except NoRoom:
+                caller.request_room()
             except MemoryShortage as shortage:
+                if caller.request_room():
+                    continue
                 tries += 1
                 if tries > MEMORY_TRIES or (shortage.smallest_plan and shortage.needed > usable):
                     raise JobError(str(shortage)) from None

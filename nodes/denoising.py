@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import comfy.model_management
 import torch
@@ -11,7 +12,7 @@ from ..distributed.denoise.denoiser import Denoiser
 from ..distributed.denoise.weights import open_transformer
 from .groups import GroupDescription, end_neighbours, group_in_use
 from .loading import LoadedPipeline
-from .memory import make_room, memory_limit
+from .memory import make_room, memory_limit, occupy
 from .on_ranks import as_interruption
 
 
@@ -27,8 +28,9 @@ def transformer_on_ranks(
     """Yield a stand-in for the pipeline's transformer whose forward runs on the ranks.
 
     guider: this run's own. steps: the number of its steps. on_block is called several times a second with the finished
-    part of a step, notice with sentences for the user. ComfyUI's models are unloaded from the ranks' devices when the
-    first step begins: until then the pipeline encodes its image. Raises ValueError for weights that are not a
+    part of a step, notice with sentences for the user. If the steps do not run at full speed beside ComfyUI's models,
+    these are unloaded from the ranks' devices when the first step begins: until then the pipeline encodes its image.
+    Raises ValueError for weights that are not a
     HunyuanVideo-1.5 transformer's, before anything is started.
     """
     from .pipeline_parts import module_on_ranks  # diffusers, which other nodes do without
@@ -48,7 +50,7 @@ def transformer_on_ranks(
             number += 1
             if number == 1:
                 end_neighbours(group)
-                make_room(group)
+                occupy(group)
             return denoiser(
                 *step,
                 **options,
@@ -57,6 +59,7 @@ def transformer_on_ranks(
                 cancelled=comfy.model_management.processing_interrupted,
                 notice=notice,
                 step=(number, steps),
+                make_room=partial(make_room, group) if number == 1 else None,
             )
 
         try:

@@ -6,7 +6,7 @@ loaded onto ComfyUI's device.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,7 @@ from .core_sampling import Forward
 from .core_weights import check_model, checkpoint_of, file_of, network_of, patches_of
 from .groups import GroupDescription, end_neighbours, group_in_use
 from .libraries import check_transformer
-from .memory import limit_in_bytes, make_room, memory_limit
+from .memory import limit_in_bytes, make_room, memory_limit, occupy
 from .on_ranks import as_interruption
 from .progress import Progress
 from .sockets import CATEGORY, memory_input, rank_group_input, searchable
@@ -85,13 +85,11 @@ class ModelOnRanks:
     def _on_ranks(self, run: _Run, conds: dict, model_options: dict) -> tuple:
         """Do what `prepare_sampling` does, except for loading the MODEL. Its forward runs on the ranks from here on."""
         patcher = run.patcher
-        predict = run.stack.enter_context(_ranks(patcher, self.description, self.memory))
         helpers = comfy.sampler_helpers
         further = helpers.get_additional_models(conds, patcher.model_dtype())[0]
         further += helpers.get_additional_models_from_model_options(model_options)
         further += patcher.get_nested_additional_models()
-        if further:
-            comfy.model_management.load_models_gpu(further)
+        predict = run.stack.enter_context(_ranks(patcher, self.description, self.memory, further))
         compiled = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
         compiled.pop("torch.compile", None)  # of this run only: nothing is left to compile
         patcher.unpatch_model(unpatch_weights=False)  # a loaded clone's object patches may be in force
@@ -107,9 +105,12 @@ class ModelOnRanks:
 
 @contextlib.contextmanager
 def _ranks(
-    patcher: comfy.model_patcher.ModelPatcher, description: GroupDescription | None, memory: int | None
+    patcher: comfy.model_patcher.ModelPatcher,
+    description: GroupDescription | None,
+    memory: int | None,
+    further: Sequence[comfy.model_patcher.ModelPatcher],
 ) -> Iterator[Forward]:
-    """Yield the forward of a MODEL on the ranks of a group, for one sampling."""
+    """Yield the forward of a MODEL on the ranks of a group, for one sampling. further: models that it uses, too."""
     checkpoint = checkpoint_of(patcher)
     patches = patches_of(patcher, checkpoint)
     params = network_of(patcher).params
@@ -117,7 +118,11 @@ def _ranks(
     with group_in_use(description) as group:
         group.start()
         end_neighbours(group)
-        make_room(group)
+        occupy(group)
+        room = iter([partial(make_room, group)])  # for the first step: the others need the same
+        if further:
+            next(room)()
+            comfy.model_management.load_models_gpu(further)
         denoiser = Denoiser(checkpoint, group.run)
 
         def predict(*step: object, **options: object) -> Tensor:
@@ -130,6 +135,7 @@ def _ranks(
                     memory=memory_limit(group, memory),
                     cancelled=comfy.model_management.processing_interrupted,
                     notice=progress.tell,
+                    make_room=next(room, None),
                 )
 
         sizes = checkpoint.architecture

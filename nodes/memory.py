@@ -1,9 +1,9 @@
 """Memory on the devices that ranks share with ComfyUI.
 
-Before a job ComfyUI's models are unloaded from the ranks' devices. Afterwards ComfyUI must be able to reclaim the
-ranks' memory on each of these devices, but it only unloads models that are registered as loaded on a device. So a proxy
-model is registered for each device of a group, and for ComfyUI's main device, where /free and the unload button work in
-older versions. Unloading a proxy releases the ranks' memory.
+ComfyUI's models are unloaded from the ranks' devices if a job does not run at full speed beside them. ComfyUI must be
+able to reclaim the ranks' memory on each of these devices, but it only unloads models that are registered as loaded on
+a device. So a proxy model is registered for each device of a group, and for ComfyUI's main device, where /free and the
+unload button work in older versions. Unloading a proxy releases the ranks' memory.
 """
 
 import math
@@ -102,16 +102,19 @@ def sampling_devices(group: RankGroup) -> list[str]:
     return [device for device in group.devices if device != "cpu" and device in used]
 
 
+def occupy(group: RankGroup) -> None:
+    """Register ranks that are about to run a job, and free what torch caches in this process on their devices."""
+    for patcher in _proxies(group):
+        _load(patcher)
+    comfy.model_management.soft_empty_cache()
+
+
 def make_room(group: RankGroup) -> None:
-    """Unload ComfyUI's models from the group's devices, and register the ranks there."""
-    patchers = _proxies(group)
-    keep = [comfy.model_management.LoadedModel(patcher) for patcher in patchers]
+    """Unload ComfyUI's models from the group's devices."""
+    keep = [comfy.model_management.LoadedModel(patcher) for patcher in _proxies(group)]
     for name in sorted({name for name in group.devices if name != "cpu"}):
-        # Everything is unloaded: a decode is faster with more memory.
         comfy.model_management.free_memory(1e30, torch.device(name), keep)
     comfy.model_management.soft_empty_cache()
-    for patcher in patchers:
-        _load(patcher)
 
 
 def limit_in_bytes(memory: object) -> int | None:

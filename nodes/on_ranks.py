@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import comfy.model_management
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..distributed import Cancelled
 from ..distributed.vae.job import DecodeJob, WeightSource
 from .groups import GroupDescription, end_neighbours, group_in_use
-from .memory import limit_in_bytes, make_room, memory_limit, register, sampling_devices
+from .memory import limit_in_bytes, make_room, memory_limit, occupy, register, sampling_devices
 from .progress import Progress
 from .sources import rank_source
 
@@ -59,7 +60,7 @@ def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tens
     with group_in_use(options.group) as group:
         group.start()
         end_neighbours(group)
-        make_room(group)
+        occupy(group)
         limit = memory_limit(group, job.memory)
         with as_interruption():
             outputs = group.run(
@@ -68,6 +69,7 @@ def decode_on_ranks(latent: Tensor, vae: object, options: DecodeOptions) -> Tens
                 cancelled=comfy.model_management.processing_interrupted,
                 started=lambda outputs: progress.watch(outputs["frames"]),
                 notice=progress.tell,
+                make_room=partial(make_room, group),
             )
     frames = outputs["frames"]
     if not frames[:, :, ::CHECKED_ROWS].sum().isfinite():

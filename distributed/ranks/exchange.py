@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from ..errors import Cancelled, GroupError, JobError, NotLoaded
+from ..errors import Cancelled, GroupError, JobError, NoRoom, NotLoaded
 from .processes import RankProcesses
 from .protocol import TO_RANK, Cancel, Failed, Load, Run, decode, encode
 from .states import RankState
@@ -33,7 +33,8 @@ class Caller:
     """One call that is queued or running: its callbacks, its time limit, and whether `cancel` or `stop` ended it.
 
     noun: name of the work in messages. limit: time limit, on the clock of `time.monotonic`. step: number of the job in
-    a series, from 1, and the number of jobs in the series.
+    a series, from 1, and the number of jobs in the series. make_room: frees device memory outside of the ranks; it is
+    called at most once.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class Caller:
         notice: Callable[[str], None] | None = None,
         limit: float | None = None,
         step: tuple[int, int] | None = None,
+        make_room: Callable[[], None] | None = None,
     ) -> None:
-        self.noun, self.limit, self.step = noun, limit, step
+        self.noun, self.limit, self.step, self.make_room = noun, limit, step, make_room
         self.progress = progress or (lambda done, total: None)
         self.cancelled = cancelled or (lambda: False)
         self.notice = notice or (lambda message: None)
@@ -64,6 +66,14 @@ class Caller:
         if self.limit is not None and time.monotonic() > self.limit:
             raise TimeoutError(f"The {self.noun} took longer than its timeout; it was cancelled.")
 
+    def request_room(self) -> bool:
+        """Call `make_room`, unless it was called before. Return whether there was one to call."""
+        make_room, self.make_room = self.make_room, None
+        if make_room is None:
+            return False
+        make_room()
+        return True
+
     def report(self, message: str) -> None:
         """Log a message and show it to the user."""
         log.warning("%s", message)
@@ -73,7 +83,7 @@ class Caller:
 def exchange(supervisor: Supervisor, message: Load | Run, state: RankState, caller: Caller) -> None:
     """Send a job to the ranks, which changes their state to `state`, and return when all ranks have completed it.
 
-    Raises GroupError, JobError, MemoryShortage, NotLoaded, Cancelled, TimeoutError, or what a callback raises.
+    Raises GroupError, JobError, MemoryShortage, NotLoaded, NoRoom, Cancelled, TimeoutError, or what a callback raises.
     """
     try:
         frame = encode(message)
@@ -151,6 +161,8 @@ def _judge(ranks: RankProcesses) -> None:
     shortages = [record.answer for record in causes if record.answer.reason == "memory"]
     if shortages:
         raise MemoryShortage(min(shortages, key=lambda answer: answer.free))
+    if any(record.answer.reason == "no room" for record in causes):
+        raise NoRoom
     if causes:
         message = f"{str(causes[0]).capitalize()}: {causes[0].answer.message}"
         raise NotLoaded(message) if causes[0].answer.reason == "not loaded" else JobError(message)

@@ -89,13 +89,17 @@ class Load:
 
 @dataclass(frozen=True)
 class Run:
-    """Run a job, which reads the inputs and fills the outputs."""
+    """Run a job, which reads the inputs and fills the outputs.
+
+    may_decline: whether the ranks answer "no room" if their free memory is not enough for full speed.
+    """
 
     id: Whole
     kind: Kind
     fields: Fields
     inputs: Tensors = field(default_factory=dict)
     outputs: Tensors = field(default_factory=dict)
+    may_decline: Flag = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ class Failed:
     """
 
     id: Whole
-    reason: Annotated[str, _text(16, "error", "memory", "not loaded", "cancelled")]
+    reason: Annotated[str, _text(16, "error", "memory", "not loaded", "no room", "cancelled")]
     message: Annotated[str, _text(MESSAGE_LENGTH)] = ""
     peers_waiting: Flag = False
     needed: Whole = 0

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import Cancelled, GroupError, NotLoaded, OutOfMemory
+from ..errors import Cancelled, GroupError, NoRoom, NotLoaded, OutOfMemory
 from . import devices
 from .buffers import open_tensor
 from .collective import agree, all_or_none
@@ -126,6 +126,8 @@ class Rank:
             self._fail(message, "memory", str(error), **numbers)
         except NotLoaded as error:
             self._fail(message, "not loaded", str(error))
+        except NoRoom:
+            self._fail(message, "no room")
         except GroupError:
             raise  # ends this process, by which the controller detects that the group is broken
         except Exception as error:
@@ -154,7 +156,7 @@ class Rank:
         if message.kind not in self.tasks:
             self.tasks[message.kind] = self.makers[message.kind](self.device)
         task = self.tasks[message.kind]
-        self._make_room(task, message.fields)
+        self._make_room(task, message)
 
         def load() -> dict[str, Tensor]:
             tensors = {name: open_tensor(place) for name, place in shared.items()}
@@ -163,13 +165,19 @@ class Rank:
 
         return task, all_or_none(load)
 
-    def _make_room(self, task: Task, fields: Mapping) -> None:
-        """Release the idle tasks if this task could not run at full speed beside them."""
+    def _make_room(self, task: Task, message: Load | Run) -> None:
+        """Release the idle tasks if this task could not run at full speed beside them.
+
+        Raises NoRoom instead, on all ranks, if the message allows it.
+        """
         idle = [other for other in self.tasks.values() if other is not task]
-        if not idle:
+        may_decline = isinstance(message, Run) and message.may_decline
+        if not (idle or may_decline):
             return
         free = devices.Device(self.device).free_bytes(self.world_size)
-        if agree(not all_or_none(lambda: task.fits(fields, free))):
+        if agree(not all_or_none(lambda: task.fits(message.fields, free))):
+            if may_decline:
+                raise NoRoom
             for other in idle:
                 other.release()
 

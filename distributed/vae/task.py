@@ -1,5 +1,6 @@
 """The rank's side of a decode."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,7 @@ from .checkpoint import Checkpoint, decoder_tensors, open_checkpoint
 from .engine import Engine
 from .hunyuanvideo15.warm_up import warm_up
 from .job import DecodeRequest
-from .plan import choose_plan
+from .plan import USABLE, choose_plan
 from .regions import divide
 
 READ_BYTES = 2**24
@@ -62,7 +63,7 @@ class DecodeTask:
         region = division.largest.height, division.largest.width
         shared = division.size > 1
         _, needed = choose_plan(weights, region, tuple(picture), time, shared, UNLIMITED, allow_blocks=False)
-        return min(needed, request.memory or needed) <= free + weights.nbytes
+        return min(needed / USABLE, request.memory or math.inf) <= free + weights.nbytes
 
     def release(self) -> None:
         """Free the device memory. The next job loads the checkpoint again."""

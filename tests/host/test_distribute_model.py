@@ -61,15 +61,13 @@ def distribute(pack, groups):
 def jobs(groups, monkeypatch):
     """Return the list of the numbers of branches of the jobs that ran on ranks."""
     seen = []
-    from hv15_pack.distributed import RankGroup
-
-    run = RankGroup.run
+    run = groups.RankGroup.run
 
     def count(group, job, **options):
         seen.append(len(job.conditions))
         return run(group, job, **options)
 
-    monkeypatch.setattr(RankGroup, "run", count)
+    monkeypatch.setattr(groups.RankGroup, "run", count)
     return seen
 
 
@@ -266,6 +264,41 @@ def test_the_model_is_not_loaded_and_nothing_is_left_on_it(load, distribute):
         assert gone() is None, "a reference cycle keeps the weights until the garbage collector runs"
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def events(groups, monkeypatch):
+    """Return the list of what a sampling does to ComfyUI's models: in every job, ranks request what room they may."""
+    import comfy.model_management
+
+    seen = []
+    node = importlib.import_module("hv15_pack.nodes.distribute_model")
+    run = groups.RankGroup.run
+
+    def request(group, job, make_room=None, **options):
+        seen.append("job")
+        if make_room:
+            make_room()
+        return run(group, job, **options)
+
+    monkeypatch.setattr(groups.RankGroup, "run", request)
+    monkeypatch.setattr(node, "make_room", lambda group: seen.append("room"))
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models: seen.append(models))
+    return seen
+
+
+def test_only_the_first_step_may_request_room(model, distribute, events):
+    ksample(distribute(model), POSITIVE, NEGATIVE)
+    assert events == ["job", "room", "job", "job", "job"]
+
+
+def test_further_models_of_a_sampling_are_loaded_after_room_was_made(model, distribute, events, monkeypatch):
+    import comfy.sampler_helpers
+
+    further = [model.clone()]
+    monkeypatch.setattr(comfy.sampler_helpers, "get_additional_models_from_model_options", lambda options: further)
+    ksample(distribute(model), POSITIVE, NEGATIVE)
+    assert events == ["room", further, "job", "job", "job", "job"]
 
 
 def test_an_unload_within_a_run_does_not_take_the_ranks_away(model, distribute, jobs):

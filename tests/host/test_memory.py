@@ -35,14 +35,14 @@ def test_free_and_memory_pressure_release_the_ranks(memory):
     import comfy.model_management
 
     group = ReleasedGroup("cpu", "cpu")
-    memory.make_room(group)
-    memory.make_room(group)
+    memory.occupy(group)
+    memory.occupy(group)
     assert not group.released
     comfy.model_management.unload_all_models()
     assert group.released == 1
     comfy.model_management.unload_all_models()
     assert group.released == 1
-    memory.make_room(group)
+    memory.occupy(group)
     comfy.model_management.free_memory(1e15, comfy.model_management.get_torch_device())
     assert group.released == 2
 
@@ -88,7 +88,7 @@ def test_memory_pressure_on_each_device_of_a_group_reaches_its_ranks(memory, lit
 
     for device in ("cuda:1", "cuda:2"):
         group = ReleasedGroup("cuda:1", "cuda:2")
-        memory.make_room(group)
+        memory.occupy(group)
         comfy.model_management.free_memory(2**30, torch.device("cuda:3"))
         assert not group.released, "the group has no memory on that device"
         comfy.model_management.free_memory(2**30, torch.device(device))
@@ -101,7 +101,7 @@ def test_pressure_on_the_main_device_does_not_affect_ranks_on_other_devices(memo
     import comfy.model_management
 
     group = ReleasedGroup("cuda:1")
-    memory.make_room(group)
+    memory.occupy(group)
     comfy.model_management.free_memory(2**30, comfy.model_management.get_torch_device())
     assert not group.released
     comfy.model_management.unload_all_models()
@@ -224,7 +224,7 @@ def test_a_group_that_ended_is_removed_from_comfyuis_loaded_models(groups, memor
     import comfy.model_management
 
     group = live(groups, "cuda:0")
-    memory.make_room(group)
+    memory.occupy(group)
     groups.end_neighbours(live(groups, "cuda:0,cuda:1"))
     assert group.stopped and not [e for e in comfy.model_management.current_loaded_models if e.model.group is group]
 

@@ -99,6 +99,18 @@ def test_at_most_eight_frames_are_marked_for_previews_and_at_least_one(nodes, sh
     assert 1 <= marked <= nodes.progress.PREVIEW_FRAMES
 
 
+def test_room_is_made_only_if_the_ranks_need_it_for_full_speed(nodes, pack, core, shown, monkeypatch):
+    """Ranks that have not loaded the decoder do not know yet what it needs."""
+    vae, made = pack.load_vae(core.path), []
+    monkeypatch.setattr(nodes.on_ranks, "make_room", made.append)
+    group = nodes.groups.live_group(nodes.groups.GroupDescription("cpu,cpu"))
+    group.release()
+    decode(nodes, vae, latent(3, 2))
+    assert made == [group]
+    decode(nodes, vae, latent(3, 2))
+    assert made == [group]
+
+
 def test_an_fp8_latent_decodes_like_the_same_values_in_float32(nodes, pack, core, shown):
     vae, fp8 = pack.load_vae(core.path), latent(3, 2).to(torch.float8_e4m3fn)
     assert torch.equal(decode(nodes, vae, fp8), decode(nodes, vae, fp8.float()))

@@ -61,6 +61,25 @@ def test_image_to_video_gives_the_latents_of_one_process(pack, loaded, descripti
     assert (other - expected).norm() / expected.norm() > 1e-3
 
 
+def test_the_first_step_may_request_room(pack, loaded, groups, monkeypatch):
+    denoising = importlib.import_module("hv15_pack.nodes.denoising")
+    requested, made = [], []
+    run = groups.RankGroup.run
+
+    def request(group, job, make_room=None, **options):
+        requested.append(make_room is not None)
+        if make_room:
+            make_room()
+        return run(group, job, **options)
+
+    monkeypatch.setattr(groups.RankGroup, "run", request)
+    monkeypatch.setattr(denoising, "make_room", made.append)
+    texts = encoded(pack, loaded["t2v"])
+    pack.sampling.sample(loaded["t2v"], texts, **SIZE, rank_group=groups.GroupDescription("cpu"))
+    assert requested == [True, False, False]
+    assert made == [groups.live_group(groups.GroupDescription("cpu"))]
+
+
 def test_each_step_is_reported_and_nothing_of_the_pipeline_is_changed(pack, loaded, groups):
     pipeline, steps = loaded["t2v"], []
     before = (

@@ -165,6 +165,34 @@ def test_an_idle_task_is_released_only_if_another_task_needs_its_memory():
         assert float(group.run(Echo(X, **released))["y"][0]) == 1
 
 
+def test_room_is_requested_if_free_memory_is_not_enough_for_full_speed(echoes):
+    requests = []
+    for wants, times in ((0, 0), (2**60, 1)):
+        run(echoes, Echo(X, wants=wants), make_room=lambda: requests.append(threading.current_thread()))
+        assert requests == [threading.current_thread()] * times
+
+
+def test_room_is_requested_before_a_job_that_ran_out_of_memory_is_retried_with_a_smaller_limit(echoes):
+    events = []
+    run(echoes, Echo(X, fits_in=7 * GIB), make_room=lambda: events.append("room"), notice=events.append)
+    assert events[0] == "room" and [event.split()[0] for event in events[1:]] == ["Not"]
+
+
+def test_idle_tasks_are_released_only_after_room_was_requested():
+    with RankGroup(["cpu"], worker=ECHO) as group:
+        released = Echo(X, extra={"released": True})
+        run(group, Echo(X))
+
+        def fail() -> None:
+            raise RuntimeError("no room")
+
+        with pytest.raises(RuntimeError, match="no room"):
+            run(group, Echo(X, kind="other", wants=2**60), make_room=fail)
+        assert float(group.run(released)["y"][0]) == 0
+        run(group, Echo(X, kind="other", wants=2**60), make_room=lambda: None)
+        assert float(group.run(released)["y"][0]) == 1
+
+
 def test_a_job_that_cannot_be_encoded_is_refused_and_the_ranks_keep_running(echoes):
     before = pids(echoes)
     for bad in (float("nan"), float("inf"), {1, 2}, "x" * 2**21):
