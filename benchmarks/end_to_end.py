@@ -5,7 +5,8 @@
 The models are full size with random weights, in temporary files. The variants are this pack's text, sampler and decode
 nodes with one rank and with one rank per GPU, ComfyUI's own nodes on one GPU, and the same nodes with Distribute Model
 and Distribute VAE on all GPUs. All encode the same texts with the same vocabulary, and sample with guidance 6. Each
-variant runs two prompts, with different positive texts and seeds. The first loads models, starts ranks and compiles
+variant runs two prompts, with different positive texts and seeds. Models stay on the GPU as long as there is room: with
+this pack's nodes by offload `none`, with ComfyUI's by default. The first prompt loads models, starts ranks and compiles
 kernels, so it has 2 steps only. The second, with all steps, is the one to compare. ComfyUI's loading nodes move weights
 to the GPU only when another node needs them. Each row has the seconds of each stage, their total from text to frames,
 and the seconds of saving the video after that.
@@ -188,7 +189,7 @@ def graph(nodes: str, devices: str, size: str, steps: int, number: int) -> dict:
         inputs["ranks"]["devices"] = devices
     if nodes == OURS:
         if torch.cuda.is_available():
-            inputs["pipeline"]["model"] = NAME
+            inputs["pipeline"] |= {"model": NAME, "offload": "none"}
         inputs["text"]["positive"] += f" Version {number}."
         settings = {"width": width, "height": height, "frames": frames, "steps": steps, "seed": number}
         inputs["sampler"] |= settings

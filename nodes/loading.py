@@ -50,10 +50,10 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
 class LoadedPipeline:
     """The value of an HV15_PIPELINE socket: a diffusers pipeline whose parts ComfyUI moves.
 
-    offload: "model" puts a part on the device while it works; "none" puts all parts there at once and leaves them;
-    "group" does as "model", but the transformer stays in host memory, from which its blocks are streamed. In all
-    cases ComfyUI may unload parts when other models need the memory, and unloads other models for them. Without an
-    accelerator nothing moves. `folder` is where ranks find the same weights.
+    offload: "model" puts a part on the device while it works; "none" leaves it there afterwards; "group" does as
+    "model", but the transformer stays in host memory, from which its blocks are streamed. In all cases ComfyUI may
+    unload parts when other models need the memory, and unloads other models for them. Without an accelerator nothing
+    moves. `folder` is where ranks find the same weights.
     """
 
     def __init__(self, pipeline: object, offload: str, folder: Path) -> None:
@@ -82,14 +82,9 @@ class LoadedPipeline:
         return type(self.pipeline).__name__ == PIPELINES[1]
 
     @contextmanager
-    def on_device(self, *names: str, working_memory: int = 0, elsewhere: str | None = None) -> Iterator[None]:
-        """Load the named parts onto the device (with "none", all of them), with `working_memory` bytes beside them.
-
-        elsewhere: a part that computes somewhere else and is not loaded onto the device.
-        """
-        chosen = self.patchers if self.offload == "none" else [name for name in names if name in self.patchers]
-        wanted = [name for name in chosen if name != elsewhere]
-        patchers = [self.patchers[name] for name in wanted]
+    def on_device(self, *names: str, working_memory: int = 0) -> Iterator[None]:
+        """Load the named parts onto the device, with `working_memory` bytes beside them."""
+        patchers = [self.patchers[name] for name in names if name in self.patchers]
         if not patchers:  # the part streams its weights, but its working memory must be free
             comfy.model_management.free_memory(
                 max(working_memory, comfy.model_management.minimum_inference_memory()), self.device
@@ -210,9 +205,9 @@ class LoadPipeline(io.ComfyNode):
                         io.Combo.Input(
                             "offload",
                             options=list(OFFLOADS),
-                            tooltip="model: each component is on the GPU only while it runs. none: everything stays on "
-                            "the GPU. group: the transformer is streamed block by block (least memory). No effect on "
-                            "the CPU.",
+                            tooltip="model: each component is on the GPU only while it runs. none: components stay on "
+                            "the GPU as long as there is room. group: the transformer is streamed block by block "
+                            "(least memory). No effect on the CPU.",
                         )
                     ),
                 ],

@@ -114,7 +114,7 @@ def sample(
                 transformer_on_ranks(loaded, pipeline.guider, rank_group, steps, on_block or (lambda *_: None), notice)
             )
             if encoders:
-                stack.enter_context(loaded.on_device(*encoders, elsewhere="transformer"))
+                stack.enter_context(loaded.on_device(*encoders))
         else:
             memory = working_memory(original.transformer, width, height, frames)
             if loaded.streams_transformer:
