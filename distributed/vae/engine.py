@@ -64,8 +64,7 @@ class Engine:
         with contextlib.suppress(torch.OutOfMemoryError):
             return Weights(tensors, self.device, self.dtype)
         self._empty_cache()
-        meta = torch.device("meta")
-        needed = Weights({name: tensor.to(meta) for name, tensor in tensors.items()}, meta, self.dtype).nbytes
+        needed = Weights.without_memory(tensors, self.device, self.dtype).nbytes
         raise self._out_of_memory(
             needed + WORKSPACE, Device(self.device).free_bytes(), smallest_plan=True, on_all_ranks=True
         )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..ranks.collective import Watch
@@ -11,6 +12,7 @@ from ..ranks.shared_memory import local_path
 from .checkpoint import Checkpoint, decoder_tensors, open_checkpoint
 from .engine import Engine
 from .hunyuanvideo15.warm_up import warm_up
+from .hunyuanvideo15.weights import Weights
 from .job import DecodeRequest
 from .plan import USABLE, choose_plan
 from .regions import divide
@@ -52,18 +54,25 @@ class DecodeTask:
         self.engine.decode(request, tensors["latent"], tensors["frames"], watch)
 
     def fits(self, fields: Mapping, free: int) -> bool:
-        """Return whether a decode without blocks, or a load, fits in `free` bytes. False until weights are loaded."""
+        """Return whether a decode without blocks, or a load, fits in `free` bytes."""
         if str(self.device) in fields.get("host_only", ()):
             return True
-        if self.engine is None or "request" not in fields:
-            return self.engine is not None
-        request, weights = DecodeRequest.from_json(fields["request"]), self.engine.weights
+        checkpoint = open_checkpoint(local_path(fields["checkpoint"]))
+        if self.loaded == (checkpoint.identity, fields["dtype"]):
+            weights = self.engine.weights
+        else:
+            dtype = getattr(torch, fields["dtype"])
+            weights = Weights.without_memory(decoder_tensors(checkpoint), self.device, dtype)
+        available = free + (self.engine.weights.nbytes if self.engine else 0)
+        if "request" not in fields:
+            return weights.nbytes <= available
+        request = DecodeRequest.from_json(fields["request"])
         _, _, time, *picture = request.latent_shape
-        division = divide(*picture, self.engine.world_size)
+        division = divide(*picture, dist.get_world_size() if dist.is_initialized() else 1)
         region = division.largest.height, division.largest.width
         shared = division.size > 1
         _, needed = choose_plan(weights, region, tuple(picture), time, shared, UNLIMITED, allow_blocks=False)
-        return min(needed / USABLE, request.memory or math.inf) <= free + weights.nbytes
+        return min(needed / USABLE, request.memory or math.inf) <= available
 
     def release(self) -> None:
         """Free the device memory. The next job loads the checkpoint again."""

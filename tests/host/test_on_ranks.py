@@ -99,16 +99,20 @@ def test_at_most_eight_frames_are_marked_for_previews_and_at_least_one(nodes, sh
     assert 1 <= marked <= nodes.progress.PREVIEW_FRAMES
 
 
-def test_room_is_made_only_if_the_ranks_need_it_for_full_speed(nodes, pack, core, shown, monkeypatch):
-    """Ranks that have not loaded the decoder do not know yet what it needs."""
+def test_room_is_made_if_the_ranks_request_it(nodes, pack, core, shown, monkeypatch):
     vae, made = pack.load_vae(core.path), []
     monkeypatch.setattr(nodes.on_ranks, "make_room", made.append)
-    group = nodes.groups.live_group(nodes.groups.GroupDescription("cpu,cpu"))
-    group.release()
     decode(nodes, vae, latent(3, 2))
-    assert made == [group]
+    assert made == []
+    run = nodes.groups.RankGroup.run
+
+    def request(group, job, make_room, **options):
+        make_room()
+        return run(group, job, **options)
+
+    monkeypatch.setattr(nodes.groups.RankGroup, "run", request)
     decode(nodes, vae, latent(3, 2))
-    assert made == [group]
+    assert made == [nodes.groups.live_group(nodes.groups.GroupDescription("cpu,cpu"))]
 
 
 def test_an_fp8_latent_decodes_like_the_same_values_in_float32(nodes, pack, core, shown):

@@ -192,11 +192,11 @@ def decode_fault(*faults: str) -> bool:
 
 def main() -> None:
     """Run this process as a rank that causes faults on request."""
-    from distributed.vae import engine
     from distributed.vae.engine import Engine
+    from distributed.vae.hunyuanvideo15.weights import Weights
     from distributed.vae.task import DecodeTask
 
-    connect, write, weights = rank_module.connect, Engine._write, engine.Weights
+    connect, write, load = rank_module.connect, Engine._write, Weights.__init__
 
     def connect_and_keep(*args: object) -> object:
         CHANNELS.append(connect(*args))
@@ -207,14 +207,14 @@ def main() -> None:
             raise torch.OutOfMemoryError("a fault")
         write(self, *args)
 
-    def load_or_fail(tensors: dict, device: torch.device, dtype: torch.dtype) -> engine.Weights:
+    def load_or_fail(self: Weights, tensors: dict, device: torch.device, dtype: torch.dtype) -> None:
         if device.type != "meta" and decode_fault("load"):
             raise torch.OutOfMemoryError("a fault")
-        return weights(tensors, device, dtype)
+        load(self, tensors, device, dtype)
 
     rank_module.connect = connect_and_keep
     if "HV15_TEST_FAULT" in os.environ:
-        Engine._write, engine.Weights = write_or_fail, load_or_fail
+        Engine._write, Weights.__init__ = write_or_fail, load_or_fail
         if decode_fault("late"):
             time.sleep(1000)
     rank_module.main({"echo": EchoTask, "other": EchoTask, "decode": DecodeTask})

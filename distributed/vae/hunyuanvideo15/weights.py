@@ -113,6 +113,14 @@ class Weights:
         self.widths = tuple(len(resnets[0].conv1.bias) for resnets in self.resnets)
         self.latent_channels = self.conv_in.taps.shape[2]
 
+    @classmethod
+    def without_memory(cls, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> "Weights":
+        """Return weights whose tensors have shapes and no values, to plan a decode on a device."""
+        meta = torch.device("meta")
+        weights = cls({name: tensor.to(meta) for name, tensor in tensors.items()}, meta, dtype)
+        weights.device = device
+        return weights
+
     @property
     def full_rate_level(self) -> int:
         """The first level at the video's full frame rate. Level 0 is the trunk's."""
