@@ -1,7 +1,7 @@
 """Measure decodes in one run: this engine's, other implementations', and the floor.
 
     python -m benchmarks.decode                                   one device
-    python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.decode     two devices of one host
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.decode     two devices of one host
 
 Weights are random, full size on a GPU and small on the CPU, where the run is only a functional test. Every variant
 decodes the same latent, alone on the device, once to warm up and then `--repeat` times; the best time is reported. The

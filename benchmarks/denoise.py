@@ -1,7 +1,7 @@
 """Measure forwards of the denoising transformer in one run: this project's, other implementations', and the floor.
 
     python -m benchmarks.denoise                                   one device
-    python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.denoise     two devices of one host
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.denoise    two devices of one host
 
 Weights are random, full size on a GPU and small on the CPU, where the run is only a functional test. A forward has one
 prompt of 100 valid text tokens, no glyphs and no image; implementations that pad the prompt get it padded. Every

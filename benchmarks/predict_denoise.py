@@ -35,8 +35,15 @@ class CountedShare(Share):
 
     def _exchange(self, x: Tensor, out: Tensor, exchanges: Sequence[Exchange]) -> Callable:
         receive = exchanges[self._index].receive
+        return self._count(sum(receive) - receive[self._index], x)
+
+    def gather_rows(self, x: Tensor) -> Callable:
+        others = self.total_tokens - self.split.tokens[self._index]
+        return self._count(others * x[0].numel(), x) if self.group else super().gather_rows(x)
+
+    def _count(self, elements: int, x: Tensor) -> Callable:
         self.exchanges += 1
-        self.received += (sum(receive) - receive[self._index]) * x.element_size()
+        self.received += elements * x.element_size()
         return lambda: None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .attention import attend
 from .fused import Rotation, add_norm, linear_gelu, modulated_norm, place_heads
-from .share import Share, Wait
+from .share import QUERIES, Share, Wait
 
 MLP_TOKENS = 16_384
 """Tokens that an MLP processes at a time. Its inner tensor is at most 256 MiB in 16 bits; products are not slower."""
@@ -75,13 +75,15 @@ def run_block(
         for number, layer in enumerate(layers)
     ]
     for (out, _), layer in zip(joint, layers, strict=True):
-        _project_text(text.normed, *layer[2:], out[share.total_tokens :], share)
+        _project_text(text.normed, *layer[2:], out[len(out) - len(text.x) :], share)
     for _, wait in joint:
         wait()
     out = attend(*(out for out, _ in reversed(joint)))
+    share.release_inputs()
     del joint
-    video_out = share.gather_heads(out[: share.total_tokens])
-    text_out = None if text_norm is None else share.gather_text(out[share.total_tokens :])
+    tokens = len(out) - len(text.x)
+    video_out = share.gather_heads(out[:tokens])
+    text_out = None if text_norm is None else share.gather_text(out[tokens:])
     del out
     _, _, gate, *norm, mlp_gate = modulation[0]
     video.add(gate, attn.to_out[0](video_out()), norm)
@@ -105,23 +107,22 @@ def _project_video(
     text: int,
     rotation: Rotation,
 ) -> tuple[Tensor, Wait]:
-    """Return an input of attention of this rank's heads, [all tokens + text, own heads, dim], and a `Wait` for it.
+    """Return an input of attention of this rank's heads, [tokens + text, own heads, dim], and a `Wait` for it.
 
     x: [own tokens, D]. number: see `Share.input`. The rows of the text are not written.
     """
     dim = layer.out_features // heads
-    if share.ranks > 1:
-        projected = layer(x).view(len(x), heads, dim)
-        placed = torch.empty_like(projected)
-        _place(projected, placed, norm, None if norm is None else rotation, share.ranks)
-        out = share.input(number, text, projected)
-        return out, share.scatter_heads(placed, out[: share.total_tokens])
-    out = x.new_empty(share.total_tokens + text, heads, dim)
-    place = out[: share.total_tokens]
-    torch.addmm(layer.bias, x, layer.weight.t(), out=place.view(len(x), -1))
-    if norm is not None:
-        _place(place, place, norm, rotation, 1)
-    return out, _nothing
+    out = share.input(number, text, dim, x)
+    if share.split.gathers:
+        place = out[share.own_rows(number)]
+        torch.addmm(layer.bias, x, layer.weight.t(), out=place.flatten(1))
+        if norm is not None:
+            _place(place, place, norm, rotation, 1)
+        return out, _nothing if number == QUERIES else share.gather_rows(out)
+    projected = layer(x).view(len(x), heads, dim)
+    placed = torch.empty_like(projected)
+    _place(projected, placed, norm, None if norm is None else rotation, share.ranks)
+    return out, share.scatter_heads(placed, out[: share.total_tokens])
 
 
 def _project_text(x: Tensor, layer: nn.Linear, norm: nn.Module | None, out: Tensor, share: Share) -> None:

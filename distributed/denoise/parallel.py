@@ -1,9 +1,13 @@
 """The division of a denoising step between ranks: first by guidance branch, then by sequence. Pure functions of sizes.
 
 A step has one branch without guidance and two with guidance: the transformer's forward with the prompt and with the
-negative prompt. The ranks of a branch divide its video tokens and, for attention, its heads (Ulysses). Each rank holds
-all text tokens. If a size is not divisible, parts are uneven, as in `torch.tensor_split`. Nothing is padded, and every
-rank can compute all sizes.
+negative prompt. The ranks of a branch divide its video tokens. Each rank holds all text tokens. If a size is not
+divisible, parts are uneven, as in `torch.tensor_split`. Nothing is padded, and every rank can compute all sizes.
+
+For attention, more than two ranks divide the heads (Ulysses): each sends queries, keys and values to the ranks that
+compute their heads, and the results come back. Two ranks gather keys and values instead, and each attends with the
+queries of its own tokens. Two ranks send the same number of bytes either way, but keys and values travel while the next
+input of attention is computed, and no result travels. More ranks would send more bytes than with Ulysses.
 
 With two branches there are two layouts, and `plan` chooses the one with the lower `cost`:
 
@@ -22,6 +26,8 @@ are more ranks than tokens, the last ranks have no tokens.
 
 from dataclasses import dataclass
 
+GATHERING = 2
+"""Ranks of a branch, at the most, that gather keys and values."""
 FLOPS_PER_BYTE = 4000
 """Cost of sending a byte, in FLOPs: 600 TFLOP/s over 147 GB/s, the rates of an H100 and of an all-to-all on NVLink."""
 
@@ -41,11 +47,30 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Split:
-    """The division of one branch's forward. tokens, heads: the number of each that each of `ranks` has, in order."""
+    """The division of one branch's forward. tokens, heads: the number of each that each of `ranks` has, in order.
+
+    Ranks that gather keys and values have all heads.
+    """
 
     ranks: tuple[int, ...]
     tokens: tuple[int, ...]
     heads: tuple[int, ...]
+
+    @classmethod
+    def of(cls, ranks: tuple[int, ...], tokens: int, heads: int) -> "Split":
+        """Divide this number of tokens and heads between ranks."""
+        gathers = len(ranks) <= GATHERING
+        return cls(ranks, parts(tokens, len(ranks)), (heads,) * len(ranks) if gathers else parts(heads, len(ranks)))
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the ranks gather keys and values. A single rank has nothing to exchange."""
+        return len(self.ranks) <= GATHERING
+
+    @property
+    def total_heads(self) -> int:
+        """The number of heads of the transformer."""
+        return self.heads[0] if self.gathers else sum(self.heads)
 
     def token_range(self, index: int) -> range:
         """Return the video tokens of the rank at this index of `ranks`."""
@@ -53,10 +78,13 @@ class Split:
 
     def head_range(self, index: int) -> range:
         """Return the attention heads of the rank at this index of `ranks`."""
-        return _range(self.heads, index)
+        return range(self.heads[0]) if self.gathers else _range(self.heads, index)
 
     def exchange(self, index: int, head_dim: int) -> Exchange:
-        """Return the exchange that sends this rank's tokens of all heads and receives all tokens of its heads."""
+        """Return the exchange that sends this rank's tokens of all heads and receives all tokens of its heads.
+
+        For ranks that divide the heads.
+        """
         own_tokens, own_heads = self.tokens[index], self.heads[index]
         return Exchange(
             tuple(own_tokens * heads * head_dim for heads in self.heads),
@@ -98,7 +126,7 @@ def plan(ranks: int, branches: int, tokens: int, heads: int, head_dim: int = 128
         raise ValueError(f"branches is {branches}; a step has 1, or 2 with guidance.")
 
     def split(first: int, count: int) -> Split:
-        return Split(tuple(range(first, first + count)), parts(tokens, count), parts(heads, count))
+        return Split.of(tuple(range(first, first + count)), tokens, heads)
 
     in_turn = Layout((split(0, ranks),) * branches)
     if branches == 1 or ranks == 1:
@@ -112,14 +140,18 @@ def cost(layout: Layout, head_dim: int) -> int:
     """Return the cost of one block on the busiest rank in FLOPs, including its communication but not the text.
 
     Per token, a block's linear layers need 24 width^2 FLOPs (4 width^2 multiply-adds in attention, 8 in the MLP), and
-    attention 4 x tokens x head_dim per head. Query, key, value and result are sent with two bytes per element.
+    attention 4 x tokens x head_dim per head. What is sent has two bytes per element: keys and values, or query, key,
+    value and result.
     """
 
     def of_rank(split: Split, index: int) -> int:
-        tokens, heads, width = sum(split.tokens), split.heads[index], sum(split.heads) * head_dim
-        linear = 24 * width**2 * split.tokens[index]
-        attention = 4 * tokens**2 * head_dim * heads
-        sent = 3 * split.tokens[index] * (width - heads * head_dim) + (tokens - split.tokens[index]) * heads * head_dim
+        tokens, own = sum(split.tokens), split.tokens[index]
+        width, own_width = split.total_heads * head_dim, split.heads[index] * head_dim
+        linear = 24 * width**2 * own
+        if split.gathers:
+            attention, sent = 4 * own * tokens * width, 2 * own * width * (len(split.ranks) - 1)
+        else:
+            attention, sent = 4 * tokens**2 * own_width, 3 * own * (width - own_width) + (tokens - own) * own_width
         return linear + attention + FLOPS_PER_BYTE * 2 * sent
 
     work: dict[int, int] = {}

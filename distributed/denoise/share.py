@@ -1,12 +1,14 @@
 """One rank's share of a branch: its tokens and heads, and their exchange with the other ranks.
 
-Attention needs all tokens of a head. Before attention each rank sends the queries, keys and values of its tokens to the
-ranks that compute their heads, and afterwards it receives the results (Ulysses). Values are sent first, while keys and
-queries are computed. The received data is in token order, so it is received directly into the input of attention.
+Attention needs all tokens of a head. Two ranks send each other the values and keys of their tokens, while the next
+input of attention is computed. More ranks send values, keys and queries of their tokens to the ranks that compute their
+heads, and afterwards receive the results (Ulysses). `parallel` says why. All data is received directly into the input
+of attention, in token order.
 
 With a window, ranks write into each other's memory; without one, they use collectives. In a window the inputs of
 attention are at the start and the results at the end. Between two exchanges into one of these places there is one into
 the other, which a rank completes only after it has read what the first one brought. So nothing is overwritten too soon.
+Two ranks exchange no results, so they call `Window.release` after attention.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +25,15 @@ Wait = Callable[[], object]
 """Waits for a transfer: work launched after the call may use its result."""
 
 
-INPUTS = 3
-"""Inputs of attention: values, keys and queries."""
+VALUES, KEYS, QUERIES = INPUTS = range(3)
+"""The inputs of attention, in the order in which they are computed."""
 
 
 def window_elements(split: Split, text: int, dim: int) -> int:
     """Return the number of elements that a window needs for a forward. text: the number of text tokens."""
-    inputs = INPUTS * (sum(split.tokens) + text) * max(split.heads)
+    if split.gathers:  # keys and values
+        return 2 * (sum(split.tokens) + text) * split.total_heads * dim
+    inputs = len(INPUTS) * (sum(split.tokens) + text) * max(split.heads)
     return (inputs + (max(split.tokens) + text) * sum(split.heads)) * dim
 
 
@@ -59,8 +63,7 @@ class Share:
             )
         self.split, self.group, self.window = split, group, window
         self.ranks = len(split.ranks)
-        tokens, heads = split.token_range(index), split.head_range(index)
-        self.tokens, self.heads = slice(tokens.start, tokens.stop), slice(heads.start, heads.stop)
+        self.tokens, self.heads = _slice(split.token_range(index)), _slice(split.head_range(index))
         self._index = index
 
     @property
@@ -68,18 +71,46 @@ class Share:
         """Number of video tokens of all ranks."""
         return sum(self.split.tokens)
 
-    def input(self, number: int, text: int, x: Tensor) -> Tensor:
-        """Return memory for an input of attention, [all tokens + text, own heads, dim], with undefined values.
+    def input(self, number: int, text: int, dim: int, x: Tensor) -> Tensor:
+        """Return memory for an input of attention, [tokens + text, own heads, dim], with undefined values.
 
-        number: which input, from 0. text: number of text tokens. x: [own tokens, all heads, dim], for dim and dtype.
-        Raises ValueError if the window is too small for the forward.
+        number: which of `INPUTS`. text: number of text tokens. x: a tensor of the same dtype and device. The tokens are
+        this rank's for the queries of ranks that gather keys and values, otherwise those of all ranks. Raises
+        ValueError if the window is too small for the forward.
         """
-        heads, dim, rows = self.split.heads[self._index], x.shape[-1], self.total_tokens + text
+        heads, rows = self.split.heads[self._index], self.total_tokens + text
+        if self.split.gathers and number == QUERIES:
+            return x.new_empty(self.split.tokens[self._index] + text, heads, dim)
         needed = window_elements(self.split, text, dim)
         if self.window is not None and len(self.window.own) < needed:
             raise ValueError(f"The window has {len(self.window.own)} elements; the forward needs {needed}.")
         start = number * rows * max(self.split.heads) * dim
         return self._memory(x, start, rows * heads * dim).view(rows, heads, dim)
+
+    def own_rows(self, number: int) -> slice:
+        """Return the rows of this rank's tokens in an input of attention of ranks that gather keys and values."""
+        return slice(0, self.split.tokens[self._index]) if number == QUERIES else self.tokens
+
+    def gather_rows(self, x: Tensor) -> Wait:
+        """Send the rows of this rank's tokens of x, keys or values of all tokens, and receive those of the other rank.
+
+        x: an `input`, [all tokens + text, heads, dim].
+        """
+        if self.group is None:
+            return _nothing
+        other = 1 - self._index
+        own, others = x[self.tokens].view(-1), x[_slice(self.split.token_range(other))].view(-1)
+        if self.window is not None:
+            start = own.storage_offset() - self.window.own.storage_offset()
+            self.window.send(own, [(other, start, own)])
+            return self.window.complete
+        receive, send = ([size if rank == other else 0 for rank in range(2)] for size in (len(others), len(own)))
+        return dist.all_to_all_single(others, own, receive, send, group=self.group, async_op=True).wait
+
+    def release_inputs(self) -> None:
+        """Let the inputs of attention be overwritten when the work that was launched so far is done."""
+        if self.split.gathers and self.window is not None:
+            self.window.release()
 
     def scatter_heads(self, x: Tensor, out: Tensor) -> Wait:
         """Send this rank's tokens, in the order of `fused.place_heads`, and receive all tokens of its heads in `out`.
@@ -91,9 +122,10 @@ class Share:
     def gather_heads(self, x: Tensor) -> Callable[[], Tensor]:
         """Send the results of own heads, [all tokens, own heads, dim], and receive all heads of this rank's tokens.
 
-        Returns a function that waits for them and returns them, [own tokens, heads * dim].
+        Returns a function that waits for them and returns them, [own tokens, heads * dim]. Ranks that gather keys and
+        values have them already.
         """
-        if self.group is None:
+        if self.split.gathers:
             return lambda: x.flatten(1)
         exchanges = [exchange.reverse for exchange in _exchanges(self.split, x.shape[-1])]
         own, most = self.split.tokens[self._index], max(self.split.tokens)
@@ -101,7 +133,7 @@ class Share:
 
     def gather_text(self, x: Tensor) -> Callable[[], Tensor]:
         """Gather all heads of the text, x [tokens, own heads, dim], as `gather_heads` does: [tokens, heads * dim]."""
-        if self.group is None:
+        if self.split.gathers:
             return lambda: x.flatten(1)
         tokens, _, dim = x.shape
         sizes = tuple(tokens * heads * dim for heads in self.split.heads)
@@ -143,3 +175,11 @@ class Share:
         starts = [start + sum(exchange.receive[: self._index]) for exchange in exchanges]
         self.window.send(x, zip(range(self.ranks), starts, x.split(own.send), strict=True))
         return self.window.complete
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop)
+
+
+def _nothing() -> None:
+    """A `Wait` that returns at once."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ranks.collective import agree, all_or_none
-from ..ranks.devices import Device
+from ..ranks.devices import Device, Event
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class Window:
         self._stream = self._device.new_stream()
         self._sources: list[Tensor] = []
         """What is being sent. It must not be overwritten before `complete`."""
+        self._read: Event | None = None
+        """When this rank has read what it received, if the others must wait for that before they send more."""
 
     @property
     def own(self) -> Tensor:
@@ -53,6 +55,10 @@ class Window:
         """
         computed = self._device.mark()
         with self._device.on(self._stream):
+            if self._read is not None:
+                self._device.wait(self._read)
+                self._barrier()
+                self._read = None
             self._device.wait(computed)
             for rank, start, part in parts:
                 self.buffers[rank][start : start + part.numel()].copy_(part.view(-1), non_blocking=True)
@@ -67,6 +73,13 @@ class Window:
             arrived = self._device.mark()
         self._device.wait(arrived)
         self._sources.clear()
+
+    def release(self) -> None:
+        """Let no rank send more before all ranks have done the work that was launched so far.
+
+        All ranks call it, and all send next: that is a collective then.
+        """
+        self._read = self._device.mark()
 
 
 class Windows:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from benchmarks.denoise import SMALL
 from tests.host.test_benchmarks import ROOT, run
 
 FORWARDS = {"diffusers", "ours", "ours without Triton", "ours, step with guidance"}
@@ -28,10 +29,16 @@ def test_the_benchmark_measures_every_variant_and_writes_a_report(tmp_path):
     assert all(f"| {name} |" in table.read_text() for name in FORWARDS | CORE)
 
 
+def run_ranks(ranks: int, *options: object) -> None:
+    """Run the benchmark on this number of ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [*launcher, ranks, "-m", "benchmarks.denoise", "--repeat", 1, *options]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, timeout=240, env=environment)
+
+
 def test_two_ranks_share_a_forward_and_a_step_with_the_same_result(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "benchmarks.denoise"]
-    command += ["--repeat", "1", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    run_ranks(2, "--out", tmp_path)
     report = read(tmp_path)
     (result,) = report["results"]
     assert report["ranks"] == 2
@@ -40,11 +47,14 @@ def test_two_ranks_share_a_forward_and_a_step_with_the_same_result(tmp_path):
 
 
 def test_a_prediction_gives_time_and_traffic_for_each_number_of_ranks(tmp_path):
-    run("predict_denoise", "--ranks", "1,3", "--repeat", 1, "--out", tmp_path)
+    run("predict_denoise", "--ranks", "1,2,3", "--repeat", 1, "--out", tmp_path)
     rows = json.loads((tmp_path / "predicted-denoising.json").read_text())["predictions"]
-    assert [(row["ranks"], row["branches"]) for row in rows] == [(1, 1), (3, 1), (1, 2), (3, 2)]
+    assert [(row["ranks"], row["branches"]) for row in rows] == [(r, b) for b in (1, 2) for r in (1, 2, 3)]
     assert all(row["compute_s"] > 0 for row in rows)
-    assert rows[0]["received_mb"] == rows[0]["exchanges"] == 0 < min(rows[1]["received_mb"], rows[1]["exchanges"])
+    alone, two, three = rows[:3]
+    assert alone["received_mb"] == alone["exchanges"] == 0
+    assert two["exchanges"] == 2 * SMALL["num_layers"] < three["exchanges"]  # keys and values of each block
+    assert min(two["received_mb"], three["received_mb"]) > 0
 
 
 def test_the_benchmark_of_cores_graph_compares_latents_and_changes_a_lora(tmp_path):
@@ -65,17 +75,7 @@ def test_the_benchmark_of_cores_graph_compares_latents_and_changes_a_lora(tmp_pa
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tasks_are_measured_within_memory_limits(ranks, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "-m",
-        "benchmarks.denoise",
-    ]
-    command += ["--repeat", "1", "--memory-gib", "0.2,0.01", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=240, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    run_ranks(ranks, "--memory-gib", "0.2,0.01", "--out", tmp_path)
     (result,) = read(tmp_path)["results"]
     whole, limited, refused = (result["variants"][name] for name in ("task", "task, 0.2 GiB", "task, 0.01 GiB"))
     assert whole["on_device"] == "6 of 6 blocks and the modulation" != limited["on_device"]

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed.denoise.conditions import trim
-from distributed.denoise.parallel import Layout, Split, parts, plan
-from distributed.denoise.share import Share, window_elements
+from distributed.denoise.parallel import Layout, Split, plan
+from distributed.denoise.share import Share, Wait, window_elements
 from distributed.denoise.transformer import Transformer
 from distributed.denoise.window import Window
 from tests.unit.denoise_models import make_inputs, make_model
@@ -41,8 +41,7 @@ class Case:
     def layout(self) -> Layout:
         tokens = self.latent[0] * self.latent[1] * self.latent[2]
         if self.in_turn:
-            split = Split(tuple(range(self.ranks)), parts(tokens, self.ranks), parts(self.heads, self.ranks))
-            return Layout((split,) * self.branches)
+            return Layout((Split.of(tuple(range(self.ranks)), tokens, self.heads),) * self.branches)
         return plan(self.ranks, self.branches, tokens, self.heads, head_dim=16)
 
     @property
@@ -61,8 +60,12 @@ LOST = [Case(2, lost=1), Case(6, lost=5), Case(6, lost=0), Case(2, lost=1, windo
 class Losing(Share):
     """Sends zeros instead of this rank's queries, keys and values."""
 
-    def scatter_heads(self, x: Tensor, out: Tensor):
+    def scatter_heads(self, x: Tensor, out: Tensor) -> Wait:
         return super().scatter_heads(torch.zeros_like(x), out)
+
+    def gather_rows(self, x: Tensor) -> Wait:
+        x[self.tokens] = 0
+        return super().gather_rows(x)
 
 
 def open_window(case: Case, split: Split, group: dist.ProcessGroup, folder: Path) -> Window:
